@@ -1,0 +1,1 @@
+"""Scheduling and bookkeeping of requests; knows neither torch nor Ray."""

@@ -1,0 +1,1 @@
+"""How ranks of a cell reach each other: messages, sockets, transports, placement."""

@@ -1,0 +1,1 @@
+"""The model: weights, batches and the forward pass; knows nothing of other ranks."""

@@ -1,0 +1,1 @@
+"""What a user touches: launch, ingress, command line, benchmarks."""

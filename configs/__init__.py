@@ -1,0 +1,1 @@
+"""What a deployment is: frozen, validated dataclasses and the presets."""

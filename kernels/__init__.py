@@ -1,0 +1,1 @@
+"""Tensor-to-tensor operations, each beside its plain-torch meaning."""

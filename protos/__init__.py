@@ -1,0 +1,1 @@
+"""The gRPC API, compiled from the .proto files at install."""

@@ -1,0 +1,217 @@
+"""A generation request: what travels to the shard that serves it, and its life there.
+
+The wire types are msgspec structs, so the step plane and the token path carry them as they are.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+import msgspec
+
+from ostro.actors.errors import InvalidTransitionError
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen. Validated where a request is made (`cluster`).
+
+    Attributes:
+        temperature: 0 means greedy.
+        top_p: Nucleus mass in (0, 1].
+        top_k: Keep the k most likely; 0 keeps all.
+        min_p: Drop tokens below min_p times the most likely one's probability.
+        presence_penalty: Subtracted once from the logit of every token already produced.
+        frequency_penalty: Subtracted once per occurrence in the output.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output.
+        logit_bias: Added to logits, by token id.
+        seed: Key of the counter-based generator; with the token's position it fixes the draw.
+        num_logprobs: None for none; n for the chosen token's logprob and the n best alternatives.
+        banned_token_ids: Never chosen.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    num_logprobs: int | None = None
+    banned_token_ids: tuple[int, ...] = ()
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+class StopParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """When a generation ends. `max_tokens` counts thinking and answer together."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    eos_token_id: int = 2
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The thinking budget of one request.
+
+    Attributes:
+        begin_token_id: `[THINK]`.
+        end_token_id: `[/THINK]`.
+        budget_tokens: Thinking tokens allowed before the close is forced; None is unlimited, 0 forbids
+            thinking (`begin_token_id` is then banned).
+        soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
+        closing_token_ids: What is forced when the budget ends; its last token is `end_token_id`.
+        starts_open: The prompt ends inside an open thinking block.
+    """
+
+    begin_token_id: int
+    end_token_id: int
+    budget_tokens: int | None = None
+    soft_zone_tokens: int = 0
+    closing_token_ids: tuple[int, ...] = ()
+    starts_open: bool = False
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything a shard needs to serve one request, and to serve it again after a failure.
+
+    Attributes:
+        request_id: Unique in the cell.
+        prompt_token_ids: At least one token.
+        cache_salt: Requests share prefix cache only under the same salt.
+        scheduling_class: Lower runs earlier when requests wait.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop: StopParams
+    thinking: ThinkingParams | None = None
+    cache_salt: str = ""
+    scheduling_class: int = 0
+
+
+class FinishReason(str, Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    MODEL_LENGTH = "model_length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probability of one token and of its best alternatives (id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
+    """What one step brought to one request.
+
+    Attributes:
+        request_id: Whose tokens these are.
+        first_index: Place of `token_ids[0]` in the output, so that a reader can drop repeats.
+        token_ids: New output tokens, including the stop token.
+        logprobs: One per token if asked for.
+        num_cached_tokens: Prompt tokens that came from the prefix cache.
+        num_thinking_tokens: Thinking tokens so far, the two marks not counted.
+        thinking_ended_by: "model", "budget" or "caller", once thinking has ended.
+        finish_reason: Set on the last event.
+        stop_token_id: The token that ended the output, if one did.
+        error_code: `OstroError.code` when `finish_reason` is ERROR.
+        error_message: Text for the caller when `finish_reason` is ERROR.
+        queued_s: Seconds from arrival at the shard to its first step; on the first event.
+    """
+
+    request_id: str
+    first_index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    num_cached_tokens: int = 0
+    num_thinking_tokens: int = 0
+    thinking_ended_by: str | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error_code: str | None = None
+    error_message: str | None = None
+    queued_s: float = 0.0
+
+
+class RequestState(Enum):
+    """Life of a request in its shard."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    PREEMPTED = auto()
+    FINISHED = auto()
+
+
+_NEXT = {
+    RequestState.WAITING: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.RUNNING: {RequestState.PREEMPTED, RequestState.FINISHED},
+    RequestState.PREEMPTED: {RequestState.RUNNING, RequestState.FINISHED},
+    RequestState.FINISHED: set(),
+}
+
+
+class RequestProgress:
+    """The mutable life of one request: state, tokens, pages.
+
+    `num_computed_tokens` counts latents that are in the cache or that a planned step will put
+    there. `num_in_flight` counts planned steps whose results are not in yet.
+    """
+
+    def __init__(self, request: GenerationRequest, *, arrived_s: float) -> None:
+        self.request = request
+        self.arrived_s = arrived_s
+        self.state = RequestState.WAITING
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_pending_outputs = 0
+        self.num_in_flight = 0
+        self.pages: list[int] = []
+
+    @property
+    def request_id(self) -> str:
+        """The request's own id."""
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt, known output and outputs that a planned step will sample."""
+        return (
+            len(self.request.prompt_token_ids)
+            + len(self.output_token_ids)
+            + self.num_pending_outputs
+        )
+
+    def token_at(self, position: int) -> int | None:
+        """Token id at a position, or None where a planned step has yet to sample it."""
+        num_prompt = len(self.request.prompt_token_ids)
+        if position < num_prompt:
+            return self.request.prompt_token_ids[position]
+        index = position - num_prompt
+        return self.output_token_ids[index] if index < len(self.output_token_ids) else None
+
+    def move_to(self, state: RequestState) -> None:
+        """Change state, or raise InvalidTransitionError if the move is not in `_NEXT`."""
+        if state not in _NEXT[self.state]:
+            raise InvalidTransitionError(
+                f"{self.request_id}: {self.state.name} -> {state.name}"
+            )
+        self.state = state

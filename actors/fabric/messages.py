@@ -1,0 +1,299 @@
+"""What the planes say: small typed messages, msgpack on the wire.
+
+Everything about a step carries its epoch; a reader drops what belongs to another one. Rows never
+travel here (see `transport`).
+
+Shape letters: A attention ranks, M micro-batches, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# ---- a shard to the router
+
+
+class RankHello(_Message):
+    """First message of a rank on its step connection."""
+
+    rank: int
+    token_address: str | None
+
+
+class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How busy an attention shard is; all counts are of this moment."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+
+
+class Proposal(_Message):
+    """An attention shard wants to run `num_tokens` tokens in its next step."""
+
+    epoch: int
+    rank: int
+    num_tokens: int
+
+
+class StepDone(_Message):
+    """An attention shard finished a step.
+
+    Attributes:
+        outputs: New output tokens by request id, for the journal.
+        finished: Requests that ended in this step.
+        cached_pages: Hashes of pages that became reusable, for placement by longest cached prefix.
+        dropped_pages: Hashes of pages that were evicted.
+        seconds: Where the step's time went, by stage name.
+    """
+
+    epoch: int
+    rank: int
+    step: int
+    outputs: list[tuple[str, list[int]]]
+    finished: list[str]
+    load: ShardLoad
+    cached_pages: list[int]
+    dropped_pages: list[int]
+    seconds: dict[str, float]
+
+
+class ExpertCounts(_Message):
+    """Rows that a rank's physical experts computed since its last report, layer by layer."""
+
+    epoch: int
+    rank: int
+    rows_LE: list[list[int]]
+    seconds: dict[str, float]
+
+
+class RankFailed(_Message):
+    """A rank could not finish a step; `suspect` is the peer that it waited for, if known."""
+
+    epoch: int
+    rank: int
+    suspect: int | None
+    reason: str
+
+
+# ---- the router to a shard
+
+
+class StepPlan(_Message):
+    """One step of the whole cell, the same text for every rank.
+
+    Attributes:
+        step: Counts up from 0 within an epoch.
+        sparse: Dispatch by exact counts instead of fixed shapes.
+        tokens_AM: Rows of each attention rank's micro-batches; all ranks have the same M.
+        placement_version: The placement that physical expert ids refer to.
+    """
+
+    epoch: int
+    step: int
+    sparse: bool
+    tokens_AM: list[list[int]]
+    placement_version: int
+
+
+class Assign(_Message):
+    """Serve this request and send its tokens to that ingress."""
+
+    epoch: int
+    request: GenerationRequest
+    ingress_id: str
+
+
+class Cancel(_Message):
+    """Stop a request and free its pages; unknown ids are ignored."""
+
+    epoch: int
+    request_id: str
+
+
+class EndThinking(_Message):
+    """Close a request's thinking at its next step."""
+
+    epoch: int
+    request_id: str
+
+
+class AbortEpoch(_Message):
+    """Leave the epoch: stop waiting for peers, drop its process group."""
+
+    epoch: int
+    reason: str
+
+
+# ---- an ingress to the router
+
+
+class IngressHello(_Message):
+    """First message of an ingress replica."""
+
+    ingress_id: str
+
+
+class Submit(_Message):
+    """Serve this request."""
+
+    request: GenerationRequest
+
+
+class CancelGeneration(_Message):
+    """Stop a request, whoever submitted it."""
+
+    tag: int
+    request_id: str
+
+
+class EndThinkingGeneration(_Message):
+    """Close a request's thinking, whoever submitted it."""
+
+    tag: int
+    request_id: str
+
+
+class AskState(_Message):
+    """Ask for the cell's state."""
+
+    tag: int
+
+
+# ---- the router to an ingress
+
+
+class Members(_Message):
+    """Where attention shards offer their token streams, by rank; sent at hello and on change."""
+
+    epoch: int
+    ready: bool
+    token_addresses: dict[int, str]
+
+
+class Accepted(_Message):
+    """A request was placed."""
+
+    request_id: str
+    rank: int
+
+
+class Rejected(_Message):
+    """A request was refused, or failed after it was accepted; `error` names an OstroError class."""
+
+    request_id: str
+    error: str
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+class ControlDone(_Message):
+    """Answer to CancelGeneration and EndThinkingGeneration."""
+
+    tag: int
+    applied: bool
+
+
+class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
+    """One actor of the cell, as the router sees it."""
+
+    actor_id: str
+    role: str
+    state: str
+    node_id: str
+    device: str
+    rank: int
+    load_progress: float
+    memory_used_bytes: int
+    memory_total_bytes: int
+    started_at_s: float
+
+
+class State(_Message):
+    """The cell at this moment.
+
+    Attributes:
+        rows_LE: Rows per layer and logical expert since the cell started.
+        physical_to_logical: Logical expert of every physical slot, in rank order.
+        seconds: Total seconds by stage over all attention shards; `steps` counts them.
+    """
+
+    tag: int
+    epoch: int
+    ready: bool
+    actors: list[ActorStatus]
+    loads: dict[int, ShardLoad]
+    rows_LE: list[list[int]]
+    physical_to_logical: list[int]
+    rank_of_physical: list[int]
+    seconds: dict[str, float]
+    num_steps: int
+
+
+# ---- an attention shard to an ingress
+
+
+class StepEvents(_Message):
+    """All that one step brought to one ingress's requests."""
+
+    epoch: int
+    rank: int
+    events: list[TokenEvent]
+
+
+Message = (
+    RankHello
+    | Proposal
+    | StepDone
+    | ExpertCounts
+    | RankFailed
+    | StepPlan
+    | Assign
+    | Cancel
+    | EndThinking
+    | AbortEpoch
+    | IngressHello
+    | Submit
+    | CancelGeneration
+    | EndThinkingGeneration
+    | AskState
+    | Members
+    | Accepted
+    | Rejected
+    | ControlDone
+    | State
+    | StepEvents
+)
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """Message to msgpack bytes."""
+    return _ENCODER.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """msgpack bytes to a message.
+
+    Raises:
+        msgspec.DecodeError: The bytes are no message of this version.
+    """
+    return _DECODER.decode(data)

@@ -1,0 +1,306 @@
+"""What a deployment is: layout, engine, reasoning, serving. Frozen, validated where made.
+
+Plain data: no torch, no Ray. `configs.load` reads it from YAML; errors name the field's path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ostro.configs.errors import ConfigError
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def _at_least(config: object, name: str, lowest: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")
+
+
+class Layout(str, Enum):
+    """Which ranks hold which role."""
+
+    SINGLE = "single"
+    COLOCATED = "colocated"
+    SPLIT = "split"
+
+
+class DispatchMode(str, Enum):
+    """How rows travel: fixed shapes, exact counts, or chosen per step."""
+
+    AUTO = "auto"
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutConfig:
+    """The ranks of one cell.
+
+    Attributes:
+        layout: `single` has one rank; `colocated` n ranks with both roles; `split` separates them.
+        num_attention_shards: A. Ranks 0 .. A-1 hold attention, pages and the scheduler.
+        num_expert_shards: E. Ranks A .. A+E-1 hold routed experts (ranks 0 .. A-1 if `colocated`).
+        num_redundant_experts: Extra physical copies of experts, spread over all shards.
+        dispatch: Dispatch mode; `auto` takes `dense` up to `dense_max_tokens` a micro-batch.
+        dense_max_tokens: Largest micro-batch that `auto` sends densely.
+        num_micro_batches: m; slices of a step that ping-pong between attention and experts.
+        min_tokens_per_micro_batch: A step is not sliced below this size.
+        device: "cpu", "cuda", or "auto" (cuda where there is one).
+        shard_start_timeout_s: How long a shard may take to load its weights.
+        join_timeout_s: How long the forming of a process group may take.
+        step_timeout_s: How long a rank may stay silent within a step before the cell names it lost.
+    """
+
+    layout: Layout
+    num_attention_shards: int
+    num_expert_shards: int
+    num_redundant_experts: int = 0
+    dispatch: DispatchMode = DispatchMode.AUTO
+    dense_max_tokens: int = 64
+    num_micro_batches: int = 1
+    min_tokens_per_micro_batch: int = 4
+    device: str = "auto"
+    shard_start_timeout_s: float = 600.0
+    join_timeout_s: float = 60.0
+    step_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, "num_attention_shards", 1)
+        _at_least(self, "num_expert_shards", 1)
+        _at_least(self, "num_redundant_experts", 0)
+        _at_least(self, "dense_max_tokens", 1)
+        _at_least(self, "min_tokens_per_micro_batch", 1)
+        if self.num_micro_batches not in (1, 2):
+            raise ConfigError(f"num_micro_batches={self.num_micro_batches}: must be 1 or 2")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"device={self.device!r}: must be 'auto', 'cpu' or 'cuda'")
+        if self.layout is Layout.SINGLE and self.world_size() != 1:
+            raise ConfigError(
+                "layout=single has one rank: set num_attention_shards and num_expert_shards to 1, "
+                "or choose layout=split or layout=colocated"
+            )
+        if (
+            self.layout is Layout.COLOCATED
+            and self.num_attention_shards != self.num_expert_shards
+        ):
+            raise ConfigError(
+                f"layout=colocated gives every rank both roles: num_attention_shards="
+                f"{self.num_attention_shards} and num_expert_shards={self.num_expert_shards} "
+                f"must be equal"
+            )
+        for name in ("shard_start_timeout_s", "join_timeout_s", "step_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+
+    def world_size(self) -> int:
+        """Ranks in the cell."""
+        if self.layout is Layout.SPLIT:
+            return self.num_attention_shards + self.num_expert_shards
+        return max(self.num_attention_shards, self.num_expert_shards)
+
+    def attention_ranks(self) -> range:
+        """Ranks that hold the attention role."""
+        return range(self.num_attention_shards)
+
+    def expert_ranks(self) -> range:
+        """Ranks that hold the expert role, in the order of physical experts."""
+        if self.layout is Layout.SPLIT:
+            return range(self.num_attention_shards, self.world_size())
+        return range(self.num_expert_shards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One attention shard's scheduler and cache.
+
+    Attributes:
+        page_size: Slots (tokens) per page.
+        num_pages: Pages of the latent cache; None sizes it from `cache_memory_bytes`.
+        cache_memory_bytes: Bytes for the latent cache of a shard, used when `num_pages` is None; None
+            takes `gpu_memory_fraction` of what is free after the weights (CPU: 512 MiB).
+        gpu_memory_fraction: Share of a GPU's memory that weights and cache may fill.
+        max_tokens_per_step: Token budget of one step.
+        max_running_requests: Requests that advance in one step, at most.
+        max_waiting_requests: Requests that may wait at one shard, at most; more are refused with 429.
+        max_waiting_tokens: Prompt tokens that may wait at one shard, at most.
+        max_context: Longest prompt plus output in tokens; None takes the checkpoint's.
+        prefix_cache: Whether full pages are shared between requests.
+        dtype: "auto" (float32 or bfloat16, found by a probe on CPU; bfloat16 on CUDA), "float32", "bfloat16".
+        num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    cache_memory_bytes: int | None = None
+    gpu_memory_fraction: float = 0.9
+    max_tokens_per_step: int = 2048
+    max_running_requests: int = 256
+    max_waiting_requests: int = 1024
+    max_waiting_tokens: int = 1_000_000
+    max_context: int | None = None
+    prefix_cache: bool = True
+    dtype: str = "auto"
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "page_size",
+            "max_tokens_per_step",
+            "max_running_requests",
+            "max_waiting_requests",
+            "max_waiting_tokens",
+        ):
+            _at_least(self, name, 1)
+        for name in ("num_pages", "cache_memory_bytes", "max_context", "num_threads"):
+            if getattr(self, name) is not None:
+                _at_least(self, name, 1)
+        if self.max_running_requests > self.max_tokens_per_step:
+            raise ConfigError(
+                f"max_running_requests={self.max_running_requests} exceeds max_tokens_per_step="
+                f"{self.max_tokens_per_step}: every running request needs one token a step"
+            )
+        if not 0.0 < self.gpu_memory_fraction <= 1.0:
+            raise ConfigError(f"gpu_memory_fraction={self.gpu_memory_fraction}: must be in (0, 1]")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype={self.dtype!r}: must be 'auto', 'float32' or 'bfloat16'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EffortConfig:
+    """What the server makes of one reasoning effort.
+
+    Attributes:
+        prompt_value: The value written into the prompt, unless the tokenizer declares the effort itself.
+        budget_tokens: Thinking tokens before the close is forced; None is unlimited, 0 forbids thinking.
+        soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
+        scheduling_class: Lower runs earlier when requests wait.
+        temperature: Default temperature.
+        top_p: Default nucleus mass.
+    """
+
+    prompt_value: str
+    budget_tokens: int | None
+    soft_zone_tokens: int = 0
+    scheduling_class: int = 0
+    temperature: float = 0.7
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.prompt_value not in ("none", "high"):
+            raise ConfigError(f"prompt_value={self.prompt_value!r}: must be 'none' or 'high'")
+        if self.budget_tokens is not None:
+            _at_least(self, "budget_tokens", 0)
+        _at_least(self, "soft_zone_tokens", 0)
+
+
+def default_efforts() -> dict[str, EffortConfig]:
+    """The effort table of a deployment that does not bring its own."""
+    return {
+        "none": EffortConfig(prompt_value="none", budget_tokens=0, temperature=0.3),
+        "minimal": EffortConfig(prompt_value="high", budget_tokens=512, soft_zone_tokens=64),
+        "low": EffortConfig(prompt_value="high", budget_tokens=2048, soft_zone_tokens=256),
+        "medium": EffortConfig(
+            prompt_value="high", budget_tokens=8192, soft_zone_tokens=1024, scheduling_class=1
+        ),
+        "high": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
+        "xhigh": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
+        "max": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningConfig:
+    """The effort table.
+
+    Attributes:
+        default_effort: Effort of a request that names none.
+        closing_phrase: Text forced before `[/THINK]` when a budget ends.
+        efforts: Effort name -> what the server makes of it; all of `EFFORTS`.
+    """
+
+    default_effort: str = "none"
+    closing_phrase: str = "\n\nI have thought enough; time to answer."
+    efforts: dict[str, EffortConfig] = field(default_factory=default_efforts)
+
+    def __post_init__(self) -> None:
+        missing = [name for name in EFFORTS if name not in self.efforts]
+        unknown = [name for name in self.efforts if name not in EFFORTS]
+        if missing or unknown:
+            raise ConfigError(f"efforts: missing {missing}, unknown {unknown}; known: {list(EFFORTS)}")
+        if self.default_effort not in EFFORTS:
+            raise ConfigError(
+                f"default_effort={self.default_effort!r}: must be one of {list(EFFORTS)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """The faces.
+
+    Attributes:
+        host: Address that HTTP binds to.
+        http_port: HTTP port.
+        grpc_port: gRPC port.
+        num_ingress_replicas: Ray Serve replicas of the ingress.
+        max_ongoing_requests: Requests one ingress replica holds at a time.
+        max_body_bytes: Largest request body.
+        max_stop_sequences: Stop strings per request, at most.
+        submit_timeout_s: How long the router may take to accept a request.
+        request_timeout_s: How long one generation may take altogether.
+        drain_timeout_s: How long running generations may finish after a stop was asked for.
+        keep_alive_s: Pause after which an idle SSE stream gets a comment line.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 9000
+    num_ingress_replicas: int = 1
+    max_ongoing_requests: int = 1024
+    max_body_bytes: int = 4 * 2**20
+    max_stop_sequences: int = 16
+    submit_timeout_s: float = 10.0
+    request_timeout_s: float = 3600.0
+    drain_timeout_s: float = 20.0
+    keep_alive_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_ingress_replicas",
+            "max_ongoing_requests",
+            "max_body_bytes",
+            "max_stop_sequences",
+        ):
+            _at_least(self, name, 1)
+        for name in ("http_port", "grpc_port"):
+            if not 1 <= getattr(self, name) <= 65535:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be in 1..65535")
+        if self.http_port == self.grpc_port:
+            raise ConfigError(f"http_port and grpc_port are both {self.http_port}: choose two ports")
+        for name in ("submit_timeout_s", "request_timeout_s", "drain_timeout_s", "keep_alive_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentConfig:
+    """One deployment: which model, on which ranks, behind which ports.
+
+    Attributes:
+        model: Directory of the checkpoint, or "embedded".
+        served_name: Name clients use; None takes the checkpoint directory's name.
+        layout: The ranks.
+        engine: Scheduler and cache of each attention shard.
+        reasoning: The effort table.
+        serving: The faces.
+    """
+
+    model: str
+    layout: LayoutConfig
+    served_name: str | None = None
+    engine: EngineConfig = EngineConfig()
+    reasoning: ReasoningConfig = ReasoningConfig()
+    serving: ServingConfig = ServingConfig()
+

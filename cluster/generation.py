@@ -1,0 +1,312 @@
+"""One request model and one stream of answers behind both faces (HTTP and gRPC).
+
+A face turns its wire format into `ChatGeneration` or `TextGeneration`; `frontend` answers with
+`GenerationEvent`s; the face writes them out. What is None was not asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.fabric.messages import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """How to generate; None takes the effort's or the server's default.
+
+    Attributes:
+        request_id: The caller's id, or None to make one.
+        effort: One of `configs.deployment.EFFORTS`.
+        thinking_token_budget: Overrides the effort's budget; -1 is unlimited, 0 forbids thinking.
+        omit_thinking: Leave the thinking text out of the answer (usage still counts it).
+        temperature: 0 .. 2.
+        seed: Any whole number; None draws one.
+        max_tokens: Thinking and answer together.
+        stop: Strings that end the answer; never matched inside thinking.
+        num_logprobs: None for none, n for the chosen token's and n alternatives.
+        cache_key: Separates prefix caches.
+        queue_timeout_s: Give up if generation has not begun by then.
+    """
+
+    request_id: str | None = None
+    effort: str | None = None
+    thinking_token_budget: int | None = None
+    omit_thinking: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    cache_key: str = ""
+    priority: int = 0
+    queue_timeout_s: float | None = None
+    return_token_ids: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A call of a tool; `arguments` is JSON text; `call_id` is nine characters of [a-zA-Z0-9]."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One message of a conversation, already normalised.
+
+    Attributes:
+        role: "system", "user", "assistant" or "tool".
+        text: The text parts, joined.
+        thinking: Assistant only: the thinking that stood before the text, to be replayed.
+        tool_calls: Assistant only.
+        tool_call_id: Tool only: the call this answers.
+        tool_name: Tool only, if known.
+        prefix: Last assistant message only: the answer continues this text.
+    """
+
+    role: str
+    text: str = ""
+    thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    tool_name: str | None = None
+    prefix: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A tool on offer; `parameters` is its JSON Schema as a JSON object."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatGeneration:
+    """One assistant turn to produce.
+
+    Attributes:
+        model: Name the caller used; "" for the one served model.
+        tool_choice: "auto" or "none" (forced choices are refused by the faces for now).
+    """
+
+    messages: tuple[ChatMessage, ...]
+    model: str = ""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
+    options: GenerationOptions = GenerationOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextGeneration:
+    """Raw continuation of text or token ids, with no chat format and no thinking budget."""
+
+    prompt: str | tuple[int, ...]
+    model: str = ""
+    options: GenerationOptions = GenerationOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenText:
+    """One output token with its logprob, for faces that were asked for logprobs.
+
+    Attributes:
+        text: The token's bytes; they may be a part of a UTF-8 character.
+        top: (token id, bytes, logprob), best first.
+    """
+
+    token_id: int
+    text: bytes
+    logprob: float
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """First event: what the server made of the request.
+
+    Attributes:
+        effort: The effort in force.
+        budget_tokens: Thinking budget in force; None is unlimited.
+    """
+
+    request_id: str
+    model: str
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    effort: str
+    budget_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDelta:
+    """Text to append; whole characters only. `thinking` tells the channel."""
+
+    text: str
+    thinking: bool = False
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenText, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallDone:
+    """A whole tool call, once its arguments are complete."""
+
+    index: int
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts; thinking is part of completion."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+    thinking_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasoningReport:
+    """What became of the thinking; `ended_by` is "model", "budget", "caller" or None (none, or still open)."""
+
+    effort: str
+    budget_tokens: int | None
+    thinking_tokens: int
+    ended_by: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds since the request arrived; None where it never happened."""
+
+    queued_s: float
+    first_token_s: float | None
+    first_answer_token_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Last event of a generation that ended well.
+
+    Attributes:
+        reason: "stop", "length", "model_length", "tool_calls" or "cancelled".
+        matched_stop: The stop string that ended it, if one did.
+        stop_token_id: The stop token that ended it, if one did.
+    """
+
+    reason: str
+    usage: Usage
+    reasoning: ReasoningReport
+    timing: Timing
+    matched_stop: str | None = None
+    stop_token_id: int | None = None
+
+
+GenerationEvent = Started | TextDelta | ToolCallDone | Finished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the faces say of the served model."""
+
+    name: str
+    description: str
+    created_s: int
+    max_context: int
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    num_experts_per_token: int
+    weight_dtype: str
+    kv_dtype: str
+    efforts: tuple[str, ...]
+    default_effort: str
+
+
+class Cell(Protocol):
+    """The serving cell as an ingress sees it; `cell_client` is the real one."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Serve a request; the last event has a finish reason. Closing the iterator cancels.
+
+        Raises (while iterating):
+            OverloadedError: Queues are full; `retry_after_s` is set.
+            NotReadyError: The cell is loading, draining or being mended.
+            ShardLostError: A rank failed while the request ran.
+        """
+        ...
+
+    async def cancel(self, request_id: str) -> bool:
+        """Stop a generation; False if none of that id runs."""
+        ...
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """Close a generation's thinking at its next step; False if none of that id runs."""
+        ...
+
+    async def state(self) -> State:
+        """The cell at this moment."""
+        ...
+
+
+class FrontendLike(Protocol):
+    """What the faces call; `frontend.Frontend` is the real one.
+
+    Iterators raise `OstroError`s: InvalidRequestError before anything reached the cell.
+    """
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model."""
+        ...
+
+    @property
+    def cell(self) -> Cell:
+        """The cell behind it."""
+        ...
+
+    def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
+        """One assistant turn; closing the iterator cancels it."""
+        ...
+
+    def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
+        """A raw continuation; closing the iterator cancels it."""
+        ...
+
+    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of plain text."""
+        ...
+
+    def tokenize_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
+    ) -> list[int]:
+        """Token ids of the exact prompt that a chat would get."""
+        ...
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens shown. Raises InvalidRequestError for ids out of range."""
+        ...

@@ -1,10 +1,369 @@
-"""What the checkpoint says the model is: shapes and constants, read from its config, never assumed."""
+"""What the checkpoint says the model is: shapes and constants, read from its config, never assumed.
+
+Whatever the engine relies on and the file contradicts is an error that names file and field.
+Knows no tensors: names and shapes of those are `actors.model.weight_names`.
+
+Shape letters: D hidden, H heads, C latent, P rope dim, F expert hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ostro.configs.errors import ConfigError
+
+WRAPPER_ARCHITECTURE = "Mistral3ForConditionalGeneration"
+TEXT_ARCHITECTURE = "Mistral4ForCausalLM"
+
+# What the forward pass takes for granted: (key, the value it needs). An absent key is taken so.
+_REQUIRED = (
+    ("n_group", 1),
+    ("topk_group", 1),
+    ("first_k_dense_replace", 0),
+    ("attention_bias", False),
+    ("hidden_act", "silu"),
+    ("norm_topk_prob", True),
+    ("rope_interleave", True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding, with YaRN's stretching of it.
+
+    Attributes:
+        kind: "yarn" or "default" (plain rotary; the fields from `factor` on are then unused).
+        theta: Base of the frequencies.
+        factor: How many times `original_max_positions` the model was stretched to.
+        original_max_positions: Positions before stretching.
+        beta_fast: Rotations over the original range above which a frequency is left alone.
+        beta_slow: Rotations below which a frequency is divided by `factor`.
+        mscale: Numerator's weight in `cos_sin_factor`; 0 if the checkpoint has none.
+        mscale_all_dim: Denominator's weight in it; 0 if the checkpoint has none.
+        apply_scale: Whether the softmax scale is multiplied by YaRN's mscale squared. Only a
+            checkpoint's own `apply_scale: true` sets it; mscale values do not mean it.
+    """
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    original_max_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    apply_scale: bool = False
+
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by; 1.0 for Mistral Small 4."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._stretch(self.mscale) / self._stretch(self.mscale_all_dim)
+        return self._stretch(1.0)
+
+    def softmax_factor(self) -> float:
+        """What the softmax scale is multiplied by; 1.0 unless `apply_scale`."""
+        if self.kind != "yarn" or not self.apply_scale:
+            return 1.0
+        return self._stretch(self.mscale_all_dim or 1.0) ** 2
+
+    def _stretch(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shapes and constants of one checkpoint; field comments give the shape letter.
+
+    Attributes:
+        architecture: Class name that the config declares, wrapper or bare text model.
+        llama4_beta: Slope of the query scale 1 + beta * ln(1 + floor(position /
+            llama4_original_max_positions)); 0 switches it off.
+        eos_token_ids: Every id that ends a generation.
+        has_vision: Whether the checkpoint has a vision tower.
+        dtype: The checkpoint's dtype by name; tensors may still differ, see their headers.
+        quantization: Name of the weight format; None is plain bf16 or f32.
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int  # D
+    num_heads: int  # H
+    q_lora_rank: int
+    kv_lora_rank: int  # C
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int  # P
+    v_head_dim: int
+    num_experts: int
+    num_experts_per_token: int  # K
+    expert_hidden_size: int  # F
+    num_shared_experts: int
+    vocab_size: int  # V
+    rms_norm_eps: float
+    max_context: int
+    rope: RopeConfig
+    llama4_beta: float
+    llama4_original_max_positions: int
+    routed_scaling_factor: float
+    norm_topk_prob: bool
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    has_vision: bool
+    dtype: str
+    quantization: str | None = None
+
+    def qk_head_dim(self) -> int:
+        """Width of one query head: nope part, then rope part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def latent_width(self) -> int:
+        """Values cached per token and layer: C + P."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def shared_hidden_size(self) -> int:
+        """Hidden width of the shared experts, which run as one."""
+        return self.expert_hidden_size * self.num_shared_experts
+
+    def softmax_scale(self) -> float:
+        """qk_head_dim ** -0.5; 0.0884 for Mistral Small 4."""
+        return math.pow(self.qk_head_dim(), -0.5) * self.rope.softmax_factor()
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One mapping of a config file, able to say where a wrong value stands."""
+
+    file: Path
+    prefix: str
+    values: dict[str, Any]
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.file}: {self.prefix}{key}: {problem}")
+
+    def section(self, key: str) -> _Section:
+        value = self.values[key]
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a mapping, not {value!r}")
+        return _Section(self.file, f"{self.prefix}{key}.", value)
+
+    def flag(self, key: str) -> bool:
+        """A missing flag is False."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, f"must be a whole number of at least 1, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, f"must be a number, not {value!r}")
+        return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self.number(key, default)
+        if not 0.0 < value < math.inf:
+            raise self.error(key, f"must be positive, not {value!r}")
+        return value
+
+
+def load_model_config(directory: Path) -> ModelConfig:
+    """Read a checkpoint directory's `config.json` and `generation_config.json`.
+
+    Raises:
+        ConfigError: No such file, a layout or weight format that is not served yet, another
+            architecture, or a value that the engine cannot honour; the text names file and field.
+    """
+    top = _read_config(directory)
+    architecture, text = _text_section(top)
+    _check_quantization(top, text)
+    for key, needed in _REQUIRED:
+        value = text.values.get(key)
+        if value is not None and value != needed:
+            raise text.error(key, f"is {value!r}, but only {needed!r} is served")
+    rope_values = _rope_section(text)
+    rope = _load_rope(text, rope_values)
+    ids = _token_ids(directory, text)
+    config = ModelConfig(
+        architecture=architecture,
+        num_layers=text.count("num_hidden_layers"),
+        hidden_size=text.count("hidden_size"),
+        num_heads=text.count("num_attention_heads"),
+        q_lora_rank=text.count("q_lora_rank"),
+        kv_lora_rank=text.count("kv_lora_rank"),
+        qk_nope_head_dim=text.count("qk_nope_head_dim"),
+        qk_rope_head_dim=text.count("qk_rope_head_dim"),
+        v_head_dim=text.count("v_head_dim"),
+        num_experts=text.count("n_routed_experts"),
+        num_experts_per_token=text.count("num_experts_per_tok"),
+        expert_hidden_size=text.count("moe_intermediate_size"),
+        num_shared_experts=text.count("n_shared_experts"),
+        vocab_size=text.count("vocab_size"),
+        rms_norm_eps=text.positive("rms_norm_eps"),
+        max_context=text.count("max_position_embeddings"),
+        rope=rope,
+        llama4_beta=rope_values.number("llama_4_scaling_beta", 0.0),
+        llama4_original_max_positions=rope.original_max_positions,
+        routed_scaling_factor=text.positive("routed_scaling_factor", 1.0),
+        norm_topk_prob=True,
+        tie_word_embeddings=_is_tied(top, text),
+        bos_token_id=ids["bos_token_id"][0],
+        eos_token_ids=ids["eos_token_id"],
+        pad_token_id=ids["pad_token_id"][0],
+        has_vision=isinstance(top.values.get("vision_config"), dict),
+        dtype=_dtype_name(top, text),
+    )
+    _check_shapes(text, config)
+    return config
+
+
+def _read_config(directory: Path) -> _Section:
+    file = directory / "config.json"
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such checkpoint directory")
+    if not file.is_file():
+        if (directory / "params.json").is_file():
+            raise ConfigError(
+                f"{directory / 'params.json'}: native layout is not served yet; "
+                f"use the Hugging Face layout (config.json with model-*.safetensors)"
+            )
+        raise ConfigError(f"{file}: missing, so this is no checkpoint directory")
+    return _Section(file, "", _read_json(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    return values
+
+
+def _text_section(top: _Section) -> tuple[str, _Section]:
+    """The declared architecture and the part of the config that describes the text model."""
+    declared = top.values.get("architectures")
+    model_type = top.values.get("model_type")
+    if not isinstance(declared, list) or not declared:
+        by_type = {"mistral3": WRAPPER_ARCHITECTURE, "mistral4": TEXT_ARCHITECTURE}
+        declared = [by_type.get(str(model_type), model_type)]
+    architecture = str(declared[0])
+    if architecture == WRAPPER_ARCHITECTURE and isinstance(top.values.get("text_config"), dict):
+        text = top.section("text_config")
+    elif architecture == TEXT_ARCHITECTURE:
+        text = top
+    else:
+        raise top.error(
+            "architectures",
+            f"is {architecture}; served are {WRAPPER_ARCHITECTURE} with a mistral4 text_config "
+            f"and {TEXT_ARCHITECTURE}",
+        )
+    if text.values.get("model_type") != "mistral4":
+        raise text.error("model_type", f"is {text.values.get('model_type')!r}, not 'mistral4'")
+    return architecture, text
+
+
+def _check_quantization(top: _Section, text: _Section) -> None:
+    for section in (top, text):
+        found = section.values.get("quantization_config")
+        if found:
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise section.error(
+                "quantization_config",
+                f"{method} weights are not served yet; use a bf16 or f32 checkpoint",
+            )
+
+
+def _rope_section(text: _Section) -> _Section:
+    for key in ("rope_parameters", "rope_scaling"):
+        if text.values.get(key) is not None:
+            return text.section(key)
+    raise text.error("rope_parameters", "missing")
+
+
+def _load_rope(text: _Section, rope: _Section) -> RopeConfig:
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind not in ("yarn", "default"):
+        raise rope.error("rope_type", f"is {kind!r}; served are 'yarn' and 'default'")
+    if rope.values.get("attention_factor") is not None:
+        raise rope.error("attention_factor", "is not served; leave it out")
+    if rope.values.get("truncate") is False:
+        raise rope.error("truncate", "is false, but only true is served")
+    holder = rope if "rope_theta" in rope.values else text
+    theta = holder.positive("rope_theta")
+    if kind == "default":
+        positions = rope.count(
+            "original_max_position_embeddings", text.count("max_position_embeddings")
+        )
+        return RopeConfig(kind=kind, theta=theta, original_max_positions=positions)
+    return RopeConfig(
+        kind=kind,
+        theta=theta,
+        factor=rope.positive("factor"),
+        original_max_positions=rope.count("original_max_position_embeddings"),
+        beta_fast=rope.positive("beta_fast", 32.0),
+        beta_slow=rope.positive("beta_slow", 1.0),
+        mscale=rope.number("mscale", 0.0),
+        mscale_all_dim=rope.number("mscale_all_dim", 0.0),
+        apply_scale=rope.flag("apply_scale"),
+    )
+
+
+def _token_ids(directory: Path, text: _Section) -> dict[str, tuple[int, ...]]:
+    """Begin, end and padding ids: generation_config.json first, then config.json, then 1/2/11."""
+    file = directory / "generation_config.json"
+    generation = _Section(file, "", _read_json(file) if file.is_file() else {})
+    ids = {}
+    for key, usual in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 11)):
+        holder = generation if generation.values.get(key) is not None else text
+        value = holder.values.get(key)
+        value = usual if value is None else value
+        listed = value if isinstance(value, list) else [value]
+        if not listed or any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
+            raise holder.error(key, f"must be a token id, not {value!r}")
+        ids[key] = tuple(listed)
+    return ids
+
+
+def _is_tied(top: _Section, text: _Section) -> bool:
+    holder = top if "tie_word_embeddings" in top.values else text
+    return holder.flag("tie_word_embeddings")
+
+
+def _dtype_name(top: _Section, text: _Section) -> str:
+    for section in (text, top):
+        for key in ("dtype", "torch_dtype"):
+            if section.values.get(key) is not None:
+                return str(section.values[key])
+    return "bfloat16"
+
+
+def _check_shapes(text: _Section, config: ModelConfig) -> None:
+    if config.num_experts_per_token > config.num_experts:
+        raise text.error(
+            "num_experts_per_tok",
+            f"is {config.num_experts_per_token}, more than n_routed_experts={config.num_experts}",
+        )
+    if config.qk_rope_head_dim % 2:
+        raise text.error("qk_rope_head_dim", f"is {config.qk_rope_head_dim}; pairs need it even")
+    kv_heads = text.values.get("num_key_value_heads")
+    if kv_heads is not None and kv_heads != config.num_heads:
+        raise text.error(
+            "num_key_value_heads",
+            f"is {kv_heads}, not num_attention_heads={config.num_heads}",
+        )

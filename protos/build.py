@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +13,32 @@ _HERE = Path(__file__).parent
 
 
 def compile_protos(directory: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` for every .proto in `directory`.
+    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` beside every .proto of `directory`.
 
-    protoc names Python modules after the proto package path (`ostro/v1`), but they live in
-    `ostro.protos`; so the generated imports are rewritten.
+    protoc names Python modules after the proto package (`ostro.v1`); ours live in
+    `ostro.protos`, so the imports between generated files are rewritten.
 
     Raises:
-        RuntimeError: protoc refused a file.
+        RuntimeError: protoc refused a file; its reasons are on stderr.
     """
-    from grpc_tools import protoc
-    from importlib.resources import files
+    from grpc_tools import protoc  # only the build environment has it
 
     names = sorted(path.name for path in directory.glob("*.proto"))
-    arguments = [
-        "protoc",
-        f"-Iostro/v1={directory}",
-        f"-I{files('grpc_tools') / '_proto'}",
-        "--python_out=.",
-        "--pyi_out=.",
-        "--grpc_python_out=.",
-        *(f"ostro/v1/{name}" for name in names),
-    ]
-    with _generated_into(directory) as out:
-        arguments = [part.replace("_out=.", f"_out={out}") for part in arguments]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [
+            "protoc",
+            f"-Iostro/v1={directory}",
+            f"-I{files('grpc_tools') / '_proto'}",
+            f"--python_out={scratch}",
+            f"--pyi_out={scratch}",
+            f"--grpc_python_out={scratch}",
+            *(f"ostro/v1/{name}" for name in names),
+        ]
         if protoc.main(arguments) != 0:
             raise RuntimeError(f"protoc failed on {names} in {directory}")
-
-
-class _generated_into:
-    """A scratch folder whose `ostro/v1/*_pb2*` files are moved to `directory` on exit."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> str:
-        import tempfile
-
-        self._scratch = tempfile.TemporaryDirectory()
-        return self._scratch.name
-
-    def __exit__(self, failure: object, *_: object) -> None:
-        if failure is None:
-            for path in (Path(self._scratch.name) / "ostro" / "v1").iterdir():
-                text = re.sub(r"from ostro\.v1 import", "from ostro.protos import", path.read_text())
-                (self._directory / path.name).write_text(text)
-        self._scratch.cleanup()
+        for generated in Path(scratch, "ostro", "v1").iterdir():
+            text = generated.read_text().replace("from ostro.v1 import", "from ostro.protos import")
+            (directory / generated.name).write_text(text)
 
 
 class ProtoBuildHook(BuildHookInterface):  # type: ignore[type-arg]

@@ -5,11 +5,16 @@ The wire types are msgspec structs, so the step plane and the token path carry t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ostro.actors.errors import InvalidTransitionError
+
+if TYPE_CHECKING:
+    from ostro.actors.engine.effort import ThinkingTracker
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -171,47 +176,106 @@ _NEXT = {
 class RequestProgress:
     """The mutable life of one request: state, tokens, pages.
 
-    `num_computed_tokens` counts latents that are in the cache or that a planned step will put
-    there. `num_in_flight` counts planned steps whose results are not in yet.
+    Only the scheduler writes it. `pages` may be held by reference: it only grows while the request
+    holds it, and a request that loses its pages gets a new list.
+
+    Attributes:
+        output_token_ids: Known output; given at construction where a request goes on after a failure.
+        num_computed_tokens: Latents that are in the cache or that a planned step will put there.
+        num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
+        num_pending_outputs: Outputs that planned steps will sample.
+        num_in_flight: Planned steps whose results are not in yet.
+        arrival: Place in the order of arrivals at the scheduler.
+        max_num_tokens: Prompt plus output is never longer.
+        stop_token_ids: Any of them ends the output.
+        thinking: The budget's state, if the request has one.
+        queued_s: Seconds before its first step, until an event has told them; 0 from then on.
+        page_hashes: Hash chain of the leading full pages, as far as it was needed yet.
+        num_published_pages: Leading pages that were offered to the prefix cache or came from there.
     """
 
-    def __init__(self, request: GenerationRequest, *, arrived_s: float) -> None:
+    __slots__ = (
+        "arrival",
+        "arrived_s",
+        "max_num_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_in_flight",
+        "num_pending_outputs",
+        "num_prompt_tokens",
+        "num_published_pages",
+        "output_token_ids",
+        "page_hashes",
+        "pages",
+        "queued_s",
+        "request",
+        "request_id",
+        "state",
+        "stop_token_ids",
+        "thinking",
+    )
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        arrived_s: float,
+        output_token_ids: Sequence[int] = (),
+    ) -> None:
         self.request = request
+        self.request_id = request.request_id
         self.arrived_s = arrived_s
         self.state = RequestState.WAITING
-        self.output_token_ids: list[int] = []
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.output_token_ids = list(output_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_pending_outputs = 0
         self.num_in_flight = 0
+        self.arrival = 0
+        self.max_num_tokens = self.num_prompt_tokens + request.stop.max_tokens
+        self.stop_token_ids = _stop_token_ids(request.stop)
+        self.thinking: ThinkingTracker | None = None
+        self.queued_s = 0.0
         self.pages: list[int] = []
+        self.page_hashes: list[int] = []
+        self.num_published_pages = 0
 
     @property
-    def request_id(self) -> str:
-        """The request's own id."""
-        return self.request.request_id
+    def num_known_tokens(self) -> int:
+        """Prompt and known output."""
+        return self.num_prompt_tokens + len(self.output_token_ids)
 
     @property
     def num_tokens(self) -> int:
         """Prompt, known output and outputs that a planned step will sample."""
-        return (
-            len(self.request.prompt_token_ids)
-            + len(self.output_token_ids)
-            + self.num_pending_outputs
-        )
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_pending_outputs
 
     def token_at(self, position: int) -> int | None:
         """Token id at a position, or None where a planned step has yet to sample it."""
-        num_prompt = len(self.request.prompt_token_ids)
-        if position < num_prompt:
+        if position < self.num_prompt_tokens:
             return self.request.prompt_token_ids[position]
-        index = position - num_prompt
+        index = position - self.num_prompt_tokens
         return self.output_token_ids[index] if index < len(self.output_token_ids) else None
+
+    def known_tokens(self, start: int, end: int) -> list[int]:
+        """Token ids at positions [start, end), as far as they are known."""
+        num_prompt = self.num_prompt_tokens
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        prompt = self.request.prompt_token_ids
+        if end <= num_prompt:
+            return prompt[start:end]
+        return prompt[start:] + self.output_token_ids[: end - num_prompt]
 
     def move_to(self, state: RequestState) -> None:
         """Change state, or raise InvalidTransitionError if the move is not in `_NEXT`."""
         if state not in _NEXT[self.state]:
-            raise InvalidTransitionError(
-                f"{self.request_id}: {self.state.name} -> {state.name}"
-            )
+            raise InvalidTransitionError(f"{self.request_id}: {self.state.name} -> {state.name}")
         self.state = state
+
+
+def _stop_token_ids(stop: StopParams) -> frozenset[int]:
+    if stop.ignore_eos:
+        return frozenset(stop.stop_token_ids)
+    return frozenset((stop.eos_token_id, *stop.stop_token_ids))

@@ -21,8 +21,13 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class RankHello(_Message):
-    """First message of a rank on its step connection."""
+    """First message of a rank on its step connection.
 
+    Attributes:
+        token_address: Where an attention shard offers its token stream; None from an expert shard.
+    """
+
+    epoch: int
     rank: int
     token_address: str | None
 
@@ -51,19 +56,20 @@ class Proposal(_Message):
 
 
 class StepDone(_Message):
-    """An attention shard finished a step.
+    """An attention shard finished a step, or ended requests between steps.
 
     Attributes:
+        step: The step, or None if nothing ran.
         outputs: New output tokens by request id, for the journal.
         finished: Requests that ended in this step.
         cached_pages: Hashes of pages that became reusable, for placement by longest cached prefix.
         dropped_pages: Hashes of pages that were evicted.
-        seconds: Where the step's time went, by stage name.
+        seconds: Where this epoch's time went so far, by stage name.
     """
 
     epoch: int
     rank: int
-    step: int
+    step: int | None
     outputs: list[tuple[str, list[int]]]
     finished: list[str]
     load: ShardLoad

@@ -1,0 +1,282 @@
+"""The engine of an attention shard during one epoch.
+
+It takes messages from the router, runs the scheduler, executes planned steps and delivers their
+tokens. In a cell of several ranks the router's plans say when to run; the proposal for step s + 1
+goes out before step s runs, so planning never waits. A cell of one rank has nobody to agree with:
+it plans for itself, in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestProgress,
+    TokenEvent,
+)
+from ostro.actors.engine.scheduler import SampledToken, ScheduledStep, Scheduler
+from ostro.actors.errors import OstroError, TransportError
+from ostro.actors.fabric.channel import SyncConnection, SyncServer
+from ostro.actors.fabric.messages import (
+    AbortEpoch,
+    Assign,
+    Cancel,
+    EndThinking,
+    ExpertCounts,
+    Message,
+    Proposal,
+    ShardLoad,
+    StepDone,
+    StepEvents,
+    StepPlan,
+)
+from ostro.actors.model.batch import build_batches, split_evenly
+from ostro.actors.model.decoder import Decoder, ExpertExchange
+from ostro.actors.model.sampler import Sampler, SamplingRow
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.5
+_REPORT_EVERY_S = 1.0
+
+
+class StepExchange(ExpertExchange, Protocol):
+    """What the loop asks of a transport beyond what the decoder does."""
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Make ready for the rows of a plan."""
+        ...
+
+    def serve_all(self, num_layers: int) -> None:
+        """Serve the experts of a step in which this rank has no rows of its own."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionParts:
+    """What one epoch's engine works with.
+
+    Attributes:
+        conducted: Whether the router plans the steps (a cell of several ranks).
+        take_counts: Rows per layer and local physical expert since last asked, or None if the rank
+            holds no experts.
+    """
+
+    rank: int
+    epoch: int
+    conducted: bool
+    scheduler: Scheduler
+    decoder: Decoder
+    sampler: Sampler
+    exchange: StepExchange
+    connection: SyncConnection
+    tokens: SyncServer
+    page_size: int
+    num_layers: int
+    device: str
+    take_counts: Callable[[], list[list[int]]] | None
+
+
+class AttentionEngine:
+    """What an attention shard does in an epoch; `rank_loop.RankLoop` turns it."""
+
+    def __init__(self, parts: AttentionParts) -> None:
+        self._parts = parts
+        self._scheduler = parts.scheduler
+        self._ingress_of: dict[str, str] = {}
+        self._plans: deque[StepPlan] = deque()
+        self._proposed: ScheduledStep | None = None
+        self._next_step = 0
+        self._was_busy = False
+        self._reported_s = time.monotonic()
+        self._host_seconds = {"plan": 0.0, "forward": 0.0, "sample": 0.0, "deliver": 0.0}
+        self.num_steps = 0
+
+    def turn(self) -> None:
+        """See `rank_loop.Engine`."""
+        connection, has_work = self._parts.connection, self._has_work()
+        message = connection.receive(timeout_s=0.0 if has_work else _IDLE_WAIT_S)
+        while message is not None:
+            self._absorb(message)
+            message = connection.receive(timeout_s=0.0)
+        self._deliver(self._scheduler.take_events(), step=None)
+        if not self._parts.conducted:
+            self._run_own_step()
+            return
+        if self._proposed is None:
+            self._propose(owed=False)
+        if self._plans:
+            self._run_plan(self._plans.popleft())
+
+    def _has_work(self) -> bool:
+        if self._parts.conducted:
+            return bool(self._plans)
+        return self._scheduler.has_work()
+
+    def _absorb(self, message: Message) -> None:
+        if getattr(message, "epoch", self._parts.epoch) != self._parts.epoch:
+            logger.warning("rank %d: dropped a message of another epoch", self._parts.rank)
+            return
+        match message:
+            case StepPlan():
+                self._plans.append(message)
+            case Assign(request=request, ingress_id=ingress_id):
+                self._add(request, ingress_id)
+            case Cancel(request_id=request_id):
+                self._scheduler.cancel(request_id)
+            case EndThinking(request_id=request_id):
+                self._scheduler.end_thinking(request_id)
+            case AbortEpoch():
+                raise ConnectionError(message.reason)
+            case _:
+                logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
+
+    def _add(self, request: GenerationRequest, ingress_id: str) -> None:
+        self._ingress_of[request.request_id] = ingress_id
+        try:
+            self._scheduler.add(RequestProgress(request, arrived_s=time.monotonic()))
+        except OstroError as error:
+            refusal = TokenEvent(
+                request.request_id,
+                0,
+                [],
+                finish_reason=FinishReason.ERROR,
+                error_code=error.code,
+                error_message=error.message,
+            )
+            self._deliver([refusal], step=None)
+
+    def _propose(self, *, owed: bool) -> None:
+        began_s = time.perf_counter()
+        self._proposed = self._scheduler.schedule()
+        num_tokens = self._proposed.num_tokens if self._proposed else 0
+        if num_tokens or owed:
+            self._send(Proposal(self._parts.epoch, self._parts.rank, num_tokens))
+        elif self._was_busy and self._scheduler.is_idle():
+            self._become_idle()
+        self._host_seconds["plan"] += time.perf_counter() - began_s
+
+    def _become_idle(self) -> None:
+        self._was_busy = False
+        self._scheduler.check_integrity()
+
+    def _run_plan(self, plan: StepPlan) -> None:
+        if not any(plan.tokens_AM[self._parts.rank]):
+            self._parts.exchange.begin_step(plan)
+            self._parts.exchange.serve_all(self._parts.num_layers)
+            return
+        step, self._proposed = self._proposed, None
+        if step is None or step.num_tokens != sum(plan.tokens_AM[self._parts.rank]):
+            raise TransportError(f"the plan of step {plan.step} is not what this rank proposed")
+        self._propose(owed=True)
+        self._execute(step, plan)
+
+    def _run_own_step(self) -> None:
+        began_s = time.perf_counter()
+        step = self._scheduler.schedule()
+        self._host_seconds["plan"] += time.perf_counter() - began_s
+        if step is None:
+            if self._was_busy and self._scheduler.is_idle():
+                self._become_idle()
+            return
+        tokens_M = split_evenly(step.num_tokens, 1)
+        plan = StepPlan(self._parts.epoch, self._next_step, False, [tokens_M], 0)
+        self._next_step += 1
+        self._execute(step, plan)
+
+    def _execute(self, step: ScheduledStep, plan: StepPlan) -> None:
+        parts, self._was_busy = self._parts, True
+        began_s = time.perf_counter()
+        batches = build_batches(
+            step.entries,
+            page_size=parts.page_size,
+            num_micro_batches=len(plan.tokens_AM[parts.rank]),
+            device=parts.device,
+        )
+        parts.exchange.begin_step(plan)
+        logits = parts.decoder.forward(batches, parts.exchange)
+        forward_s = time.perf_counter()
+        sampled = self._sample(step, logits)
+        sampled_s = time.perf_counter()
+        events = self._scheduler.complete(step, sampled)
+        self.num_steps += 1
+        self._deliver(events, step=plan.step)
+        self._report_counts()
+        seconds = self._host_seconds
+        seconds["forward"] += forward_s - began_s
+        seconds["sample"] += sampled_s - forward_s
+        seconds["deliver"] += time.perf_counter() - sampled_s
+
+    def _sample(self, step: ScheduledStep, logits: object) -> dict[str, SampledToken]:
+        entries = [entry for entry in step.entries if entry.samples]
+        if not entries:
+            return {}
+        rows = []
+        for entry in entries:
+            forced, bias, banned = self._scheduler.sampling_state(entry.progress)
+            rows.append(
+                SamplingRow(
+                    progress=entry.progress,
+                    position=entry.start + entry.num_tokens,
+                    forced_token_id=forced,
+                    bias=bias,
+                    banned_token_ids=banned,
+                )
+            )
+        tokens = self._parts.sampler.sample(logits, rows)
+        return {
+            entry.progress.request_id: token for entry, token in zip(entries, tokens, strict=True)
+        }
+
+    def _deliver(self, events: list[TokenEvent], *, step: int | None) -> None:
+        if not events and step is None:
+            return
+        by_ingress: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            ingress_id = self._ingress_of.get(event.request_id)
+            if ingress_id is not None:
+                by_ingress.setdefault(ingress_id, []).append(event)
+        for ingress_id, of_ingress in by_ingress.items():
+            message = StepEvents(self._parts.epoch, self._parts.rank, of_ingress)
+            if not self._parts.tokens.send(ingress_id, message):
+                for event in of_ingress:
+                    self._scheduler.cancel(event.request_id)
+        finished = [event.request_id for event in events if event.finish_reason is not None]
+        for request_id in finished:
+            self._ingress_of.pop(request_id, None)
+        self._report_step(events, finished, step)
+
+    def _report_step(
+        self, events: list[TokenEvent], finished: list[str], step: int | None
+    ) -> None:
+        added, dropped = self._scheduler.cache_changes()
+        load = self._scheduler.load()
+        self._send(
+            StepDone(
+                epoch=self._parts.epoch,
+                rank=self._parts.rank,
+                step=step,
+                outputs=[(event.request_id, event.token_ids) for event in events],
+                finished=finished,
+                load=ShardLoad(**{name: getattr(load, name) for name in ShardLoad.__struct_fields__}),
+                cached_pages=added,
+                dropped_pages=dropped,
+                seconds={**self._parts.decoder.seconds, **self._host_seconds},
+            )
+        )
+
+    def _report_counts(self) -> None:
+        take_counts, now_s = self._parts.take_counts, time.monotonic()
+        if take_counts is not None and now_s - self._reported_s > _REPORT_EVERY_S:
+            self._reported_s = now_s
+            self._send(ExpertCounts(self._parts.epoch, self._parts.rank, take_counts(), {}))
+
+    def _send(self, message: Message) -> None:
+        self._parts.connection.send(message)

@@ -1,0 +1,126 @@
+"""The attention role of one rank: scheduler, pages, attention, gate, shared expert, sampler."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ostro.actors.attention_engine import AttentionEngine, AttentionParts, StepExchange
+from ostro.actors.engine.scheduler import Scheduler
+from ostro.actors.fabric.channel import SyncConnection, SyncServer
+from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.decoder import Decoder
+from ostro.actors.model.device import torch_dtype
+from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
+from ostro.actors.model.sampler import Sampler
+from ostro.actors.model.weights import (
+    attention_bytes,
+    expert_bytes,
+    load_attention_weights,
+    load_expert_weights,
+)
+from ostro.actors.rank import EpochSpec, RankSpec
+from ostro.actors.rank_actor import RankActor
+from ostro.actors.rank_loop import Engine
+from ostro.configs.model import ModelConfig
+
+_DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
+
+
+class AttentionShard(RankActor):
+    """Serves the requests that the router places on it; holds experts too in shared layouts.
+
+    Remote surface: `start`, `join`, `leave`, `health` (see `RankActor`).
+    """
+
+    def __init__(self, *, host: str, node_id: str, token_address: str) -> None:
+        super().__init__("attention", host=host, node_id=node_id)
+        self._token_address = token_address
+        self._tokens: SyncServer | None = None
+        self._experts: LocalExperts | None = None
+
+    def _load(self, spec: RankSpec, config: ModelConfig) -> None:
+        dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
+        status = self._status
+        status.bytes_to_load = attention_bytes(config, dtype)
+        status.bytes_to_load += expert_bytes(config, len(local), dtype)
+        reader = CheckpointReader(Path(spec.model_dir))
+        weights = load_attention_weights(
+            reader, config, device=spec.device, dtype=dtype, progress=status.count_bytes
+        )
+        if local:
+            experts = load_expert_weights(
+                reader,
+                config,
+                local,
+                device=spec.device,
+                dtype=dtype,
+                progress=status.count_bytes,
+            )
+            self._experts = LocalExperts(config, experts)
+        self._config = config
+        self._num_pages = num_pages(spec, config)
+        cache = LatentCache(
+            config,
+            num_pages=self._num_pages,
+            page_size=spec.deployment.engine.page_size,
+            device=spec.device,
+            dtype=dtype,
+        )
+        self._decoder = Decoder(config, weights, cache)
+        self._sampler = Sampler(config.vocab_size)
+
+    def _make_engine(
+        self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
+    ) -> tuple[Engine, str | None]:
+        engine = spec.deployment.engine
+        self._tokens = SyncServer(self._token_address, epoch.secret)
+        parts = AttentionParts(
+            rank=spec.rank,
+            epoch=epoch.epoch,
+            conducted=spec.deployment.layout.world_size() > 1,
+            scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
+            decoder=self._decoder,
+            sampler=self._sampler,
+            exchange=self._make_exchange(spec, epoch),
+            connection=connection,
+            tokens=self._tokens,
+            page_size=engine.page_size,
+            num_layers=self._config.num_layers,
+            device=spec.device,
+            take_counts=self._experts.take_counts if self._experts else None,
+        )
+        return AttentionEngine(parts), self._tokens.start()
+
+    def _make_exchange(self, spec: RankSpec, epoch: EpochSpec) -> StepExchange:
+        raise NotImplementedError
+
+    def _epoch_ended(self) -> None:
+        if self._tokens is not None:
+            self._tokens.close()
+            self._tokens = None
+
+
+def max_context(spec: RankSpec, config: ModelConfig) -> int:
+    """Longest prompt plus output that is served, in tokens."""
+    asked = spec.deployment.engine.max_context
+    return config.max_context if asked is None else min(asked, config.max_context)
+
+
+def num_pages(spec: RankSpec, config: ModelConfig) -> int:
+    """Pages of the latent cache: as configured, or what fits in the configured memory."""
+    engine = spec.deployment.engine
+    if engine.num_pages is not None:
+        return engine.num_pages
+    page_bytes = cache_page_bytes(config, engine.page_size, torch_dtype(spec.dtype))
+    if engine.cache_memory_bytes is not None:
+        memory_bytes = engine.cache_memory_bytes
+    elif spec.device == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        memory_bytes = free_bytes - int(total_bytes * (1.0 - engine.gpu_memory_fraction))
+    else:
+        memory_bytes = _DEFAULT_CPU_CACHE_BYTES
+    useful = engine.max_running_requests * -(-max_context(spec, config) // engine.page_size)
+    return max(1, min(memory_bytes // page_bytes, useful))

@@ -1,0 +1,82 @@
+"""Which attention shard takes a request: longest cached prefix first, then the least token load.
+
+Pure bookkeeping of the router: it mirrors each shard's cached pages by hash and counts the tokens
+of the requests that live there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ostro.actors.engine.prefix_cache import page_hashes
+from ostro.actors.engine.request import GenerationRequest
+
+
+@dataclass(slots=True)
+class _Shard:
+    cached: set[int] = field(default_factory=set)
+    live_tokens: dict[str, int] = field(default_factory=dict)
+    unstarted_tokens: dict[str, int] = field(default_factory=dict)
+    load_tokens: int = 0
+
+
+class Assigner:
+    """Keeps the picture of every attention shard and places requests on it."""
+
+    def __init__(self, ranks: Iterable[int], *, page_size: int) -> None:
+        self._page_size = page_size
+        self._shards = {rank: _Shard() for rank in ranks}
+
+    def choose(self, request: GenerationRequest) -> int:
+        """The rank that should serve a request."""
+        if len(self._shards) == 1:
+            return next(iter(self._shards))
+        hashes = page_hashes(request.prompt_token_ids, self._page_size, request.cache_salt)
+        return min(
+            self._shards,
+            key=lambda rank: (
+                -_leading(hashes, self._shards[rank].cached),
+                self._shards[rank].load_tokens,
+                rank,
+            ),
+        )
+
+    def add(self, rank: int, request: GenerationRequest) -> None:
+        """Count a request that was placed on a rank."""
+        shard, tokens = self._shards[rank], len(request.prompt_token_ids)
+        shard.live_tokens[request.request_id] = tokens
+        shard.unstarted_tokens[request.request_id] = tokens
+        shard.load_tokens += tokens
+
+    def grow(self, rank: int, request_id: str, num_tokens: int) -> None:
+        """Count new output tokens of a request."""
+        shard = self._shards[rank]
+        if request_id in shard.live_tokens:
+            shard.live_tokens[request_id] += num_tokens
+            shard.load_tokens += num_tokens
+            shard.unstarted_tokens.pop(request_id, None)
+
+    def remove(self, rank: int, request_id: str) -> None:
+        """Forget a request that ended."""
+        shard = self._shards[rank]
+        shard.load_tokens -= shard.live_tokens.pop(request_id, 0)
+        shard.unstarted_tokens.pop(request_id, None)
+
+    def cache_changed(self, rank: int, added: Sequence[int], dropped: Sequence[int]) -> None:
+        """Mirror a shard's prefix cache."""
+        cached = self._shards[rank].cached
+        cached.update(added)
+        cached.difference_update(dropped)
+
+    def waiting(self, rank: int) -> tuple[int, int]:
+        """(requests, prompt tokens) placed on a rank that have brought no token yet."""
+        unstarted = self._shards[rank].unstarted_tokens
+        return len(unstarted), sum(unstarted.values())
+
+
+def _leading(hashes: Sequence[int], cached: set[int]) -> int:
+    for index, page_hash in enumerate(hashes):
+        if page_hash not in cached:
+            return index
+    return len(hashes)

@@ -1,0 +1,107 @@
+"""Thinking budgets: counts a request's thinking tokens and says when thinking must end.
+
+The end is forced as ordinary output, one token of the closing phrase a step, so that the model goes
+on from it as if it had written it itself. Nothing here knows of logits: the sampler is told which
+token to take, which to favour and which to leave.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ostro.actors.engine.request import ThinkingParams
+
+EndedBy = Literal["model", "budget", "caller"]
+
+# At the end of the soft zone the end mark's logit is raised by this: enough to win where the model
+# gives it one chance in a few thousand.
+_FULL_BIAS = 8.0
+
+
+class ThinkingTracker:
+    """Follows one request's output, token by token.
+
+    Attributes:
+        is_open: Whether the next token belongs to the thinking.
+        num_thinking_tokens: Tokens between the marks so far, a forced closing phrase included.
+        ended_by: Who ended the thinking, once it has ended.
+        banned_token_ids: The begin mark, where thinking must not begin (again).
+    """
+
+    def __init__(self, params: ThinkingParams) -> None:
+        self._params = params
+        end_mark = (params.end_token_id,)
+        closing = params.closing_token_ids
+        self._closing = closing if closing[-1:] == end_mark else closing + end_mark
+        self._num_forced = 0
+        self._cause: EndedBy | None = None
+        self.is_open = False
+        self.num_thinking_tokens = 0
+        self.ended_by: EndedBy | None = None
+        self.banned_token_ids: tuple[int, ...] = ()
+        if params.starts_open:
+            self._open()
+        elif self._is_spent():
+            self._forbid()
+
+    def observe(self, token_id: int) -> None:
+        """Take note of the next output token."""
+        if not self.is_open:
+            if token_id == self._params.begin_token_id:
+                self._open()
+            return
+        if token_id == self._params.end_token_id:
+            self._close()
+            return
+        self.num_thinking_tokens += 1
+        if self._cause is None:
+            if self._is_spent():
+                self._cause = "budget"
+        elif token_id == self._closing[self._num_forced]:
+            self._num_forced += 1
+
+    def next_token(self) -> int | None:
+        """The token that must come next, or None if the model may choose."""
+        return None if self._cause is None else self._closing[self._num_forced]
+
+    def end_bias(self) -> float:
+        """What to add to the end mark's logit: 0 outside the soft zone, rising linearly within."""
+        budget, zone = self._params.budget_tokens, self._params.soft_zone_tokens
+        if not self.is_open or self._cause is not None or budget is None or zone == 0:
+            return 0.0
+        num_into_zone = zone - (budget - self.num_thinking_tokens)
+        return max(_FULL_BIAS * num_into_zone / zone, 0.0)
+
+    def end_now(self) -> bool:
+        """End the thinking on the caller's behalf; False if it has ended or is ending already."""
+        if self.is_open:
+            if self._cause is not None:
+                return False
+            self._cause = "caller"
+            return True
+        if self.banned_token_ids or self.ended_by is not None:
+            return False
+        self._forbid()
+        return True
+
+    def _open(self) -> None:
+        self.is_open = True
+        self.ended_by = None
+        if self._is_spent():
+            self._cause = "budget"
+
+    def _close(self) -> None:
+        was_forced = self._cause is not None and self._num_forced == len(self._closing) - 1
+        self.ended_by = self._cause if was_forced else "model"
+        if self._cause is not None or self._is_spent():
+            self._forbid()
+        self.is_open = False
+        self._cause = None
+        self._num_forced = 0
+
+    def _is_spent(self) -> bool:
+        budget = self._params.budget_tokens
+        return budget is not None and self.num_thinking_tokens >= budget
+
+    def _forbid(self) -> None:
+        self.banned_token_ids = (self._params.begin_token_id,)

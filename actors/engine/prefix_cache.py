@@ -1,0 +1,95 @@
+"""The prefix cache: full pages found again by what they, and all pages before them, contain.
+
+A page's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. The pool
+keeps the pages and their order of eviction; this file knows what they mean.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from ostro.actors.engine.page_pool import PageLeakError, PagePool
+
+_HASH_BYTES = 8
+
+
+def page_hashes(token_ids: Sequence[int], page_size: int, salt: str) -> list[int]:
+    """Hash chain of the full pages of a prompt, one 64-bit number a page."""
+    hashes: list[int] = []
+    extend_page_hashes(hashes, token_ids, page_size, salt)
+    return hashes
+
+
+def extend_page_hashes(
+    hashes: list[int], token_ids: Sequence[int], page_size: int, salt: str
+) -> None:
+    """Append the hashes of the full pages of `token_ids`, which follow the pages of `hashes`."""
+    num_pages = len(token_ids) // page_size
+    packed = struct.pack(f"<{num_pages * page_size}I", *token_ids[: num_pages * page_size])
+    parent = (hashes[-1] if hashes else 0).to_bytes(_HASH_BYTES, "little")
+    salt_bytes, page_bytes = salt.encode(), 4 * page_size
+    for start in range(0, len(packed), page_bytes):
+        content = parent + salt_bytes + packed[start : start + page_bytes]
+        parent = blake2b(content, digest_size=_HASH_BYTES).digest()
+        hashes.append(int.from_bytes(parent, "little"))
+
+
+class PrefixCache:
+    """Which page holds which content. One owner for a pool."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._page_of: dict[int, int] = {}
+        self._hash_of: dict[int, int] = {}
+        self._is_new: dict[int, bool] = {}
+        pool.watch_evictions(self._forget)
+
+    def match(self, hashes: Sequence[int]) -> list[int]:
+        """Pages of the longest cached prefix of a hash chain; the caller now holds them."""
+        pages: list[int] = []
+        for page_hash in hashes:
+            page = self._page_of.get(page_hash)
+            if page is None:
+                break
+            self._pool.acquire(page)
+            pages.append(page)
+        return pages
+
+    def insert(self, page_hash: int, page: int) -> bool:
+        """Offer a referenced page whose latents are all in place; False if the content was known."""
+        if page_hash in self._page_of:
+            return False
+        self._page_of[page_hash] = page
+        self._hash_of[page] = page_hash
+        self._pool.keep(page)
+        self._note(page_hash, is_new=True)
+        return True
+
+    def drain_changes(self) -> tuple[list[int], list[int]]:
+        """(hashes added, hashes dropped) since the last call, each at most once in one of them."""
+        changes, self._is_new = self._is_new, {}
+        added = [page_hash for page_hash, is_new in changes.items() if is_new]
+        dropped = [page_hash for page_hash, is_new in changes.items() if not is_new]
+        return added, dropped
+
+    def check(self) -> None:
+        """Compare with the pool.
+
+        Raises:
+            PageLeakError: The pool keeps other pages than this cache knows; the message names them.
+        """
+        if {page: page_hash for page_hash, page in self._page_of.items()} != self._hash_of:
+            raise PageLeakError("two hashes name one page, or two pages one hash")
+        if strays := self._pool.kept_pages() ^ self._hash_of.keys():
+            raise PageLeakError(f"pages {sorted(strays)[:16]}: kept without a hash, or the reverse")
+
+    def _forget(self, page: int) -> None:
+        page_hash = self._hash_of.pop(page)
+        del self._page_of[page_hash]
+        self._note(page_hash, is_new=False)
+
+    def _note(self, page_hash: int, *, is_new: bool) -> None:
+        if self._is_new.pop(page_hash, is_new) == is_new:
+            self._is_new[page_hash] = is_new

@@ -1,0 +1,47 @@
+"""The routed experts of one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ostro.actors.expert_engine import ExpertEngine, ExpertParts
+from ostro.actors.fabric.channel import SyncConnection
+from ostro.actors.fabric.transport import ExpertServer
+from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.device import torch_dtype
+from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.weights import expert_bytes, load_expert_weights
+from ostro.actors.rank import EpochSpec, RankSpec
+from ostro.actors.rank_actor import RankActor
+from ostro.actors.rank_loop import Engine
+from ostro.configs.model import ModelConfig
+
+
+class ExpertShard(RankActor):
+    """Serves rows with the experts of one GPU, or of one process on CPU.
+
+    Remote surface: `start`, `join`, `leave`, `health` (see `RankActor`).
+    """
+
+    def __init__(self, *, host: str, node_id: str) -> None:
+        super().__init__("expert", host=host, node_id=node_id)
+        self._experts: LocalExperts | None = None
+
+    def _load(self, spec: RankSpec, config: ModelConfig) -> None:
+        dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
+        self._status.bytes_to_load = expert_bytes(config, len(local), dtype)
+        weights = load_expert_weights(
+            CheckpointReader(Path(spec.model_dir)),
+            config,
+            local,
+            device=spec.device,
+            dtype=dtype,
+            progress=self._status.count_bytes,
+        )
+        self._config = config
+        self._experts = LocalExperts(config, weights)
+
+    def _make_engine(
+        self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
+    ) -> tuple[Engine, str | None]:
+        raise NotImplementedError

@@ -1,0 +1,61 @@
+"""The device of a rank: which one, how many threads, which dtype."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ostro.configs.deployment import DeploymentConfig, Layout
+from ostro.configs.errors import ConfigError
+from ostro.configs.model import ModelConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SMALL_HIDDEN = 512
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a config's name."""
+    return _DTYPES[name]
+
+
+def choose_dtype(requested: str, device: str, config: ModelConfig) -> str:
+    """What "auto" means on a device; the same on every rank and after every restart.
+
+    bfloat16 on CUDA. On CPU bfloat16 only where the processor multiplies it natively and the model
+    is large enough to be bound by the bytes of its weights; small models are faster in float32.
+    """
+    if requested != "auto":
+        return requested
+    if device == "cuda":
+        return "bfloat16"
+    native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "bfloat16" if native and config.hidden_size >= _SMALL_HIDDEN else "float32"
+
+
+def num_threads(deployment: DeploymentConfig) -> int:
+    """torch threads of a CPU rank: all cores alone, one where ranks share the cores.
+
+    Ranks in lock step with two threads each were 20 times slower than with one.
+    """
+    if deployment.engine.num_threads is not None:
+        return deployment.engine.num_threads
+    if deployment.layout.layout is Layout.SINGLE:
+        return len(os.sched_getaffinity(0))
+    return 1
+
+
+def prepare_device(device: str, deployment: DeploymentConfig) -> None:
+    """Set up the calling process for its rank.
+
+    Raises:
+        ConfigError: `device` is "cuda" and this process sees no GPU.
+    """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "device=cuda, but this process sees no GPU; set layout.device=cpu or check drivers"
+            )
+        torch.cuda.set_device(0)
+        return
+    torch.set_num_threads(num_threads(deployment))

@@ -1,0 +1,233 @@
+"""Seeded random checkpoints in the Hugging Face layout, for tests, benchmarks and the first run.
+
+Every value is a function of (seed, tensor name, index on axis 0 of stacked experts) through raw
+Philox words, which numpy defines by algorithm: the same seed gives the same bytes on every
+machine and version. Written as a stream, so a checkpoint may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor
+from ostro.configs.model import TEXT_ARCHITECTURE, load_model_config
+
+_DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
+_NORM_SPREAD = 0.1  # norms are not exactly one, so that a loader that forgets them is noticed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomModel:
+    """Shape of a random checkpoint; defaults are what Mistral Small 4 has.
+
+    Attributes:
+        std: Standard deviation of all weights but the norms.
+        end_row_gain: Factor on the head's row of the end token; above 1 a random model stops
+            at times instead of always running into its token limit.
+        dtype: "bfloat16" or "float32".
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    expert_hidden_size: int
+    std: float
+    num_experts: int = 128
+    num_experts_per_token: int = 4
+    num_shared_experts: int = 1
+    rope_factor: float = 128.0
+    original_max_positions: int = 8192
+    max_positions: int = 1_048_576
+    tie_word_embeddings: bool = False
+    end_row_gain: float = 1.0
+    dtype: str = "bfloat16"
+
+
+TINY = RandomModel(
+    vocab_size=1024,
+    hidden_size=64,
+    num_layers=3,
+    num_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    expert_hidden_size=32,
+    num_experts=16,
+    std=0.08,
+    dtype="float32",
+)
+
+EMBEDDED = RandomModel(
+    vocab_size=4096,
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    q_lora_rank=64,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    expert_hidden_size=32,
+    rope_factor=4.0,
+    max_positions=32_768,
+    std=0.044,
+    end_row_gain=4.0,
+)
+
+# The benchmark's checkpoint: 898 M values, per-head geometry as in Mistral Small 4.
+MID = RandomModel(
+    vocab_size=32_768,
+    hidden_size=1024,
+    num_layers=8,
+    num_heads=8,
+    q_lora_rank=256,
+    kv_lora_rank=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    expert_hidden_size=256,
+    std=0.04,
+)
+
+
+def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) -> None:
+    """Write config.json, generation_config.json and model.safetensors into a directory.
+
+    transformers' `Mistral4ForCausalLM.from_pretrained` reads it too.
+
+    Raises:
+        ConfigError: The model's numbers contradict each other.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", _config_json(model))
+    _write_json(directory / "generation_config.json", _TOKEN_IDS)
+    tensors = list(TEXT_SCHEME.expected(load_model_config(directory)).values())
+    partial = directory / "model.safetensors.partial"
+    with partial.open("wb") as file:
+        _write_header(file, tensors, model.dtype)
+        for tensor in tensors:
+            for values in _values(tensor, model, seed):
+                file.write(values.view(-1).view(torch.uint8).numpy().data)
+    partial.replace(directory / "model.safetensors")
+
+
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="ascii")
+
+
+def _config_json(model: RandomModel) -> dict[str, Any]:
+    qk_head_dim = model.qk_nope_head_dim + model.qk_rope_head_dim
+    return {
+        "architectures": [TEXT_ARCHITECTURE],
+        "model_type": "mistral4",
+        "dtype": model.dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": 3 * model.hidden_size,
+        "moe_intermediate_size": model.expert_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_heads,
+        "n_routed_experts": model.num_experts,
+        "n_shared_experts": model.num_shared_experts,
+        "num_experts_per_tok": model.num_experts_per_token,
+        "q_lora_rank": model.q_lora_rank,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_nope_head_dim": model.qk_nope_head_dim,
+        "qk_rope_head_dim": model.qk_rope_head_dim,
+        "qk_head_dim": qk_head_dim,
+        "head_dim": qk_head_dim,
+        "v_head_dim": model.v_head_dim,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": model.std,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        "rope_parameters": _rope_json(model),
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "use_cache": True,
+        **_TOKEN_IDS,
+    }
+
+
+def _rope_json(model: RandomModel) -> dict[str, Any]:
+    qk_head_dim = model.qk_nope_head_dim + model.qk_rope_head_dim
+    return {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": model.rope_factor,
+        "original_max_position_embeddings": model.original_max_positions,
+        "max_position_embeddings": model.max_positions,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+        "partial_rotary_factor": model.qk_rope_head_dim / qk_head_dim,
+    }
+
+
+def _write_header(file: io.BufferedWriter, tensors: list[ExpectedTensor], dtype: str) -> None:
+    name, torch_dtype = _DTYPES[dtype]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * torch_dtype.itemsize
+        header[tensor.name] = {"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode("ascii")
+    raw += b" " * (-len(raw) % 8)  # the format wants the data aligned
+    file.write(len(raw).to_bytes(8, "little") + raw)
+
+
+def _values(tensor: ExpectedTensor, model: RandomModel, seed: int) -> Iterator[torch.Tensor]:
+    """The tensor's values in order; stacked experts one by one."""
+    dtype = _DTYPES[model.dtype][1]
+    if len(tensor.shape) == 3:
+        for index in range(tensor.shape[0]):
+            yield _uniform(f"{seed}/{tensor.name}/{index}", tensor.shape[1:], model.std).to(dtype)
+        return
+    if len(tensor.shape) == 1:
+        yield (1.0 + _uniform(f"{seed}/{tensor.name}/0", tensor.shape, _NORM_SPREAD)).to(dtype)
+        return
+    values = _uniform(f"{seed}/{tensor.name}/0", tensor.shape, model.std)
+    if tensor.parameter == "lm_head":
+        values[_TOKEN_IDS["eos_token_id"]] *= model.end_row_gain
+    yield values.to(dtype)
+
+
+def _uniform(key: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """Zero-mean uniform float32 values made of 16 raw bits each."""
+    count = math.prod(shape)
+    digest = hashlib.blake2b(key.encode("ascii"), digest_size=16).digest()
+    words = np.random.Philox(key=np.frombuffer(digest, "<u8")).random_raw((count + 3) // 4)
+    bits = words.astype("<u8", copy=False).view("<i2")[:count]
+    return torch.from_numpy(bits.astype(np.float32)).view(shape) * (std * math.sqrt(3.0) / 32768)

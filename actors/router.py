@@ -1,0 +1,381 @@
+"""The router of a cell: admits and places requests, conducts steps, owns epochs and placement.
+
+A plain class on one asyncio loop; `cluster.launch` makes it an actor. It decides and never carries:
+rows travel between ranks, tokens travel from attention shards to ingress replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from ostro.actors.cell_requests import CellRequests, LiveRequest
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
+from ostro.actors.fabric.channel import AsyncConnection, AsyncServer
+from ostro.actors.fabric.epoch import host_store
+from ostro.actors.fabric.messages import (
+    Accepted,
+    ActorStatus,
+    AskState,
+    Assign,
+    Cancel,
+    CancelGeneration,
+    ControlDone,
+    EndThinking,
+    EndThinkingGeneration,
+    IngressHello,
+    Members,
+    RankHello,
+    Rejected,
+    State,
+    Submit,
+)
+from ostro.actors.fabric.placement import Placement, initial_placement
+from ostro.actors.model.weights import check_checkpoint
+from ostro.actors.rank import EpochSpec, Peer, RankHealth, RankSpec, RankState
+from ostro.actors.router_epoch import RouterEpoch
+from ostro.configs.deployment import DeploymentConfig
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_S = 2.0
+_HEALTH_FRESH_S = 0.5
+_LEAVE_TIMEOUT_S = 10.0
+_MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
+_WATCH_EVERY_S = 1.0
+_STEP_GRACE_S = 5.0
+
+
+class Router:
+    """Conducts one cell.
+
+    Remote surface: `start`, `address`, `state`, `drain`, `stop`. Everything else arrives on the
+    step listener: ranks and ingress replicas connect there and show the deployment's secret.
+    """
+
+    def __init__(
+        self,
+        deployment: DeploymentConfig,
+        model_dir: str,
+        peers: Sequence[Peer],
+        *,
+        device: str,
+        dtype: str,
+        host: str,
+        listen_address: str,
+        secret: bytes,
+    ) -> None:
+        self._deployment = deployment
+        self._model_dir = model_dir
+        self._peers = list(peers)
+        self._device = device
+        self._dtype = dtype
+        self._host = host
+        self._secret = secret
+        self._server = AsyncServer(listen_address, secret, self._on_connection)
+        self._address: str | None = None
+        self._store: object | None = None
+        self._placement: Placement | None = None
+        self._rows_LE: list[list[int]] = []
+        self._epoch: RouterEpoch | None = None
+        self._epoch_number = -1
+        self._requests = self._no_requests()
+        self._ingresses: dict[str, AsyncConnection] = {}
+        self._health: dict[int, RankHealth] = {}
+        self._health_at_s = 0.0
+        self._starting = asyncio.Lock()
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Load every rank and form an epoch; again after a failure, it mends what is broken.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be served; nothing was loaded.
+            ShardLostError: A rank did not start or join in time; the message names it.
+        """
+        async with self._starting:
+            if self._address is None:
+                config = check_checkpoint(self._model_dir)
+                layout = self._deployment.layout
+                self._placement = initial_placement(
+                    config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
+                )
+                self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
+                self._store = host_store(self._host)
+                self._address = await self._server.start()
+                self._spawn(self._watch())
+            await self._begin_epoch()
+
+    async def address(self) -> str:
+        """Where ranks and ingress replicas connect."""
+        if self._address is None:
+            raise NotReadyError("the router has not been started; call start() first")
+        return self._address
+
+    async def drain(self, timeout_s: float) -> int:
+        """Take no new requests and wait for the running ones; how many were left at the end."""
+        self._draining = True
+        self._tell_members()
+        deadline_s = time.monotonic() + timeout_s
+        while len(self._requests) and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.05)
+        return len(self._requests)
+
+    async def stop(self) -> None:
+        """End the epoch and every connection; ranks keep their weights."""
+        self._draining = True
+        for task in self._tasks:
+            task.cancel()
+        if self._epoch is not None:
+            self._epoch.close()
+        await asyncio.gather(
+            *(peer.leave(timeout_s=_LEAVE_TIMEOUT_S) for peer in self._peers),
+            return_exceptions=True,
+        )
+        await self._server.close()
+
+    async def state(self, tag: int = 0) -> State:
+        """The cell at this moment; ranks that do not answer are shown as lost."""
+        await self._refresh_health()
+        epoch, placement = self._epoch, self._placement
+        return State(
+            tag=tag,
+            epoch=max(self._epoch_number, 0),
+            ready=self._ready,
+            actors=[self._status_of(rank) for rank in range(len(self._peers))],
+            loads=dict(epoch.loads) if epoch else {},
+            rows_LE=self._rows_LE,
+            physical_to_logical=list(placement.physical_to_logical) if placement else [],
+            rank_of_physical=list(placement.rank_of_physical) if placement else [],
+            seconds=epoch.total_seconds() if epoch else {},
+            num_steps=epoch.num_steps if epoch else 0,
+        )
+
+    @property
+    def _ready(self) -> bool:
+        return self._epoch is not None and self._epoch.serving and not self._draining
+
+    # ---- epochs
+
+    async def _begin_epoch(self) -> None:
+        assert self._placement is not None and self._address is not None
+        timeouts = self._deployment.layout
+        await self._of_all("start", timeouts.shard_start_timeout_s, self._rank_spec)
+        self._epoch_number += 1
+        self._requests = self._no_requests()
+        self._epoch = RouterEpoch(
+            self._deployment.layout,
+            number=self._epoch_number,
+            placement=self._placement,
+            rows_LE=self._rows_LE,
+            requests=self._requests,
+            on_failure=self._on_failure,
+        )
+        spec = EpochSpec(
+            epoch=self._epoch_number,
+            store_host=self._host,
+            store_port=self._store.port,  # type: ignore[union-attr]
+            router_address=self._address,
+            secret=self._secret,
+        )
+        await self._of_all("join", timeouts.join_timeout_s, lambda _rank: spec)
+        await self._epoch.all_here(timeouts.join_timeout_s)
+        logger.info("epoch %d serves on %d ranks", self._epoch_number, len(self._peers))
+        self._tell_members()
+
+    async def _of_all(self, call: str, timeout_s: float, argument: object) -> None:
+        async def one(rank: int, peer: Peer) -> None:
+            await getattr(peer, call)(argument(rank), timeout_s=timeout_s)  # type: ignore[operator]
+
+        results = await asyncio.gather(
+            *(one(rank, peer) for rank, peer in enumerate(self._peers)), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def _rank_spec(self, rank: int) -> RankSpec:
+        assert self._placement is not None
+        return RankSpec(
+            rank=rank,
+            model_dir=self._model_dir,
+            deployment=self._deployment,
+            placement=self._placement,
+            device=self._device,
+            dtype=self._dtype,
+        )
+
+    def _on_failure(self, epoch: RouterEpoch, lost: Sequence[int], reason: str) -> None:
+        names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
+        message = f"epoch {epoch.number} ended: lost {names}: {reason}"
+        logger.error("%s", message)
+        for live in self._requests:
+            self._reject(live.ingress_id, live.request_id, ShardLostError(message, retry_after_s=5))
+        self._requests = self._no_requests()
+        epoch.close()
+        self._tell_members()
+        if not self._draining:
+            self._spawn(self._mend(list(lost)))
+
+    async def _mend(self, lost: list[int]) -> None:
+        """Form the next epoch, waiting longer after each attempt that fails."""
+        for attempt in range(10_000):
+            await asyncio.sleep(_MEND_PAUSE_S[min(attempt, len(_MEND_PAUSE_S) - 1)])
+            try:
+                for rank in lost:
+                    await self._restart_if_silent(rank)
+                async with self._starting:
+                    if not (self._epoch and self._epoch.serving):
+                        await self._begin_epoch()
+            except OstroError as error:
+                logger.warning("epoch %d did not form: %s", self._epoch_number, error)
+                continue
+            return
+
+    async def _restart_if_silent(self, rank: int) -> None:
+        try:
+            await self._peers[rank].health(timeout_s=_HEALTH_TIMEOUT_S)
+        except ShardLostError:
+            await self._peers[rank].restart()
+
+    async def _watch(self) -> None:
+        """Name the ranks that sit on a step for too long."""
+        timeout_s = self._deployment.layout.step_timeout_s + _STEP_GRACE_S
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            if self._epoch is not None:
+                self._epoch.check_overdue(timeout_s)
+
+    # ---- connections
+
+    async def _on_connection(self, connection: AsyncConnection) -> None:
+        hello = await connection.receive()
+        if isinstance(hello, RankHello) and self._epoch and hello.epoch == self._epoch.number:
+            await self._epoch.serve_rank(connection, hello)
+        elif isinstance(hello, IngressHello):
+            await self._serve_ingress(connection, hello.ingress_id)
+        else:
+            logger.warning("dropped a connection that said %s first", type(hello).__name__)
+        connection.close()
+
+    async def _serve_ingress(self, connection: AsyncConnection, ingress_id: str) -> None:
+        self._ingresses[ingress_id] = connection
+        connection.send(self._members())
+        try:
+            while True:
+                match await connection.receive():
+                    case Submit(request=request):
+                        self._submit(ingress_id, request)
+                    case CancelGeneration(tag=tag, request_id=request_id):
+                        live = self._requests.find(request_id)
+                        connection.send(ControlDone(tag, self._cancel(live)))
+                    case EndThinkingGeneration(tag=tag, request_id=request_id):
+                        connection.send(ControlDone(tag, self._end_thinking(request_id)))
+                    case AskState(tag=tag):
+                        self._spawn(self._send_state(connection, tag))
+                    case None:
+                        return
+        except ConnectionError:
+            logger.info("ingress %s is gone", ingress_id)
+        finally:
+            if self._ingresses.get(ingress_id) is connection:
+                del self._ingresses[ingress_id]
+                for live in self._requests.of_ingress(ingress_id):
+                    self._cancel(live)
+
+    async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
+        state = await self.state(tag)
+        try:
+            connection.send(state)
+        except ConnectionError:
+            logger.info("an ingress left before its answer")
+
+    def _submit(self, ingress_id: str, request: object) -> None:
+        try:
+            if not self._ready or self._epoch is None:
+                why = "draining" if self._draining else "loading or being mended"
+                raise NotReadyError(f"the cell is {why}; try again", retry_after_s=5)
+            live = self._requests.place(request, ingress_id)  # type: ignore[arg-type]
+        except OstroError as error:
+            self._reject(ingress_id, request.request_id, error)  # type: ignore[attr-defined]
+            return
+        self._epoch.send(live.rank, Assign(self._epoch.number, request, ingress_id))  # type: ignore[arg-type]
+        self._ingresses[ingress_id].send(Accepted(live.request_id, live.rank))
+
+    def _reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
+        connection = self._ingresses.get(ingress_id)
+        if connection is None:
+            return
+        connection.send(
+            Rejected(
+                request_id=request_id,
+                error=type(error).__name__,
+                code=error.code,
+                message=error.message,
+                param=error.param,
+                retry_after_s=error.retry_after_s,
+            )
+        )
+
+    def _cancel(self, live: LiveRequest | None) -> bool:
+        if live is None or self._epoch is None:
+            return False
+        self._epoch.send(live.rank, Cancel(self._epoch.number, live.request_id))
+        return True
+
+    def _end_thinking(self, request_id: str) -> bool:
+        live = self._requests.find(request_id)
+        if live is None or self._epoch is None:
+            return False
+        self._epoch.send(live.rank, EndThinking(self._epoch.number, request_id))
+        return True
+
+    def _members(self) -> Members:
+        addresses = self._epoch.token_addresses if self._epoch and self._epoch.serving else {}
+        return Members(max(self._epoch_number, 0), self._ready, dict(addresses))
+
+    def _tell_members(self) -> None:
+        for connection in self._ingresses.values():
+            connection.send(self._members())
+
+    # ---- small things
+
+    def _no_requests(self) -> CellRequests:
+        layout = self._deployment.layout
+        return CellRequests(self._deployment.engine, list(layout.attention_ranks()))
+
+    async def _refresh_health(self) -> None:
+        if time.monotonic() - self._health_at_s < _HEALTH_FRESH_S:
+            return
+        self._health_at_s = time.monotonic()
+        answers = await asyncio.gather(
+            *(peer.health(timeout_s=_HEALTH_TIMEOUT_S) for peer in self._peers),
+            return_exceptions=True,
+        )
+        self._health = {
+            rank: answer for rank, answer in enumerate(answers) if isinstance(answer, RankHealth)
+        }
+
+    def _status_of(self, rank: int) -> ActorStatus:
+        health = self._health.get(rank)
+        role = "attention" if rank in self._deployment.layout.attention_ranks() else "expert"
+        return ActorStatus(
+            actor_id=self._peers[rank].name,
+            role=health.role if health else role,
+            state=(health.state if health else RankState.LOST).value,
+            node_id=health.node_id if health else "",
+            device=health.device if health else "",
+            rank=rank,
+            load_progress=health.load_progress if health else 0.0,
+            memory_used_bytes=health.memory_used_bytes if health else 0,
+            memory_total_bytes=health.memory_total_bytes if health else 0,
+            started_at_s=health.started_at_s if health else 0.0,
+        )
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type, var-annotated]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

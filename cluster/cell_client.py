@@ -1,0 +1,269 @@
+"""The cell as an ingress replica reaches it: submissions to the router, token streams from shards.
+
+One connection to the router and one to each attention shard, kept for the life of the replica and
+dialled again after an epoch changes. All on one asyncio loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from ostro.actors import errors
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
+from ostro.actors.fabric.channel import AsyncConnection, connect
+from ostro.actors.fabric.messages import (
+    Accepted,
+    AskState,
+    CancelGeneration,
+    ControlDone,
+    EndThinkingGeneration,
+    IngressHello,
+    Members,
+    Message,
+    Rejected,
+    State,
+    StepEvents,
+    Submit,
+)
+
+logger = logging.getLogger(__name__)
+
+_DIAL_TIMEOUT_S = 5.0
+_REDIAL_PAUSE_S = 0.5
+_ANSWER_TIMEOUT_S = 10.0
+
+FindRouter = Callable[[], Awaitable[str]]
+
+
+class _Inbox:
+    """The events of one request; at most one per step, so `max_tokens` bounds it."""
+
+    def __init__(self) -> None:
+        self.rank: int | None = None
+        self.queue: asyncio.Queue[TokenEvent | Accepted | OstroError] = asyncio.Queue()
+
+
+class CellClient:
+    """Implements `generation.Cell`.
+
+    Args:
+        find_router: Gives the router's address; asked again before every dial.
+        secret: The deployment's secret.
+        ingress_id: Unique among the replicas.
+        submit_timeout_s: How long the router may take to accept a request.
+    """
+
+    def __init__(
+        self, find_router: FindRouter, secret: bytes, *, ingress_id: str, submit_timeout_s: float
+    ) -> None:
+        self._find_router = find_router
+        self._secret = secret
+        self._ingress_id = ingress_id
+        self._submit_timeout_s = submit_timeout_s
+        self._router: AsyncConnection | None = None
+        self._members = Members(0, False, {})
+        self._inboxes: dict[str, _Inbox] = {}
+        self._answers: dict[int, asyncio.Future[State | ControlDone]] = {}
+        self._tags = itertools.count(1)
+        self._streams: dict[int, asyncio.Task[None]] = {}
+        self._streaming: set[int] = set()
+        self._main: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to dial; `ready` tells when requests are taken."""
+        self._main = asyncio.get_running_loop().create_task(self._stay_connected())
+
+    async def close(self) -> None:
+        """End every connection; running requests fail."""
+        for task in (self._main, *self._streams.values()):
+            if task is not None:
+                task.cancel()
+        if self._router is not None:
+            self._router.close()
+        self._fail(list(self._inboxes), NotReadyError("the ingress is closing"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        members = self._members
+        return (
+            self._router is not None
+            and members.ready
+            and self._streaming == set(members.token_addresses)
+        )
+
+    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """See `generation.Cell.submit`."""
+        if not self.ready or self._router is None:
+            raise NotReadyError("the cell is loading or being mended; try again", retry_after_s=5)
+        inbox, finished = _Inbox(), False
+        if request.request_id in self._inboxes:
+            raise errors.InvalidRequestError(
+                f"request_id {request.request_id!r} is running already; choose another",
+                param="request_id",
+                code="duplicate_request_id",
+            )
+        self._inboxes[request.request_id] = inbox
+        try:
+            self._router.send(Submit(request))
+            timeout_s: float | None = self._submit_timeout_s
+            while not finished:
+                item = await _next(inbox.queue, timeout_s)
+                timeout_s = None
+                if isinstance(item, OstroError):
+                    finished = True
+                    raise item
+                if isinstance(item, TokenEvent):
+                    finished = item.finish_reason is not None
+                    yield item
+        finally:
+            del self._inboxes[request.request_id]
+            if not finished:
+                self._forget(request.request_id)
+
+    async def cancel(self, request_id: str) -> bool:
+        """See `generation.Cell.cancel`."""
+        done = await self._ask(lambda tag: CancelGeneration(tag, request_id))
+        return isinstance(done, ControlDone) and done.applied
+
+    async def end_thinking(self, request_id: str) -> bool:
+        """See `generation.Cell.end_thinking`."""
+        done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id))
+        return isinstance(done, ControlDone) and done.applied
+
+    async def state(self) -> State:
+        """See `generation.Cell.state`."""
+        state = await self._ask(AskState)
+        assert isinstance(state, State)
+        return state
+
+    async def _ask(self, make: Callable[[int], Message]) -> State | ControlDone:
+        if self._router is None:
+            raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
+        tag = next(self._tags)
+        answer: asyncio.Future[State | ControlDone] = asyncio.get_running_loop().create_future()
+        self._answers[tag] = answer
+        try:
+            self._router.send(make(tag))
+            return await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+        except (TimeoutError, ConnectionError):
+            raise NotReadyError("the router does not answer; try again", retry_after_s=5) from None
+        finally:
+            del self._answers[tag]
+
+    def _forget(self, request_id: str) -> None:
+        if self._router is not None:
+            with contextlib.suppress(ConnectionError):
+                self._router.send(CancelGeneration(0, request_id))
+
+    async def _stay_connected(self) -> None:
+        while True:
+            try:
+                await self._talk_to_router()
+            except (ConnectionError, TimeoutError, OSError, OstroError) as error:
+                logger.info("the router cannot be reached: %s", error)
+            self._router = None
+            lost = ShardLostError("the router was lost; try again", retry_after_s=5)
+            self._fail(list(self._inboxes), lost)
+            await asyncio.sleep(_REDIAL_PAUSE_S)
+
+    async def _talk_to_router(self) -> None:
+        router = await connect(await self._find_router(), self._secret, timeout_s=_DIAL_TIMEOUT_S)
+        try:
+            router.send(IngressHello(self._ingress_id))
+            self._router = router
+            while (message := await router.receive()) is not None:
+                self._take(message)
+        finally:
+            router.close()
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Members():
+                self._follow(message)
+            case Accepted(request_id=request_id, rank=rank):
+                inbox = self._inboxes.get(request_id)
+                if inbox is not None:
+                    inbox.rank = rank
+                    inbox.queue.put_nowait(message)
+            case Rejected():
+                self._fail([message.request_id], _error_of(message))
+            case State() | ControlDone():
+                answer = self._answers.get(message.tag)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case _:
+                logger.warning("the router sent %s", type(message).__name__)
+
+    def _follow(self, members: Members) -> None:
+        """Dial the token streams of a new epoch; the old ones end."""
+        same = members.token_addresses == self._members.token_addresses
+        self._members = members
+        if same and all(not task.done() for task in self._streams.values()):
+            return
+        for task in self._streams.values():
+            task.cancel()
+        self._streaming.clear()
+        loop = asyncio.get_running_loop()
+        self._streams = {
+            rank: loop.create_task(self._read_tokens(rank, address, members.epoch))
+            for rank, address in members.token_addresses.items()
+        }
+
+    async def _read_tokens(self, rank: int, address: str, epoch: int) -> None:
+        try:
+            shard = await connect(address, self._secret, timeout_s=_DIAL_TIMEOUT_S)
+            try:
+                shard.send(IngressHello(self._ingress_id))
+                self._streaming.add(rank)
+                while (message := await shard.receive()) is not None:
+                    if isinstance(message, StepEvents) and message.epoch == epoch:
+                        self._hand_out(message.events)
+            finally:
+                shard.close()
+        except (ConnectionError, TimeoutError, OSError) as error:
+            logger.info("the token stream of rank %d ended: %s", rank, error)
+        self._streaming.discard(rank)
+        here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
+        self._fail(here, ShardLostError(f"attention shard {rank} was lost", retry_after_s=5))
+
+    def _hand_out(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            inbox = self._inboxes.get(event.request_id)
+            if inbox is not None:
+                inbox.queue.put_nowait(event)
+
+    def _fail(self, request_ids: list[str], error: OstroError) -> None:
+        for request_id in request_ids:
+            inbox = self._inboxes.get(request_id)
+            if inbox is not None:
+                inbox.queue.put_nowait(error)
+
+
+async def _next(
+    queue: asyncio.Queue[TokenEvent | Accepted | OstroError], timeout_s: float | None
+) -> TokenEvent | Accepted | OstroError:
+    if timeout_s is None:
+        return await queue.get()
+    try:
+        return await asyncio.wait_for(queue.get(), timeout_s)
+    except TimeoutError:
+        raise NotReadyError(
+            f"the router did not accept the request within {timeout_s:.0f} s", retry_after_s=5
+        ) from None
+
+
+def _error_of(message: Rejected) -> OstroError:
+    kind = getattr(errors, message.error, OstroError)
+    error: OstroError = kind(
+        message.message,
+        code=message.code,
+        param=message.param,
+        retry_after_s=message.retry_after_s,
+    )
+    return error

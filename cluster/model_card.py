@@ -1,0 +1,44 @@
+"""What the faces say of the served model, put together from its config and the deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ostro.cluster.generation import ModelCard
+from ostro.configs.deployment import EFFORTS, DeploymentConfig
+from ostro.configs.model import ModelConfig
+
+
+def make_card(
+    model_dir: Path,
+    model_config: ModelConfig,
+    deployment: DeploymentConfig,
+    *,
+    weight_dtype: str,
+    kv_dtype: str | None = None,
+) -> ModelCard:
+    """The card of one deployment.
+
+    Args:
+        weight_dtype: What the shards hold the weights in, for example "bfloat16".
+        kv_dtype: What the latent cache is held in; None if in `weight_dtype`.
+    """
+    config = model_config
+    max_context = min(config.max_context, deployment.engine.max_context or config.max_context)
+    return ModelCard(
+        name=deployment.served_name or model_dir.resolve().name,
+        description=(
+            f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
+            f"experts per token, {max_context} tokens of context"
+        ),
+        created_s=int((model_dir / "config.json").stat().st_mtime),
+        max_context=max_context,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        num_experts_per_token=config.num_experts_per_token,
+        weight_dtype=weight_dtype,
+        kv_dtype=kv_dtype or weight_dtype,
+        efforts=EFFORTS,
+        default_effort=deployment.reasoning.default_effort,
+    )

@@ -1,0 +1,329 @@
+"""From the bodies of `openai_schema` to the requests of `generation`.
+
+Says by name what is not served, so that nothing a caller asked for is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.generation import (
+    ChatGeneration,
+    ChatMessage,
+    GenerationOptions,
+    TextGeneration,
+    Tool,
+    ToolCall,
+)
+from ostro.cluster.openai_schema import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    Part,
+    SamplingFields,
+    ToolCallIn,
+    ToolIn,
+)
+
+_DEFAULT_COMPLETION_TOKENS = 16  # what the dialect promises for /v1/completions
+_CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
+_IMAGE_TYPES = ("image_url", "image", "input_image")
+
+
+def chat_generation(body: ChatCompletionRequest) -> ChatGeneration:
+    """The conversation and its options.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    _refuse_unserved(body)
+    _refuse_unserved_chat(body)
+    return ChatGeneration(
+        model=body.model,
+        messages=chat_messages(
+            body.messages, continue_final=bool(body.continue_final_message)
+        ),
+        tools=tools_on_offer(body.tools or ()),
+        tool_choice=_tool_choice(body),
+        options=_options(
+            body,
+            max_tokens=_one_of(body, "max_completion_tokens", "max_tokens"),
+            num_logprobs=_num_logprobs(body),
+            effort=body.reasoning_effort,
+            thinking_token_budget=body.thinking_token_budget,
+            omit_thinking=body.reasoning_format == "none",
+        ),
+    )
+
+
+def text_generation(body: CompletionRequest) -> TextGeneration:
+    """The raw prompt and its options.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    _refuse_unserved(body)
+    if body.echo:
+        _refuse("echo", "the prompt is not echoed")
+    if body.suffix:
+        _refuse("suffix", "filling in the middle is not served")
+    max_tokens = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    return TextGeneration(
+        model=body.model,
+        prompt=_one_prompt(body.prompt),
+        options=_options(body, max_tokens=max_tokens, num_logprobs=body.logprobs),
+    )
+
+
+def chat_messages(
+    messages: Sequence[Message], *, continue_final: bool = False
+) -> tuple[ChatMessage, ...]:
+    """Messages with their parts joined and their thinking told from their text."""
+    names = {
+        call.id: call.function.name for message in messages for call in message.tool_calls or ()
+    }
+    last = len(messages) - 1
+    return tuple(
+        _chat_message(
+            message,
+            f"messages[{i}]",
+            names,
+            is_last=i == last,
+            continues=continue_final and i == last,
+        )
+        for i, message in enumerate(messages)
+    )
+
+
+def tools_on_offer(tools: Sequence[ToolIn]) -> tuple[Tool, ...]:
+    """The functions among the tools; other kinds are refused."""
+    offered = []
+    for i, tool in enumerate(tools):
+        if tool.type != "function" or tool.function is None:
+            _refuse(f"tools[{i}]", "only tools of type 'function' are served")
+        function = tool.function
+        offered.append(
+            Tool(
+                name=function.name,
+                description=function.description or "",
+                parameters=function.parameters or {},
+            )
+        )
+    return tuple(offered)
+
+
+def short_call_id(call_id: str) -> str:
+    """A tool call id of nine characters of [a-zA-Z0-9]; other ids map to one, always the same."""
+    if _CALL_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.blake2b(call_id.encode(), digest_size=5).hexdigest()[:9]
+
+
+def _refuse(param: str, why: str) -> NoReturn:
+    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
+
+
+def _refuse_unserved(body: SamplingFields) -> None:
+    if body.n not in (None, 1):
+        _refuse("n", "only one choice per request is served")
+    if body.best_of not in (None, 1):
+        _refuse("best_of", "only one choice per request is served")
+    if body.response_format is not None and body.response_format.type != "text":
+        _refuse("response_format", "only type 'text' is served; the answer is not constrained")
+    if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
+        _refuse("prompt_logprobs", "logprobs of prompt tokens are not served")
+    if body.top_prompt_logprobs:
+        _refuse("top_prompt_logprobs", "logprobs of prompt tokens are not served")
+    if body.store:
+        _refuse("store", "answers are not stored")
+
+
+def _refuse_unserved_chat(body: ChatCompletionRequest) -> None:
+    if body.prompt_mode is not None:
+        _refuse("prompt_mode", "not known to this model; use reasoning_effort")
+    if body.safe_prompt:
+        _refuse("safe_prompt", "no safety prompt is added")
+    if body.guardrails:
+        _refuse("guardrails", "not served")
+    if body.prediction is not None:
+        _refuse("prediction", "not served")
+    if body.modalities is not None and body.modalities != ["text"]:
+        _refuse("modalities", "only ['text'] is served")
+    if body.parallel_tool_calls is False and body.tools:
+        _refuse("parallel_tool_calls", "the number of tool calls cannot be limited yet")
+
+
+def _options(
+    body: SamplingFields,
+    *,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    effort: str | None = None,
+    thinking_token_budget: int | None = None,
+    omit_thinking: bool = False,
+) -> GenerationOptions:
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return GenerationOptions(
+        request_id=body.request_id,
+        effort=effort,
+        thinking_token_budget=thinking_token_budget,
+        omit_thinking=omit_thinking,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=0 if body.top_k == -1 else body.top_k,
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        seed=_one_of(body, "seed", "random_seed"),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        stop=tuple(stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        num_logprobs=num_logprobs,
+        cache_key=body.cache_salt or body.prompt_cache_key or "",
+        priority=body.priority or 0,
+        queue_timeout_s=body.queue_timeout,
+        return_token_ids=bool(body.return_token_ids),
+    )
+
+
+def _one_of(body: SamplingFields, name: str, other_name: str) -> int | None:
+    """The value of a field with two names; both may be given if they agree."""
+    value: int | None = getattr(body, name)
+    other: int | None = getattr(body, other_name)
+    if value is not None and other is not None and value != other:
+        raise InvalidRequestError(
+            f"{name}={value} and {other_name}={other} differ: send one of them", param=name
+        )
+    return other if value is None else value
+
+
+def _num_logprobs(body: ChatCompletionRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+    return None
+
+
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token_id): value for token_id, value in bias.items()}
+    except ValueError:
+        raise InvalidRequestError(
+            "logit_bias: every key must be a token id in decimal digits", param="logit_bias"
+        ) from None
+
+
+def _tool_choice(body: ChatCompletionRequest) -> str:
+    choice = "auto" if body.tool_choice is None else body.tool_choice
+    if isinstance(choice, str) and choice in ("auto", "none"):
+        return choice
+    if isinstance(choice, dict) or choice in ("any", "required"):
+        _refuse("tool_choice", "a call cannot be forced yet; use 'auto' or 'none'")
+    raise InvalidRequestError(
+        f"tool_choice={choice[:100]!r} must be 'auto' or 'none'", param="tool_choice"
+    )
+
+
+def _one_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> str | tuple[int, ...]:
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise InvalidRequestError("prompt is empty", param="prompt")
+    first = prompt[0]
+    if isinstance(first, int):
+        return tuple(item for item in prompt if isinstance(item, int))
+    if len(prompt) > 1:
+        _refuse("prompt", "only one prompt per request is served")
+    return first if isinstance(first, str) else tuple(first)
+
+
+def _chat_message(
+    message: Message, path: str, names: dict[str, str], *, is_last: bool, continues: bool
+) -> ChatMessage:
+    thinking, text = _content(message, path)
+    role = "system" if message.role == "developer" else message.role
+    if role == "tool":
+        return _tool_message(message, path, text, names)
+    prefix = bool(message.prefix) or continues
+    if prefix and (role != "assistant" or not is_last):
+        raise InvalidRequestError(
+            f"{path}.prefix: only the last message can be continued, and only an assistant's",
+            param=f"{path}.prefix",
+        )
+    if role != "assistant":
+        return ChatMessage(role=role, text=text)
+    return ChatMessage(
+        role=role,
+        text=text,
+        thinking=thinking or message.reasoning_content or message.reasoning or None,
+        tool_calls=tuple(_tool_call(call) for call in message.tool_calls or ()),
+        prefix=prefix,
+    )
+
+
+def _tool_message(message: Message, path: str, text: str, names: dict[str, str]) -> ChatMessage:
+    call_id = message.tool_call_id
+    if call_id is None:
+        raise InvalidRequestError(
+            f"{path}.tool_call_id: a tool message must name the call it answers",
+            param=f"{path}.tool_call_id",
+        )
+    return ChatMessage(
+        role="tool",
+        text=text,
+        tool_call_id=short_call_id(call_id),
+        tool_name=message.name or names.get(call_id),
+    )
+
+
+def _tool_call(call: ToolCallIn) -> ToolCall:
+    arguments = call.function.arguments
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(
+        call_id=short_call_id(call.id), name=call.function.name, arguments=arguments
+    )
+
+
+def _content(message: Message, path: str) -> tuple[str, str]:
+    """Thinking and text of a message's content."""
+    if message.content is None or isinstance(message.content, str):
+        return "", message.content or ""
+    thinking: list[str] = []
+    text: list[str] = []
+    for j, part in enumerate(message.content):
+        where = f"{path}.content[{j}]"
+        if part.type == "thinking" and message.role == "assistant":
+            thinking.append(_thinking_text(part, where))
+        else:
+            text.append(_part_text(part, where))
+    return "".join(thinking), "".join(text)
+
+
+def _thinking_text(part: Part, where: str) -> str:
+    if isinstance(part.thinking, str):
+        return part.thinking
+    inner = part.thinking or []
+    return "".join(_part_text(piece, f"{where}.thinking[{k}]") for k, piece in enumerate(inner))
+
+
+def _part_text(part: Part, where: str) -> str:
+    if part.type in _IMAGE_TYPES:
+        raise InvalidRequestError(
+            f"{where}: images are not served yet", code="unsupported_value", param=where
+        )
+    if part.type != "text":
+        _refuse(where, f"parts of type {part.type[:40]!r} are not served in this message")
+    if part.text is None:
+        raise InvalidRequestError(f"{where}.text is missing", param=f"{where}.text")
+    return part.text

@@ -1,0 +1,212 @@
+"""YAML to `DeploymentConfig` and back: strict, and every error names the path of the field.
+
+What a file leaves out keeps the default of its field, also inside the effort table.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ostro.configs.deployment import DeploymentConfig
+from ostro.configs.errors import ConfigError
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets that come with Ostro, sorted."""
+    return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
+
+
+def load_deployment(source: str | Path, overrides: Sequence[str] = ()) -> DeploymentConfig:
+    """Read a deployment.
+
+    Args:
+        source: A preset's name, or a YAML file.
+        overrides: Changes as "key.path=value", the value in YAML; later ones win.
+
+    Raises:
+        ConfigError: No such preset or file, an unknown key, a value of the wrong type or out of
+            range; the text names the source and the dotted path.
+
+    Example:
+        load_deployment("laptop", ["layout.num_expert_shards=3", "model=/models/small4"])
+    """
+    file = _find(source)
+    values = _read_yaml(file)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def from_dict(values: dict[str, Any]) -> DeploymentConfig:
+    """Build a deployment from plain values; the inverse of `to_dict`.
+
+    Raises:
+        ConfigError: As `load_deployment`.
+    """
+    config = _build(DeploymentConfig, values, MISSING, "")
+    assert isinstance(config, DeploymentConfig)
+    return config
+
+
+def to_dict(config: DeploymentConfig) -> dict[str, Any]:
+    """Plain values (mappings, strings, numbers, None) that YAML and JSON can hold."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _find(source: str | Path) -> Path:
+    if str(source) in preset_names():
+        return _PRESETS / f"{source}.yaml"
+    if Path(source).is_file():
+        return Path(source)
+    raise ConfigError(
+        f"{source}: neither a file nor a preset{_hint(str(source), preset_names())}; "
+        f"presets are {', '.join(preset_names())}"
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's signature
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  # a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a mapping, not {values!r}")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one "key.path=value" in place."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: must read key.path=value")
+    try:
+        value = yaml.load(text, _StrictLoader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is no YAML: {error}") from error
+    for i, key in enumerate(keys[:-1]):
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[: i + 1])} is no mapping")
+    values[keys[-1]] = value
+
+
+def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
+    """Turn a YAML value into the wanted type; `default` fills what a mapping leaves out."""
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        return _build_dataclass(wanted, value, default, path)
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _build(inner, value, default, path)
+    if origin is dict:
+        _check_mapping(value, path)
+        known = {} if default is MISSING else default
+        built = {
+            key: _build(arguments[1], item, known.get(key, MISSING), _join(path, key))
+            for key, item in value.items()
+        }
+        return {**known, **built}
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        return _build_enum(wanted, value, path)
+    return _build_scalar(wanted, value, path)
+
+
+def _build_dataclass(wanted: type, value: Any, default: Any, path: str) -> Any:
+    _check_mapping(value, path)
+    known = {field.name: field for field in fields(wanted)}
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{_join(path, key)}: unknown key{_hint(str(key), known)}")
+    hints = typing.get_type_hints(wanted)
+    arguments = {}
+    for name, field in known.items():
+        fallback = _default_of(field) if default is MISSING else getattr(default, name)
+        if name in value:
+            arguments[name] = _build(hints[name], value[name], fallback, _join(path, name))
+        elif fallback is MISSING:
+            raise ConfigError(f"{_join(path, name)}: missing")
+        else:
+            arguments[name] = fallback
+    try:
+        return wanted(**arguments)
+    except ConfigError as error:
+        raise ConfigError(_join(path, str(error))) from error
+
+
+def _default_of(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _build_enum(wanted: type[Enum], value: Any, path: str) -> Enum:
+    try:
+        return wanted(value)
+    except ValueError:
+        allowed = [member.value for member in wanted]
+        raise ConfigError(f"{path}={value!r}: must be one of {allowed}") from None
+
+
+def _build_scalar(wanted: Any, value: Any, path: str) -> Any:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
+            wanted
+        ]
+        raise ConfigError(f"{path}={value!r}: must be {name}")
+    return value
+
+
+def _check_mapping(value: Any, path: str) -> None:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path or 'deployment'}={value!r}: must be a mapping")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return f" (did you mean {', '.join(near)}?)" if near else ""
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, Enum) else value

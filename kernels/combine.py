@@ -1,0 +1,66 @@
+"""Combine: fold the rows that expert shards sent back into their tokens.
+
+    out[t] = sum over shards, in rank order, of that shard's row for token t
+
+Each shard has already weighted and summed its own experts, so it sends one row per token at most.
+Sums are float32 and in a fixed order: the result does not depend on who answered first.
+
+Shape legend: T tokens, D hidden, R rows of one shard (at most T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum dense parts: every shard sent one row per token (zeros where it had no expert).
+
+    Args:
+        parts: At least one [T, D] tensor of any float dtype, in rank order.
+
+    Returns:
+        out_TD float32; never one of `parts` itself.
+
+    Example:
+        parts [[1.]] and [[2.]] give [[3.]].
+    """
+    out_TD = parts[0].to(torch.float32, copy=True)
+    for part_TD in parts[1:]:
+        out_TD += part_TD
+    return out_TD
+
+
+def combine_sparse(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int
+) -> torch.Tensor:
+    """Sum sparse parts: every shard sent rows for some of the tokens.
+
+    Args:
+        parts: (rows_RD, token_R int64) in rank order; no token twice within one part.
+        num_tokens: T.
+
+    Returns:
+        out_TD float32; zeros for a token that no shard answered.
+
+    Example:
+        rows [[5.]] for token 1 and rows [[1.], [2.]] for tokens 0, 1 give [[1.], [7.]].
+    """
+    hidden = parts[0][0].shape[1]
+    out_TD = torch.zeros(num_tokens, hidden, device=parts[0][0].device)
+    for rows_RD, token_R in parts:
+        out_TD.index_add_(0, token_R, rows_RD.float())
+    return out_TD
+
+
+def combine_reference(
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int
+) -> torch.Tensor:
+    """Meaning of both, row by row (a dense part has tokens 0 .. T-1)."""
+    out_TD = torch.zeros(num_tokens, parts[0][0].shape[1], device=parts[0][0].device)
+    for rows_RD, token_R in parts:
+        for row_D, token in zip(rows_RD, token_R.tolist(), strict=True):
+            out_TD[token] += row_D.float()
+    return out_TD

@@ -1,0 +1,72 @@
+"""The gate: which K experts a token goes to, and with what weight.
+
+    logits = x Wg^T;  the K largest (lowest id wins ties);  weights = softmax over those K * scale
+
+This equals a softmax over all experts, renormalised over the chosen ones. All in float32.
+
+Shape legend: T tokens, D hidden, E logical experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Stable sort of 128 logits beats K passes of max up to about this many tokens (34 against 41 us at
+# 32 tokens, 9.3 against 1.3 ms at 2048, one core).
+_MAX_SORTED_TOKENS = 32
+
+
+def gate(
+    x_TD: torch.Tensor, gate_ED: torch.Tensor, num_chosen: int, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose `num_chosen` experts a token.
+
+    Args:
+        x_TD: Any float dtype.
+        gate_ED: Gate matrix, float32.
+        num_chosen: K.
+        scale: Factor on the weights, the model's routed scaling factor.
+
+    Returns:
+        expert_TK int64, most likely first, and weight_TK float32, which sums to `scale` per token.
+
+    Example:
+        logits [[0., 2., 2., 1.]], K 2 give experts [[1, 2]] and weights [[0.5, 0.5]].
+    """
+    logits_TE = torch.nn.functional.linear(x_TD.float(), gate_ED)
+    return _choose(logits_TE, num_chosen, scale)
+
+
+def gate_reference(
+    x_TD: torch.Tensor, gate_ED: torch.Tensor, num_chosen: int, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Meaning of `gate`: softmax over all experts, take the best, renormalise."""
+    probs_TE = torch.softmax(x_TD.float() @ gate_ED.T, dim=-1)
+    best_TE, order_TE = torch.sort(probs_TE, dim=-1, descending=True, stable=True)
+    best_TK = best_TE[:, :num_chosen]
+    return order_TE[:, :num_chosen], best_TK / best_TK.sum(-1, keepdim=True) * scale
+
+
+def _choose(
+    logits_TE: torch.Tensor, num_chosen: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if logits_TE.shape[0] <= _MAX_SORTED_TOKENS:
+        sorted_TE, order_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True)
+        best_TK, expert_TK = sorted_TE[:, :num_chosen], order_TE[:, :num_chosen].contiguous()
+    else:
+        best_TK, expert_TK = _largest_by_passes(logits_TE, num_chosen)
+    weight_TK = torch.softmax(best_TK, dim=-1)
+    return expert_TK, weight_TK if scale == 1.0 else weight_TK * scale
+
+
+def _largest_by_passes(
+    logits_TE: torch.Tensor, num_chosen: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K largest of each row by K passes of max, the first of equals; eats `logits_TE`."""
+    best, experts = [], []
+    for _ in range(num_chosen):
+        best_T, expert_T = logits_TE.max(dim=-1)
+        best.append(best_T)
+        experts.append(expert_T)
+        logits_TE.scatter_(1, expert_T[:, None], -torch.inf)
+    return torch.stack(best, dim=1), torch.stack(experts, dim=1)

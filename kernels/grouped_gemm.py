@@ -1,0 +1,124 @@
+"""The expert MLP over rows that belong to different experts.
+
+    out[r] = sum over k of weight[r, k] * down[e] swiglu(gate_up[e] rows[r]),   e = expert[r, k]
+
+Pairs (row, k) are sorted by expert, so every hit expert is two matrix products over a contiguous
+slice. A row's experts are summed in float32 by ascending expert id, whatever the order of its k:
+the result does not depend on the other rows.
+
+Shape legend: R rows, K experts per row, A = pairs with a local expert, D hidden, F expert hidden,
+E local experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of rows that hold gate in their first half and up in their second."""
+    gate_AF, up_AF = gate_up_AH.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_AF).mul_(up_AF)
+
+
+def expert_mlp(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Run every row through its local experts and add up the weighted results.
+
+    Args:
+        rows_RD: Hidden states.
+        expert_RK: int64 local expert ids, -1 where the k-th expert is not here.
+        weight_RK: float32 gate weights.
+        gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert.
+        down_EDF: Second matrix of each expert.
+
+    Returns:
+        out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
+
+    Example:
+        with D = F = E = 1, gate 1, up 2, down 3, row [1.] of weight 0.5: 0.5 * 3 * silu(1) * 2.
+    """
+    num_experts = gate_up_EHD.shape[0]
+    flat_A = expert_RK.flatten()
+    order_A = torch.argsort(flat_A, stable=True)
+    counts = torch.bincount(flat_A + 1, minlength=num_experts + 1).tolist()
+    y_AD = _sorted_mlp(rows_RD, order_A, expert_RK.shape[1], counts, gate_up_EHD, down_EDF)
+    place_RK = _places(order_A, counts[0]).view(expert_RK.shape)
+    return _weighted_sum(y_AD, place_RK, weight_RK)
+
+
+def expert_mlp_reference(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Meaning of `expert_mlp`, pair by pair."""
+    out_RD = torch.zeros(rows_RD.shape, device=rows_RD.device)
+    for r, experts in enumerate(expert_RK.tolist()):
+        for expert, k in sorted((e, k) for k, e in enumerate(experts) if e >= 0):
+            hidden_F = swiglu(gate_up_EHD[expert] @ rows_RD[r])
+            out_RD[r] += weight_RK[r, k] * (down_EDF[expert] @ hidden_F).float()
+    return out_RD.to(rows_RD.dtype)
+
+
+def _sorted_mlp(
+    rows_RD: torch.Tensor,
+    order_A: torch.Tensor,
+    num_chosen: int,
+    counts: list[int],
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """Unweighted results in sorted order, with one more row of zeros at the end.
+
+    `counts` starts with the number of absent pairs, which sort first, then goes by expert.
+    """
+    order_A = order_A[counts[0] :]
+    x_AD = rows_RD.index_select(0, torch.div(order_A, num_chosen, rounding_mode="floor"))
+    gate_up_AH = x_AD.new_empty(x_AD.shape[0], gate_up_EHD.shape[1])
+    y_AD = x_AD.new_empty(x_AD.shape[0] + 1, x_AD.shape[1])
+    y_AD[-1].zero_()
+    slices = _hit_slices(counts[1:])
+    for expert, start, stop in slices:
+        torch.mm(x_AD[start:stop], gate_up_EHD[expert].T, out=gate_up_AH[start:stop])
+    hidden_AF = swiglu(gate_up_AH)
+    for expert, start, stop in slices:
+        torch.mm(hidden_AF[start:stop], down_EDF[expert].T, out=y_AD[start:stop])
+    return y_AD
+
+
+def _hit_slices(counts_E: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, start, stop) of each hit expert's pairs [start, stop) in sorted order."""
+    slices = []
+    start = 0
+    for expert, count in enumerate(counts_E):
+        if count:
+            slices.append((expert, start, start + count))
+            start += count
+    return slices
+
+
+def _places(order_A: torch.Tensor, num_absent: int) -> torch.Tensor:
+    """Row of `_sorted_mlp`'s result for each pair; absent pairs get the row of zeros at the end."""
+    num_present = order_A.shape[0] - num_absent
+    place_of_sorted_A = torch.arange(-num_absent, num_present, device=order_A.device)
+    place_of_sorted_A[:num_absent] = num_present
+    return torch.empty_like(order_A).scatter_(0, order_A, place_of_sorted_A)
+
+
+def _weighted_sum(
+    y_AD: torch.Tensor, place_RK: torch.Tensor, weight_RK: torch.Tensor
+) -> torch.Tensor:
+    place_RK, by_expert_RK = torch.sort(place_RK, dim=1)
+    weight_RK = weight_RK.gather(1, by_expert_RK)
+    out_RD = y_AD.index_select(0, place_RK[:, 0]).float() * weight_RK[:, :1]
+    for k in range(1, place_RK.shape[1]):
+        out_RD.addcmul_(y_AD.index_select(0, place_RK[:, k]).float(), weight_RK[:, k : k + 1])
+    return out_RD.to(y_AD.dtype)

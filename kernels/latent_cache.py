@@ -1,0 +1,48 @@
+"""Write tokens' latents and rope keys into the paged cache.
+
+A cached row is one token of one layer: the normed latent [0, C), then the turned rope key
+[C, C + P).
+Slot s is place s % S of page s // S.
+
+Shape legend: T tokens, N pages, S page size, C latent, P rope dim, W = C + P.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def write_latents(
+    cache_NSW: torch.Tensor,
+    latent_TC: torch.Tensor,
+    rope_key_TP: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """Store one row per token, in place.
+
+    Args:
+        cache_NSW: One layer's cache, contiguous.
+        latent_TC: Normed latents, dtype of the cache.
+        rope_key_TP: Turned rope keys, dtype of the cache.
+        slots_T: int64, all different.
+
+    Example:
+        page size 2: slot 3 is row [1, 1] of the cache.
+    """
+    rows_TW = torch.cat((latent_TC, rope_key_TP), dim=-1)
+    cache_NSW.view(-1, cache_NSW.shape[-1]).index_copy_(0, slots_T, rows_TW)
+
+
+def write_latents_reference(
+    cache_NSW: torch.Tensor,
+    latent_TC: torch.Tensor,
+    rope_key_TP: torch.Tensor,
+    slots_T: torch.Tensor,
+) -> None:
+    """Meaning of `write_latents`, token by token."""
+    page_size = cache_NSW.shape[1]
+    latent_width = latent_TC.shape[1]
+    for t, slot in enumerate(slots_T.tolist()):
+        row_W = cache_NSW[slot // page_size, slot % page_size]
+        row_W[:latent_width] = latent_TC[t]
+        row_W[latent_width:] = rope_key_TP[t]

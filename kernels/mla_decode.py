@@ -1,0 +1,211 @@
+"""Multi-head latent attention of single new tokens, absorbed: keys and values stay latents.
+
+    q_latent[h] = q_nope[h] Wuk[h];   s = (q_latent . latent + q_rope . rope_key) * scale
+    out[h] = (softmax(s) latent) Wuv[h]^T
+
+All heads of a request share its keys, so they are the rows of one matrix product. Contexts are
+ragged: requests are grouped into buckets whose page counts lie within a factor of two, and each
+bucket gathers its pages once. Scores are in the model's dtype, the softmax in float32.
+
+Shape legend: T queries (one per request), B queries of a bucket, H heads, Q = N + P query width (N
+nope, P rope), V value width, C latent, W = C + P, S places gathered per request of a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# Places that one bucket may gather: at 320 values of bf16 this is 80 MiB of latents.
+_MAX_GATHERED = 2**17
+
+
+@dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """How one layer's heads read latents.
+
+    Attributes:
+        w_uk_HNC: Keys' half of kv_b: nope query to latent, or latent to nope key.
+        w_uv_HVC: Values' half of kv_b: latent to value.
+        scale: Softmax scale.
+    """
+
+    w_uk_HNC: torch.Tensor
+    w_uv_HVC: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBucket:
+    """Queries of similar context length, ready to be attended together; the same for every layer.
+
+    Attributes:
+        queries_B: int64 rows of the query tensor; None means all of them, in order.
+        pages_G: int64 pages to gather, request after request, the same number for each.
+        num_queries: B.
+        width: S. Shorter than the gathered pages only if B is 1.
+        bias_B1S: float32, 0 or -inf beyond a query's context; None where nothing is masked.
+        stale_G: Gathered rows beyond a query's context. They are zeroed, because what an earlier
+            owner of the page left there may be NaN, and 0 * NaN would reach the output.
+    """
+
+    queries_B: torch.Tensor | None
+    pages_G: torch.Tensor
+    num_queries: int
+    width: int
+    bias_B1S: torch.Tensor | None
+    stale_G: torch.Tensor | None
+
+
+def plan_decode(
+    page_tables: Sequence[Sequence[int]],
+    context_lengths: Sequence[int],
+    page_size: int,
+    device: torch.device,
+) -> list[DecodeBucket]:
+    """Group queries into buckets, by the power of two above their page count.
+
+    Args:
+        page_tables: Pages of each query's request; may hold more than the context needs.
+        context_lengths: Keys that each query sees, itself included; at least 1.
+        page_size: Places per page.
+        device: Where the buckets' tensors go.
+    """
+    num_pages = [-(-length // page_size) for length in context_lengths]
+    by_size: dict[int, list[int]] = {}
+    for query, count in enumerate(num_pages):
+        by_size.setdefault((count - 1).bit_length(), []).append(query)
+    buckets = []
+    for size in sorted(by_size):
+        queries = by_size[size]
+        most_pages = max(num_pages[query] for query in queries)
+        step = max(_MAX_GATHERED // (most_pages * page_size), 1)
+        for first in range(0, len(queries), step):
+            part = queries[first : first + step]
+            buckets.append(_make_bucket(part, page_tables, context_lengths, page_size, device))
+    return buckets
+
+
+def _make_bucket(
+    queries: list[int],
+    page_tables: Sequence[Sequence[int]],
+    context_lengths: Sequence[int],
+    page_size: int,
+    device: torch.device,
+) -> DecodeBucket:
+    is_all = len(queries) == len(context_lengths)
+    lengths = [context_lengths[query] for query in queries]
+    num_pages = -(-max(lengths) // page_size)
+    pages: list[int] = []
+    for query in queries:
+        table = page_tables[query][:num_pages]
+        pages.extend(table)
+        pages.extend([table[0]] * (num_pages - len(table)))
+    width = num_pages * page_size if len(queries) > 1 else lengths[0]
+    bias_B1S = stale_G = None
+    if min(lengths) < width:
+        beyond_BS = torch.arange(width) >= torch.tensor(lengths)[:, None]
+        bias_BS = torch.zeros(beyond_BS.shape).masked_fill_(beyond_BS, -torch.inf)
+        bias_B1S = bias_BS[:, None].to(device)
+        stale_G = beyond_BS.flatten().nonzero()[:, 0].to(device)
+    return DecodeBucket(
+        queries_B=None if is_all else torch.tensor(queries, device=device),
+        pages_G=torch.tensor(pages, device=device),
+        num_queries=len(queries),
+        width=width,
+        bias_B1S=bias_B1S,
+        stale_G=stale_G,
+    )
+
+
+def mla_decode(
+    q_THQ: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    buckets: Sequence[DecodeBucket],
+    heads: LatentHeads,
+) -> torch.Tensor:
+    """Attend each query to its request's cached latents.
+
+    Args:
+        q_THQ: Queries, nope part first, rope part turned, llama-4 scale applied.
+        cache_NSW: One layer's pages; the queries' own rows are already written.
+        buckets: From `plan_decode`, covering every query once.
+        heads: The layer's heads.
+
+    Returns:
+        out_THV in the dtype of `q_THQ`.
+
+    Example:
+        a context of one token gives Wuv[h] latent, whatever the query.
+    """
+    q_THW = absorb_queries(q_THQ, heads.w_uk_HNC)
+    latent_width = heads.w_uk_HNC.shape[2]
+    if len(buckets) == 1 and buckets[0].queries_B is None:
+        out_THC = _attend_bucket(q_THW, cache_NSW, buckets[0], latent_width, heads.scale)
+        return expand_values(out_THC, heads.w_uv_HVC)
+    out_THC = q_THW.new_empty(*q_THW.shape[:2], latent_width)
+    for bucket in buckets:
+        queries_B = slice(None) if bucket.queries_B is None else bucket.queries_B
+        out_THC[queries_B] = _attend_bucket(
+            q_THW[queries_B], cache_NSW, bucket, latent_width, heads.scale
+        )
+    return expand_values(out_THC, heads.w_uv_HVC)
+
+
+def mla_decode_reference(
+    q_THQ: torch.Tensor, latents: Sequence[torch.Tensor], heads: LatentHeads
+) -> torch.Tensor:
+    """Meaning of `mla_decode` in float32: keys and values expanded, query by query.
+
+    `latents` holds each query's context as [length, C + P] rows.
+    """
+    w_uk_HNC, w_uv_HVC = heads.w_uk_HNC.float(), heads.w_uv_HVC.float()
+    nope, latent_width = w_uk_HNC.shape[1:]
+    out = []
+    for q_HQ, latent_SW in zip(q_THQ.float(), latents, strict=True):
+        latent_SC, rope_SP = (
+            latent_SW[:, :latent_width].float(),
+            latent_SW[:, latent_width:].float(),
+        )
+        key_HSN = latent_SC @ w_uk_HNC.transpose(1, 2)
+        value_HSV = latent_SC @ w_uv_HVC.transpose(1, 2)
+        score_HS = torch.einsum("hn,hsn->hs", q_HQ[:, :nope], key_HSN) + q_HQ[:, nope:] @ rope_SP.T
+        weight_HS = torch.softmax(score_HS * heads.scale, dim=-1)
+        out.append(torch.einsum("hs,hsv->hv", weight_HS, value_HSV))
+    return torch.stack(out).to(q_THQ.dtype)
+
+
+def absorb_queries(q_THQ: torch.Tensor, w_uk_HNC: torch.Tensor) -> torch.Tensor:
+    """Queries [T, H, C + P] that meet cached rows directly: q_nope Wuk, then q_rope as it is."""
+    num_tokens, num_heads, query_width = q_THQ.shape
+    nope, latent_width = w_uk_HNC.shape[1:]
+    q_THW = q_THQ.new_empty(num_tokens, num_heads, latent_width + query_width - nope)
+    latent_HTC = torch.bmm(q_THQ[..., :nope].transpose(0, 1), w_uk_HNC)
+    q_THW[..., :latent_width] = latent_HTC.transpose(0, 1)
+    q_THW[..., latent_width:] = q_THQ[..., nope:]
+    return q_THW
+
+
+def expand_values(out_THC: torch.Tensor, w_uv_HVC: torch.Tensor) -> torch.Tensor:
+    """Weighted latents to weighted values, [T, H, V]."""
+    return torch.bmm(out_THC.transpose(0, 1), w_uv_HVC.transpose(1, 2)).transpose(0, 1)
+
+
+def _attend_bucket(
+    q_BHW: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    bucket: DecodeBucket,
+    latent_width: int,
+    scale: float,
+) -> torch.Tensor:
+    gathered_GW = cache_NSW.index_select(0, bucket.pages_G).view(-1, cache_NSW.shape[2])
+    if bucket.stale_G is not None:
+        gathered_GW.index_fill_(0, bucket.stale_G, 0.0)
+    latent_BSW = gathered_GW.view(bucket.num_queries, -1, gathered_GW.shape[1])[:, : bucket.width]
+    score_BHS = torch.bmm(q_BHW, latent_BSW.transpose(1, 2)).float().mul_(scale)
+    if bucket.bias_B1S is not None:
+        score_BHS.add_(bucket.bias_B1S)
+    weight_BHS = torch.softmax(score_BHS, dim=-1).to(q_BHW.dtype)
+    return torch.bmm(weight_BHS, latent_BSW[..., :latent_width])

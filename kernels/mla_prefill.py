@@ -1,0 +1,246 @@
+"""Multi-head latent attention of a chunk of one request's tokens over its whole context so far.
+
+Two forms with equal results. Expanded: keys and values are rebuilt from the latents, head by head;
+fewer FLOPs per (query, key) pair. Absorbed: queries move into the latent space, heads become rows;
+nothing is rebuilt. `absorbed_is_cheaper` says which form costs less.
+
+Keys come in blocks with an online softmax, so memory does not grow with the context; a context of
+one block takes torch's fused attention instead.
+
+Shape legend: T new tokens, L context (new tokens included), H heads, Q = N + P query width (N nope,
+P rope), V value width, C latent, W = C + P, G groups with their own keys (H or 1), R query rows of
+a group, S keys of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ostro.kernels.mla_decode import LatentHeads, absorb_queries, expand_values
+
+# Scores of one block product, at most: 64 MiB in float32.
+_MAX_SCORES = 2**24
+
+ExpandBlock = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def absorbed_is_cheaper(
+    num_tokens: int, context_length: int, *, nope: int, rope: int, value: int, latent: int
+) -> bool:
+    """Whether a chunk takes fewer FLOPs absorbed than expanded (per head; both count projections).
+
+    Example:
+        with nope 64, rope 64, value 128, latent 256 and a long context: below 154 new tokens.
+    """
+    pairs = num_tokens * context_length
+    absorbed = pairs * (2 * latent + rope) + num_tokens * latent * (nope + value)
+    expanded = pairs * (nope + rope + value) + context_length * latent * (nope + value)
+    return absorbed < expanded
+
+
+def mla_prefill(
+    q_THQ: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    pages_n: torch.Tensor,
+    start: int,
+    heads: LatentHeads,
+    *,
+    absorbed: bool = False,
+    block_size: int = 2048,
+) -> torch.Tensor:
+    """Attend tokens at positions [start, start + T) causally to positions [0, start + T).
+
+    Args:
+        q_THQ: Queries, nope part first, rope part turned, llama-4 scale applied.
+        cache_NSW: One layer's pages; the tokens' own rows are already written.
+        pages_n: int64 pages of the request, at least as many as the context fills.
+        start: Position of the first query within the request.
+        heads: The layer's heads.
+        absorbed: Form to compute in.
+        block_size: Keys per block, rounded down to whole pages.
+
+    Returns:
+        out_THV in the dtype of `q_THQ`.
+
+    Example:
+        the first token of a request gets Wuv[h] latent, whatever its query.
+    """
+    page_size = cache_NSW.shape[1]
+    block_pages = max(block_size // page_size, 1)
+    context_length = start + q_THQ.shape[0]
+    if not absorbed and context_length <= block_pages * page_size:
+        latent_LW = _gather(cache_NSW, pages_n, 0, context_length)
+        return _attend_once(q_THQ, latent_LW, start, heads)
+    blocks = _LatentBlocks(cache_NSW, pages_n, context_length, block_pages * page_size)
+    if absorbed:
+        return _attend_absorbed(q_THQ, blocks, start, heads)
+    return _attend_expanded(q_THQ, blocks, start, heads)
+
+
+def mla_prefill_reference(
+    q_THQ: torch.Tensor,
+    latent_LW: torch.Tensor,
+    heads: LatentHeads,
+) -> torch.Tensor:
+    """Meaning of `mla_prefill` in float32; `latent_LW` is the context in order, chunk last."""
+    num_tokens, _, _ = q_THQ.shape
+    wide = LatentHeads(heads.w_uk_HNC.float(), heads.w_uv_HVC.float(), heads.scale)
+    key_LHQ, value_LHV = _expand(latent_LW.float(), wide)
+    score_HTL = torch.einsum("thq,lhq->htl", q_THQ.float(), key_LHQ) * heads.scale
+    context = torch.arange(latent_LW.shape[0], device=q_THQ.device)
+    hidden_TL = context[None] > context[-num_tokens:, None]
+    weight_HTL = torch.softmax(score_HTL.masked_fill(hidden_TL, -torch.inf), dim=-1)
+    return torch.einsum("htl,lhv->thv", weight_HTL, value_LHV).to(q_THQ.dtype)
+
+
+class _LatentBlocks:
+    """Cached rows of one request, block by block in order."""
+
+    def __init__(
+        self, cache_NSW: torch.Tensor, pages_n: torch.Tensor, context_length: int, block_size: int
+    ) -> None:
+        self._cache_NSW = cache_NSW
+        self._pages_n = pages_n
+        self.starts = range(0, context_length, block_size)
+        self._context_length = context_length
+
+    def read(self, start: int) -> torch.Tensor:
+        stop = min(start + self.starts.step, self._context_length)
+        return _gather(self._cache_NSW, self._pages_n, start, stop)
+
+
+def _gather(cache_NSW: torch.Tensor, pages_n: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Rows of positions [start, stop); `start` is at a page's begin."""
+    page_size = cache_NSW.shape[1]
+    pages_n = pages_n[start // page_size : -(-stop // page_size)]
+    return cache_NSW.index_select(0, pages_n).flatten(0, 1)[: stop - start]
+
+
+def _expand(latent_SW: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [S, H, Q] and values [S, H, V] of cached rows."""
+    num_heads, nope, latent_width = heads.w_uk_HNC.shape
+    latent_SC, rope_SP = latent_SW.split([latent_width, latent_SW.shape[1] - latent_width], dim=1)
+    key_SHQ = latent_SW.new_empty(latent_SW.shape[0], num_heads, nope + rope_SP.shape[1])
+    key_SHQ[..., :nope] = (latent_SC @ heads.w_uk_HNC.flatten(0, 1).T).view(-1, num_heads, nope)
+    key_SHQ[..., nope:] = rope_SP[:, None]
+    value_SHV = (latent_SC @ heads.w_uv_HVC.flatten(0, 1).T).unflatten(1, (num_heads, -1))
+    return key_SHQ, value_SHV
+
+
+def _attend_once(
+    q_THQ: torch.Tensor,
+    latent_LW: torch.Tensor,
+    start: int,
+    heads: LatentHeads,
+) -> torch.Tensor:
+    key_LHQ, value_LHV = _expand(latent_LW, heads)
+    mask_TL = None
+    if start:
+        seen = torch.ones(q_THQ.shape[0], latent_LW.shape[0], dtype=torch.bool, device=q_THQ.device)
+        mask_TL = seen.tril_(start)
+    out_1HTV = torch.nn.functional.scaled_dot_product_attention(
+        q_THQ.transpose(0, 1)[None],
+        key_LHQ.transpose(0, 1)[None],
+        value_LHV.transpose(0, 1)[None],
+        attn_mask=mask_TL,
+        is_causal=mask_TL is None,
+        scale=heads.scale,
+    )
+    return out_1HTV[0].transpose(0, 1)
+
+
+def _attend_expanded(
+    q_THQ: torch.Tensor,
+    blocks: _LatentBlocks,
+    start: int,
+    heads: LatentHeads,
+) -> torch.Tensor:
+    def expand(latent_SW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_SHQ, value_SHV = _expand(latent_SW, heads)
+        return key_SHQ.transpose(0, 1), value_SHV.transpose(0, 1)
+
+    value_width = heads.w_uv_HVC.shape[1]
+    softmax = _OnlineSoftmax(q_THQ.transpose(0, 1), q_THQ.shape[0], start, value_width, heads.scale)
+    return softmax.attend(blocks, expand).transpose(0, 1)
+
+
+def _attend_absorbed(
+    q_THQ: torch.Tensor,
+    blocks: _LatentBlocks,
+    start: int,
+    heads: LatentHeads,
+) -> torch.Tensor:
+    num_tokens, num_heads, _ = q_THQ.shape
+    latent_width = heads.w_uk_HNC.shape[2]
+
+    def expand(latent_SW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return latent_SW[None], latent_SW[None, :, :latent_width]
+
+    q_1RW = absorb_queries(q_THQ, heads.w_uk_HNC).flatten(0, 1)[None]
+    softmax = _OnlineSoftmax(q_1RW, num_tokens, start, latent_width, heads.scale)
+    out_THC = softmax.attend(blocks, expand).view(num_tokens, num_heads, latent_width)
+    return expand_values(out_THC, heads.w_uv_HVC)
+
+
+class _OnlineSoftmax:
+    """Attention of query rows over key blocks that arrive in order of position.
+
+    A group's rows go by token, as many rows to each. Per row this keeps the largest score, the sum
+    of exp(score - largest) and the values weighted alike, in float32, and rescales them when a
+    larger score arrives.
+    """
+
+    def __init__(
+        self, q_GRQ: torch.Tensor, num_tokens: int, start: int, value_width: int, scale: float
+    ) -> None:
+        self._q_GRQ = q_GRQ
+        self._start = start
+        rows_per_token = q_GRQ.shape[1] // num_tokens
+        positions_T = torch.arange(start, start + num_tokens, device=q_GRQ.device)
+        self._positions_R = positions_T.repeat_interleave(rows_per_token)
+        self._scale = scale
+        rows = q_GRQ.shape[:2]
+        self._largest_GR1 = torch.full((*rows, 1), -torch.inf, device=q_GRQ.device)
+        self._sum_GR1 = torch.zeros(*rows, 1, device=q_GRQ.device)
+        self._values_GRV = torch.zeros(*rows, value_width, device=q_GRQ.device)
+
+    def attend(self, blocks: _LatentBlocks, expand: ExpandBlock) -> torch.Tensor:
+        """Fold in every block; out [G, R, V] in the dtype of the queries."""
+        groups, num_rows, _ = self._q_GRQ.shape
+        rows_at_once = max(_MAX_SCORES // (groups * blocks.starts.step), 1)
+        for block_start in blocks.starts:
+            key_GSQ, value_GSV = expand(blocks.read(block_start))
+            positions_S = torch.arange(
+                block_start, block_start + key_GSQ.shape[1], device=key_GSQ.device
+            )
+            is_all_seen = block_start + key_GSQ.shape[1] <= self._start + 1
+            for row in range(0, num_rows, rows_at_once):
+                rows = slice(row, row + rows_at_once)
+                hidden_RS = None
+                if not is_all_seen:
+                    hidden_RS = positions_S > self._positions_R[rows, None]
+                self._fold(rows, key_GSQ, value_GSV, hidden_RS)
+        return (self._values_GRV / self._sum_GR1).to(self._q_GRQ.dtype)
+
+    def _fold(
+        self,
+        rows: slice,
+        key_GSQ: torch.Tensor,
+        value_GSV: torch.Tensor,
+        hidden_RS: torch.Tensor | None,
+    ) -> None:
+        score_GRS = torch.bmm(self._q_GRQ[:, rows], key_GSQ.transpose(1, 2)).float()
+        score_GRS.mul_(self._scale)
+        if hidden_RS is not None:
+            score_GRS.masked_fill_(hidden_RS, -torch.inf)
+        old_GR1 = self._largest_GR1[:, rows]
+        # The first block holds position 0, which every row sees: `new_GR1` is finite from there on.
+        new_GR1 = torch.maximum(old_GR1, score_GRS.amax(-1, keepdim=True))
+        decay_GR1 = torch.exp(old_GR1 - new_GR1)
+        weight_GRS = score_GRS.sub_(new_GR1).exp_()
+        self._sum_GR1[:, rows].mul_(decay_GR1).add_(weight_GRS.sum(-1, keepdim=True))
+        folded_GRV = torch.bmm(weight_GRS.to(value_GSV.dtype), value_GSV).float()
+        self._values_GRV[:, rows].mul_(decay_GR1).add_(folded_GRV)
+        self._largest_GR1[:, rows] = new_GR1

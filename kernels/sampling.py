@@ -1,0 +1,188 @@
+"""Choose the next token of one row of logits: filters, then a draw by the inverse of the CDF.
+
+A draw is a pure function of (logits row, settings, seed, position): one uniform number per row,
+from a counter-based hash, against the cumulative distribution in token-id order. Rows are handled
+one by one, so a row's token cannot depend on the batch around it.
+
+Filters keep every token at or above a cutoff, so equal logits are kept or dropped together:
+temperature first, then top-k, then top-p over what top-k kept, then min-p.
+
+Shape legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+_MASK64 = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
+
+# Top-p looks for its cutoff among so many best tokens before it sorts the vocabulary (0.7 against
+# 11 ms at V = 131072, one core).
+_NUM_BEST = 1024
+_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How one row is drawn.
+
+    Attributes:
+        uniform: From `uniform`, in [0, 1).
+        temperature: Above 0.
+        top_k: Keep the k most likely; 0 keeps all.
+        top_p: Then keep the fewest most likely tokens whose mass reaches top_p; 1 keeps all.
+        min_p: Then drop tokens below min_p times the most likely one's probability.
+    """
+
+    uniform: float
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def uniform(seed: int, position: int) -> float:
+    """Uniform number in [0, 1) for one token's draw, a multiple of 2**-53.
+
+    SplitMix64's output function applied twice: to the seed, then to that key advanced by
+    `position + 1` golden-ratio steps.
+
+    Args:
+        seed: Any integer; only its low 64 bits count.
+        position: The token's position in prompt and output.
+
+    Example:
+        uniform(0, 0) is 0.6524484863740322.
+    """
+    key = _mix((seed + _GOLDEN) & _MASK64)
+    return (_mix((key + (position + 1) * _GOLDEN) & _MASK64) >> 11) * 2.0**-53
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Id of each row's largest logit, int64 [B]; the lowest id wins ties."""
+    vocabulary = logits_BV.shape[1]
+    if vocabulary % _BLOCK or vocabulary == _BLOCK:
+        return logits_BV.argmax(dim=-1)
+    # Largest of each block, then argmax within the winning block: 0.4 against 5.0 ms at
+    # B = 32, V = 131072 on one core, where argmax is not vectorised.
+    blocks_BGK = logits_BV.unflatten(1, (-1, _BLOCK))
+    block_B = blocks_BGK.amax(dim=-1).argmax(dim=-1)
+    rows_B = torch.arange(logits_BV.shape[0], device=logits_BV.device)
+    return block_B * _BLOCK + blocks_BGK[rows_B, block_B].argmax(dim=-1)
+
+
+def sample(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Draw one token.
+
+    Args:
+        logits_V: float32, at least one finite; -inf is never drawn.
+        draw: Settings and the uniform number.
+
+    Returns:
+        Token id, int64 without dimensions, on the device of the logits.
+
+    Example:
+        logits [0., -inf, 0.]: uniform 0.4 draws 0, uniform 0.6 draws 2.
+    """
+    scaled_V = logits_V / draw.temperature
+    largest = scaled_V.amax()
+    weight_V = (scaled_V - largest).exp()
+    if draw.top_k or draw.top_p < 1.0 or draw.min_p > 0.0:
+        weight_V.masked_fill_(weight_V < _cutoff(weight_V, draw), 0.0)
+    cdf_V = weight_V.cumsum(0, dtype=torch.float64)
+    # The last token with weight has cdf equal to the total; anything below the total finds it.
+    target = (cdf_V[-1] * draw.uniform).minimum(cdf_V[-1] * (1.0 - 2.0**-52))
+    return torch.searchsorted(cdf_V, target, right=True)
+
+
+def sample_reference(logits_V: torch.Tensor, draw: Draw) -> int:
+    """Meaning of `sample`, token by token in Python floats."""
+    logits = [value / draw.temperature for value in logits_V.tolist()]
+    largest = max(logits)
+    weights = [math.exp(value - largest) for value in logits]
+    ranked = sorted(weights, reverse=True)
+    if draw.top_k:
+        ranked = ranked[: draw.top_k]
+    cutoff = max(ranked[-1], draw.min_p)
+    mass = 0.0
+    for weight in ranked:
+        mass += weight
+        if mass >= draw.top_p * sum(ranked):
+            cutoff = max(cutoff, weight)
+            break
+    kept = [weight if weight >= cutoff else 0.0 for weight in weights]
+    mass = 0.0
+    for token, weight in enumerate(kept):
+        mass += weight
+        if mass > draw.uniform * sum(kept):
+            return token
+    return max(token for token, weight in enumerate(kept) if weight)
+
+
+def logprobs(logits_V: torch.Tensor, num_best: int) -> tuple[torch.Tensor, list[tuple[int, float]]]:
+    """Log-softmax of a row, float32 [V], and its `num_best` best (id, logprob), best first."""
+    logprob_V = torch.log_softmax(logits_V, dim=-1)
+    if not num_best:
+        return logprob_V, []
+    best, tokens = logprob_V.topk(min(num_best, logits_V.shape[0]))
+    pairs = zip(tokens.tolist(), best.tolist(), strict=True)
+    return logprob_V, sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def penalize(
+    logits_V: torch.Tensor,
+    seen_ids: torch.Tensor,
+    output_ids: torch.Tensor,
+    output_counts: torch.Tensor,
+    *,
+    repetition: float = 1.0,
+    presence: float = 0.0,
+    frequency: float = 0.0,
+) -> None:
+    """Make tokens that occurred less likely, in place.
+
+    Args:
+        logits_V: float32.
+        seen_ids: int64 ids of prompt and output, each once, for `repetition`.
+        output_ids: int64 ids of the output, each once, for the other two.
+        output_counts: How often each of `output_ids` occurred.
+        repetition: Divides positive and multiplies negative logits.
+        presence: Subtracted once.
+        frequency: Subtracted once per occurrence.
+    """
+    if repetition != 1.0 and seen_ids.numel():
+        seen = logits_V[seen_ids]
+        logits_V[seen_ids] = torch.where(seen > 0, seen / repetition, seen * repetition)
+    if (presence or frequency) and output_ids.numel():
+        logits_V[output_ids] -= presence + frequency * output_counts.float()
+
+
+def _cutoff(weight_V: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """Smallest weight that the filters keep; the most likely token's weight is 1.0."""
+    vocabulary = weight_V.shape[0]
+    cutoff = weight_V.new_tensor(draw.min_p)
+    best = None
+    if 0 < draw.top_k < vocabulary:
+        best = weight_V.topk(draw.top_k).values
+        cutoff = torch.maximum(cutoff, best[-1])
+        total = best.sum(dtype=torch.float64)
+    if draw.top_p >= 1.0:
+        return cutoff
+    if best is None:
+        total = weight_V.sum(dtype=torch.float64)
+        best = weight_V.topk(min(_NUM_BEST, vocabulary)).values
+        if best.shape[0] < vocabulary and best.sum(dtype=torch.float64) < draw.top_p * total:
+            best = weight_V.sort(descending=True).values
+    mass = best.cumsum(0, dtype=torch.float64)
+    reached = torch.searchsorted(mass, draw.top_p * total).clamp_(max=best.shape[0] - 1)
+    return torch.maximum(cutoff, best[reached])

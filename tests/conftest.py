@@ -1,0 +1,68 @@
+"""What every test starts from: an environment set before Ray, torch or a kernel is imported.
+
+One torch thread per process, no network, Ray without usage statistics, dashboard or side ports
+that two runs on one machine would fight over.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.update(
+    # Ranks of a test share the cores: two threads each were 20 times slower than one.
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    OMP_PROC_BIND="false",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_SERVE_ENABLE_HA_PROXY="1",
+    RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
+    RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0",  # else serve.shutdown() takes 30 s
+    RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),
+    RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+# Shared cores make single examples slow; that is no finding.
+hypothesis.settings.register_profile(
+    "ostro", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("ostro"), derandomize=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "ostro")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A function that gives a TCP port nobody listens on; a new one at each call."""
+    return _free_port

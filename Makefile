@@ -43,6 +43,7 @@ bench: $(VENV)/.runtime
 wheel: $(BIN)/python
 	rm -f dist/*.whl
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+	cp constraints.txt dist/
 
 # Leaves .venv alone.
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ class AttentionShard(RankActor):
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
     ) -> tuple[Engine, str | None]:
         engine = spec.deployment.engine
-        self._tokens = SyncServer(self._token_address, epoch.secret)
+        self._tokens = SyncServer(epoch.secret)
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
@@ -92,10 +93,16 @@ class AttentionShard(RankActor):
             device=spec.device,
             take_counts=self._experts.take_counts if self._experts else None,
         )
-        return AttentionEngine(parts), self._tokens.start()
+        return AttentionEngine(parts), self._tokens.start(self._epoch_address(epoch))
 
     def _make_exchange(self, spec: RankSpec, epoch: EpochSpec) -> StepExchange:
         raise NotImplementedError
+
+    def _epoch_address(self, epoch: EpochSpec) -> str:
+        """A socket file of this process and epoch alone, so that none left behind is in the way."""
+        if self._token_address.startswith("unix:"):
+            return f"{self._token_address}.{os.getpid()}.{epoch.epoch}"
+        return self._token_address
 
     def _epoch_ended(self) -> None:
         if self._tokens is not None:

@@ -72,8 +72,8 @@ class CellRequests:
     def __len__(self) -> int:
         return len(self._live)
 
-    def follow(self, report: StepDone, *, now_s: float) -> None:
-        """Take in what a step brought: tokens, ends, cached pages."""
+    def follow(self, report: StepDone, *, elapsed_s: float) -> None:
+        """Take in what a step brought: tokens, ends, cached pages; `elapsed_s` since the last."""
         drained_tokens = 0
         for request_id, token_ids in report.outputs:
             self._journal.record(request_id, token_ids)
@@ -84,4 +84,4 @@ class CellRequests:
             self._assigner.remove(report.rank, request_id)
             self._live.pop(request_id, None)
         self._assigner.cache_changed(report.rank, report.cached_pages, report.dropped_pages)
-        self._admission.drained(drained_tokens, now_s)
+        self._admission.record(drained_tokens, elapsed_s)

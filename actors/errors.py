@@ -76,9 +76,17 @@ class CheckpointError(OstroError, ValueError):
 
 
 class TransportError(OstroError):
-    """Rows could not be exchanged with a peer rank."""
+    """Rows could not be exchanged with a peer rank.
+
+    Attributes:
+        peer: The rank that did not answer or closed its connection, if one can be named.
+    """
 
     code = "transport_failed"
+
+    def __init__(self, message: str, *, peer: int | None = None) -> None:
+        super().__init__(message)
+        self.peer = peer
 
 
 class InvalidTransitionError(RuntimeError):

@@ -15,6 +15,7 @@ from ostro.actors.cell_requests import CellRequests, LiveRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer
 from ostro.actors.fabric.epoch import host_store
+from ostro.actors.fabric.framing import ChannelError
 from ostro.actors.fabric.messages import (
     Accepted,
     ActorStatus,
@@ -73,8 +74,9 @@ class Router:
         self._device = device
         self._dtype = dtype
         self._host = host
+        self._listen_address = listen_address
         self._secret = secret
-        self._server = AsyncServer(listen_address, secret, self._on_connection)
+        self._server = AsyncServer(secret, self._on_connection)
         self._address: str | None = None
         self._store: object | None = None
         self._placement: Placement | None = None
@@ -105,7 +107,7 @@ class Router:
                 )
                 self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
                 self._store = host_store(self._host)
-                self._address = await self._server.start()
+                self._address = await self._server.start(self._listen_address)
                 self._spawn(self._watch())
             await self._begin_epoch()
 
@@ -276,9 +278,7 @@ class Router:
                         connection.send(ControlDone(tag, self._end_thinking(request_id)))
                     case AskState(tag=tag):
                         self._spawn(self._send_state(connection, tag))
-                    case None:
-                        return
-        except ConnectionError:
+        except ChannelError:
             logger.info("ingress %s is gone", ingress_id)
         finally:
             if self._ingresses.get(ingress_id) is connection:
@@ -287,11 +287,7 @@ class Router:
                     self._cancel(live)
 
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
-        state = await self.state(tag)
-        try:
-            connection.send(state)
-        except ConnectionError:
-            logger.info("an ingress left before its answer")
+        connection.send(await self.state(tag))
 
     def _submit(self, ingress_id: str, request: object) -> None:
         try:

@@ -11,6 +11,7 @@ from ostro.actors.cell_requests import CellRequests
 from ostro.actors.conductor import Conductor
 from ostro.actors.errors import ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection
+from ostro.actors.fabric.framing import ChannelError
 from ostro.actors.fabric.messages import (
     AbortEpoch,
     ExpertCounts,
@@ -64,6 +65,7 @@ class RouterEpoch:
         self._seconds: dict[int, dict[str, float]] = {}
         self._here = asyncio.Event()
         self._closed = False
+        self._reported_s = time.monotonic()
         self._accused: list[tuple[int, str]] = []
         self._fell_silent: list[int] = []
         self._explained: set[int] = set()
@@ -92,9 +94,9 @@ class RouterEpoch:
         if len(self._connections) == self._layout.world_size():
             self._here.set()
         try:
-            while (message := await connection.receive()) is not None:
-                self._take(message)
-        except ConnectionError:
+            while True:
+                self._take(await connection.receive())
+        except ChannelError:
             logger.info("rank %d closed its step connection", hello.rank)
         if hello.rank not in self._explained:
             self._fell_silent.append(hello.rank)
@@ -103,12 +105,8 @@ class RouterEpoch:
     def send(self, rank: int, message: Message) -> None:
         """Send to a rank; one that is gone is noticed by its own connection."""
         connection = self._connections.get(rank)
-        if connection is None:
-            return
-        try:
+        if connection is not None:
             connection.send(message)
-        except ConnectionError:
-            logger.info("rank %d is gone", rank)
 
     def check_overdue(self, timeout_s: float) -> None:
         """Fail the epoch if a step has been running for longer than `timeout_s`."""
@@ -156,7 +154,9 @@ class RouterEpoch:
                 self.send(rank, plan)
 
     def _step_done(self, report: StepDone) -> None:
-        self._requests.follow(report, now_s=time.monotonic())
+        now_s = time.monotonic()
+        self._requests.follow(report, elapsed_s=now_s - self._reported_s)
+        self._reported_s = now_s
         self.loads[report.rank] = report.load
         self._seconds[report.rank] = report.seconds
         if report.step is not None:

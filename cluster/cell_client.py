@@ -7,7 +7,6 @@ dialled again after an epoch changes. All on one asyncio loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -151,15 +150,14 @@ class CellClient:
         try:
             self._router.send(make(tag))
             return await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
-        except (TimeoutError, ConnectionError):
+        except TimeoutError:
             raise NotReadyError("the router does not answer; try again", retry_after_s=5) from None
         finally:
             del self._answers[tag]
 
     def _forget(self, request_id: str) -> None:
         if self._router is not None:
-            with contextlib.suppress(ConnectionError):
-                self._router.send(CancelGeneration(0, request_id))
+            self._router.send(CancelGeneration(0, request_id))
 
     async def _stay_connected(self) -> None:
         while True:
@@ -177,8 +175,8 @@ class CellClient:
         try:
             router.send(IngressHello(self._ingress_id))
             self._router = router
-            while (message := await router.receive()) is not None:
-                self._take(message)
+            while True:
+                self._take(await router.receive())
         finally:
             router.close()
 
@@ -216,21 +214,28 @@ class CellClient:
         }
 
     async def _read_tokens(self, rank: int, address: str, epoch: int) -> None:
-        try:
-            shard = await connect(address, self._secret, timeout_s=_DIAL_TIMEOUT_S)
+        """Read a shard's stream, dialling again until the epoch's task is cancelled."""
+        while True:
             try:
-                shard.send(IngressHello(self._ingress_id))
-                self._streaming.add(rank)
-                while (message := await shard.receive()) is not None:
-                    if isinstance(message, StepEvents) and message.epoch == epoch:
-                        self._hand_out(message.events)
-            finally:
-                shard.close()
-        except (ConnectionError, TimeoutError, OSError) as error:
-            logger.info("the token stream of rank %d ended: %s", rank, error)
-        self._streaming.discard(rank)
-        here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
-        self._fail(here, ShardLostError(f"attention shard {rank} was lost", retry_after_s=5))
+                await self._read_stream(rank, address, epoch)
+            except (ConnectionError, TimeoutError, OSError) as error:
+                logger.info("the token stream of rank %d ended: %s", rank, error)
+            self._streaming.discard(rank)
+            here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
+            self._fail(here, ShardLostError(f"attention shard {rank} was lost", retry_after_s=5))
+            await asyncio.sleep(_REDIAL_PAUSE_S)
+
+    async def _read_stream(self, rank: int, address: str, epoch: int) -> None:
+        shard = await connect(address, self._secret, timeout_s=_DIAL_TIMEOUT_S)
+        try:
+            shard.send(IngressHello(self._ingress_id))
+            while True:
+                message = await shard.receive()
+                if isinstance(message, StepEvents) and message.epoch == epoch:
+                    self._streaming.add(rank)  # its first message greets, with no events
+                    self._hand_out(message.events)
+        finally:
+            shard.close()
 
     def _hand_out(self, events: list[TokenEvent]) -> None:
         for event in events:

@@ -15,10 +15,13 @@ class TokenTable:
 
     Ids 0 .. num_special - 1 are control tokens: they have a name but no text. Ids beyond the table
     (a model's vocabulary may be padded) have neither.
+
+    Args:
+        pieces: Bytes by token id; names for control tokens.
+        num_special: How many ids are control tokens.
     """
 
     def __init__(self, pieces: Sequence[bytes], num_special: int) -> None:
-        """Args: pieces: bytes by token id, names for control tokens; num_special: how many these are."""
         self._pieces = tuple(pieces)
         self._num_special = num_special
 

@@ -6,6 +6,7 @@ that mistral-common ships. To everything else it is a checkpoint directory like 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -135,7 +136,8 @@ def _is_whole(directory: Path) -> bool:
 def _move_into_place(made: Path, target: Path, aside: Path) -> None:
     """Rename onto the target, unless another process was faster."""
     if target.exists() and not _is_whole(target):
-        target.rename(aside)
+        with contextlib.suppress(FileNotFoundError):  # another process moved it
+            target.rename(aside)
     try:
         made.rename(target)
     except OSError:

@@ -127,6 +127,7 @@ def error_body(
     """HTTP error body, readable for the openai and the mistralai client.
 
     Args:
+        error: What went wrong, as `public_error` gives it.
         detail: One entry per field that broke the schema; given only with status 422.
     """
     fields = error_fields(error)

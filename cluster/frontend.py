@@ -1,7 +1,7 @@
-"""One request end to end: checked, sent to the cell, and its tokens turned into events for a face.
+"""One request end to end: checked, sent to the cell, its tokens turned into events for a face.
 
-`RequestBuilder` makes the request, `_Answer` reads what comes back; the frontend keeps the clock and
-closes the cell's iterator whatever happens, which frees the request's pages.
+`RequestBuilder` makes the request, `_Answer` reads what comes back; the frontend keeps the clock
+and closes the cell's iterator whatever happens, which frees the request's pages.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ _ERRORS: dict[str, type[OstroError]] = {
 class Frontend:
     """Serves requests of one model; the real `FrontendLike`.
 
-    `Started` goes out with the first token, which is when the cached tokens are known; nothing waits
-    for it. Each step brings at most one delta of thinking and one of answer, then its tool calls.
+    `Started` goes out with the first token, which is when the cached tokens are known; nothing
+    waits for it. Each step brings at most one delta of thinking and one of answer, then its calls.
     """
 
     def __init__(
@@ -93,11 +93,13 @@ class Frontend:
             OstroError: What the cell raised or reported.
         """
         num_characters = sum(len(m.text) + len(m.thinking or "") for m in request.messages)
-        return self._serve(partial(self._builder.chat, request), num_characters)
+        is_long = num_characters > _LONG_PROMPT or bool(request.tools)  # schemas are slow to check
+        return self._serve(partial(self._builder.chat, request), is_long=is_long)
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """A raw continuation; closing the iterator cancels it. Raises what `chat` raises."""
-        return self._serve(partial(self._builder.text, request), len(request.prompt))
+        is_long = len(request.prompt) > _LONG_PROMPT
+        return self._serve(partial(self._builder.text, request), is_long=is_long)
 
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
@@ -123,25 +125,27 @@ class Frontend:
         return self._prompts.table.decode(token_ids)
 
     async def _serve(
-        self, build: Callable[[], Prepared], num_characters: int
+        self, build: Callable[[], Prepared], *, is_long: bool
     ) -> AsyncGenerator[GenerationEvent, None]:
         answer_by = _Deadlines(self._request_timeout_s)
-        prepared = await asyncio.to_thread(build) if num_characters > _LONG_PROMPT else build()
+        prepared = await asyncio.to_thread(build) if is_long else build()
         answer_by.begin_within(prepared.options.queue_timeout_s)
         answer = _Answer(prepared, self._prompts, self._card.name, answer_by.arrived_s)
         tokens = cast("AsyncGenerator[TokenEvent, None]", self._cell.submit(prepared.request))
         async with aclosing(tokens):
-            while not answer.is_finished:
+            is_last = False
+            while not is_last:
                 event = await answer_by.wait_for(tokens, has_begun=answer.has_begun)
                 brought = answer.take(event)
-                if answer.is_finished:
+                is_last = answer.is_finished
+                if is_last:
                     await tokens.aclose()  # now, not when the caller has read the last event
                 for item in brought:
                     yield item
 
 
 class _Deadlines:
-    """When one request must have begun and must have ended."""
+    """When one request must have begun, which is when its first token comes, and have ended."""
 
     def __init__(self, request_timeout_s: float) -> None:
         self.arrived_s = time.monotonic()

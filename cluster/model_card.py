@@ -20,6 +20,9 @@ def make_card(
     """The card of one deployment.
 
     Args:
+        model_dir: Gives the name if the deployment has none.
+        model_config: What its config.json says.
+        deployment: May bound the context.
         weight_dtype: What the shards hold the weights in, for example "bfloat16".
         kv_dtype: What the latent cache is held in; None if in `weight_dtype`.
     """

@@ -45,9 +45,7 @@ def chat_generation(body: ChatCompletionRequest) -> ChatGeneration:
     _refuse_unserved_chat(body)
     return ChatGeneration(
         model=body.model,
-        messages=chat_messages(
-            body.messages, continue_final=bool(body.continue_final_message)
-        ),
+        messages=chat_messages(body.messages, continue_final=bool(body.continue_final_message)),
         tools=tools_on_offer(body.tools or ()),
         tool_choice=_tool_choice(body),
         options=_options(
@@ -290,9 +288,7 @@ def _tool_call(call: ToolCallIn) -> ToolCall:
     arguments = call.function.arguments
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(
-        call_id=short_call_id(call.id), name=call.function.name, arguments=arguments
-    )
+    return ToolCall(call_id=short_call_id(call.id), name=call.function.name, arguments=arguments)
 
 
 def _content(message: Message, path: str) -> tuple[str, str]:

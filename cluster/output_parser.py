@@ -169,6 +169,9 @@ class OutputParser:
     Tool calls come out whole, when the next mark or the end closes them; one without a proper name
     or whose arguments are no JSON object comes out as answer text. Stop strings are looked for in
     the answer alone, not over a thinking block or a call, and not in the first `min_tokens` tokens.
+
+    Args:
+        starts_in_thinking: The prompt ends inside an open thinking block.
     """
 
     def __init__(
@@ -181,7 +184,6 @@ class OutputParser:
         min_tokens: int = 0,
         starts_in_thinking: bool = False,
     ) -> None:
-        """Args: starts_in_thinking: the prompt ends inside an open thinking block."""
         self._table = table
         self._next = _NEXT[output_format]
         self._marks = {special.tool_calls: _Mark.TOOL_CALLS, special.arguments: _Mark.ARGS}

@@ -20,12 +20,16 @@ from mistral_common.protocol.instruct.messages import (
     ToolMessage,
     UserMessage,
 )
-from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
 from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall
 from mistral_common.protocol.instruct.tool_calls import Tool as CommonTool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as CommonToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode
-from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy, TokenizerVersion
+from mistral_common.tokens.tokenizers.base import (
+    SpecialTokenPolicy,
+    Tokenized,
+    TokenizerVersion,
+)
 from mistral_common.tokens.tokenizers.base import SpecialTokens as Names
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -48,6 +52,7 @@ _MAY_FOLLOW = {
 }
 
 _Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+_Tokenizer = MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,13 +174,13 @@ class PromptBuilder:
             end_think=find(Names.end_think.value) if thinks else None,
         )
 
-    def _map_efforts(self, reasoning: ReasoningConfig) -> dict[str, str | None]:
-        """Effort -> value in the prompt: its own name if the tokenizer declares it, else the table's."""
+    def _map_efforts(self, reasoning: ReasoningConfig) -> dict[str, ReasoningEffort | None]:
+        """Effort -> value in the prompt: its own name if declared, else the table's value."""
         settings = self._tekken.model_settings_builder
         if settings is None or settings.reasoning_effort is None:
             return dict.fromkeys(reasoning.efforts)
         declared = [str(value) for value in settings.reasoning_effort.values]
-        mapped: dict[str, str | None] = {}
+        mapped: dict[str, ReasoningEffort | None] = {}
         for effort, row in reasoning.efforts.items():
             value = effort if effort in declared else row.prompt_value
             if value not in declared:
@@ -183,11 +188,11 @@ class PromptBuilder:
                     f"{self._path}: the tokenizer declares the efforts {declared}, but "
                     f"reasoning.efforts.{effort}.prompt_value is {value!r}"
                 )
-            mapped[effort] = value
+            mapped[effort] = ReasoningEffort(value)
         return mapped
 
 
-def _load(path: Path) -> MistralTokenizer:
+def _load(path: Path) -> _Tokenizer:
     if not path.is_file():
         raise ConfigError(
             f"{path}: no such file; a checkpoint carries its tokenizer in {FILE_NAME}"
@@ -200,14 +205,14 @@ def _load(path: Path) -> MistralTokenizer:
         raise ConfigError(f"{path}: not a Tekken tokenizer ({error.message})") from error
 
 
-def _tekkenizer(tokenizer: MistralTokenizer, path: Path) -> Tekkenizer:
+def _tekkenizer(tokenizer: _Tokenizer, path: Path) -> Tekkenizer:
     tekken = tokenizer.instruct_tokenizer.tokenizer
     if not isinstance(tekken, Tekkenizer):
         raise ConfigError(f"{path}: not a Tekken tokenizer")
     if tekken.version < _OLDEST:
         raise ConfigError(
-            f"{path}: tokenizer version {tekken.version.value} is too old; {_OLDEST.value} or newer "
-            f"is served (Mistral Small 4 has v15)"
+            f"{path}: tokenizer version {tekken.version.value} is too old; {_OLDEST.value} or "
+            f"newer is served (Mistral Small 4 has v15)"
         )
     if tekken.version.supports_model_settings and tekken.model_settings_builder is None:
         raise ConfigError(

@@ -82,10 +82,7 @@ class LayoutConfig:
                 "layout=single has one rank: set num_attention_shards and num_expert_shards to 1, "
                 "or choose layout=split or layout=colocated"
             )
-        if (
-            self.layout is Layout.COLOCATED
-            and self.num_attention_shards != self.num_expert_shards
-        ):
+        if self.layout is Layout.COLOCATED and self.num_attention_shards != self.num_expert_shards:
             raise ConfigError(
                 f"layout=colocated gives every rank both roles: num_attention_shards="
                 f"{self.num_attention_shards} and num_expert_shards={self.num_expert_shards} "
@@ -229,7 +226,9 @@ class ReasoningConfig:
         missing = [name for name in EFFORTS if name not in self.efforts]
         unknown = [name for name in self.efforts if name not in EFFORTS]
         if missing or unknown:
-            raise ConfigError(f"efforts: missing {missing}, unknown {unknown}; known: {list(EFFORTS)}")
+            raise ConfigError(
+                f"efforts: missing {missing}, unknown {unknown}; known: {list(EFFORTS)}"
+            )
         if self.default_effort not in EFFORTS:
             raise ConfigError(
                 f"default_effort={self.default_effort!r}: must be one of {list(EFFORTS)}"
@@ -278,7 +277,9 @@ class ServingConfig:
             if not 1 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be in 1..65535")
         if self.http_port == self.grpc_port:
-            raise ConfigError(f"http_port and grpc_port are both {self.http_port}: choose two ports")
+            raise ConfigError(
+                f"http_port and grpc_port are both {self.http_port}: choose two ports"
+            )
         for name in ("submit_timeout_s", "request_timeout_s", "drain_timeout_s", "keep_alive_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
@@ -303,4 +304,3 @@ class DeploymentConfig:
     engine: EngineConfig = EngineConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     serving: ServingConfig = ServingConfig()
-

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import difflib
 import types
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_D = TypeVar("_D", bound="DataclassInstance")
 _PRESETS = Path(__file__).parent / "presets"
 
 
@@ -57,16 +60,12 @@ def from_dict(values: dict[str, Any]) -> DeploymentConfig:
     Raises:
         ConfigError: As `load_deployment`.
     """
-    config = _build(DeploymentConfig, values, MISSING, "")
-    assert isinstance(config, DeploymentConfig)
-    return config
+    return _build_dataclass(DeploymentConfig, values, MISSING, "")
 
 
 def to_dict(config: DeploymentConfig) -> dict[str, Any]:
     """Plain values (mappings, strings, numbers, None) that YAML and JSON can hold."""
-    plain = _plain(config)
-    assert isinstance(plain, dict)
-    return plain
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def _find(source: str | Path) -> Path:
@@ -83,7 +82,7 @@ def _find(source: str | Path) -> Path:
 class _StrictLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key that stands twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's signature
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001  # PyYAML's signature
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
@@ -95,7 +94,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506  # a SafeLoader
+        values = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -110,7 +109,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: must read key.path=value")
     try:
-        value = yaml.load(text, _StrictLoader)  # noqa: S506  # a SafeLoader
+        value = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is no YAML: {error}") from error
     for i, key in enumerate(keys[:-1]):
@@ -124,8 +123,8 @@ def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
     """Turn a YAML value into the wanted type; `default` fills what a mapping leaves out."""
     if is_dataclass(wanted) and isinstance(wanted, type):
         return _build_dataclass(wanted, value, default, path)
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
@@ -133,6 +132,7 @@ def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
     if origin is dict:
         _check_mapping(value, path)
         known = {} if default is MISSING else default
+        _check_keys(value, known or value, path)
         built = {
             key: _build(arguments[1], item, known.get(key, MISSING), _join(path, key))
             for key, item in value.items()
@@ -143,13 +143,11 @@ def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
     return _build_scalar(wanted, value, path)
 
 
-def _build_dataclass(wanted: type, value: Any, default: Any, path: str) -> Any:
+def _build_dataclass(wanted: type[_D], value: Any, default: Any, path: str) -> _D:
     _check_mapping(value, path)
     known = {field.name: field for field in fields(wanted)}
-    for key in value:
-        if key not in known:
-            raise ConfigError(f"{_join(path, key)}: unknown key{_hint(str(key), known)}")
-    hints = typing.get_type_hints(wanted)
+    _check_keys(value, known, path)
+    hints = get_type_hints(wanted)
     arguments = {}
     for name, field in known.items():
         fallback = _default_of(field) if default is MISSING else getattr(default, name)
@@ -195,11 +193,17 @@ def _check_mapping(value: Any, path: str) -> None:
         raise ConfigError(f"{path or 'deployment'}={value!r}: must be a mapping")
 
 
+def _check_keys(value: dict[str, Any], known: Collection[str], path: str) -> None:
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{_join(path, key)}: unknown key{_hint(str(key), known)}")
+
+
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
+def _hint(word: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(word, known, n=3)
     return f" (did you mean {', '.join(near)}?)" if near else ""
 

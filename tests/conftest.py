@@ -1,7 +1,7 @@
 """What every test starts from: an environment set before Ray, torch or a kernel is imported.
 
-One torch thread per process, no network, Ray without usage statistics, dashboard or side ports
-that two runs on one machine would fight over.
+One torch thread per process, no network, and Ray as the product starts it: with a token, without
+usage statistics, on side ports that two runs on one machine do not fight over.
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
+from ostro.cluster.ray_environment import prepare_environment
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,16 +25,10 @@ os.environ.update(
     OMP_PROC_BIND="false",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
-    RAY_USAGE_STATS_ENABLED="0",
-    RAY_AUTH_MODE="disabled",
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    RAY_SERVE_ENABLE_HA_PROXY="1",
-    RAY_SERVE_THROUGHPUT_OPTIMIZED="1",
-    RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0",  # else serve.shutdown() takes 30 s
-    RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),
-    RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
+    RAY_health_check_timeout_ms="10000",  # a busy machine answers late and is not dead
 )
 os.environ.pop("RAY_ADDRESS", None)
+prepare_environment()
 
 # Shared cores make single examples slow; that is no finding.
 hypothesis.settings.register_profile(
@@ -65,4 +53,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port nobody listens on; a new one at each call."""
-    return _free_port
+
+    def choose() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return choose

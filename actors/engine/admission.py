@@ -1,14 +1,35 @@
-"""The door: how much may wait, and when a refused caller should come back."""
+"""The door: who may come in, who waits in which order, and when the refused should come back."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from math import exp
 
-from ostro.actors.errors import OverloadedError
+from ostro.actors.engine.request import RequestProgress
+from ostro.actors.errors import InvalidRequestError, OverloadedError
 
 _MEMORY_S = 10.0
 _SHORTEST_RETRY_S = 1.0
 _LONGEST_RETRY_S = 60.0
+
+
+def check_servable(progress: RequestProgress, longest: int) -> None:
+    """Refuse a request that cannot be served even alone; `longest` counts prompt and output.
+
+    Raises:
+        InvalidRequestError: Its prompt is empty or too long, or it asks for no output.
+    """
+    if progress.num_prompt_tokens < 1:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    if progress.request.stop.max_tokens < 1:
+        raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+    if progress.num_prompt_tokens + 1 > longest:
+        raise InvalidRequestError(
+            f"the prompt has {progress.num_prompt_tokens} tokens; with at least one token of "
+            f"output it must fit into {longest}",
+            code="context_length_exceeded",
+            param="prompt",
+        )
 
 
 class AdmissionPolicy:
@@ -47,3 +68,36 @@ class AdmissionPolicy:
             return _SHORTEST_RETRY_S
         drain_s = num_tokens * self._recent_s / self._recent_tokens
         return min(max(drain_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
+
+
+class WaitingQueue:
+    """Requests that wait to run, or to run again, by (scheduling class, arrival).
+
+    Attributes:
+        num_tokens: Their prompt tokens.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._requests: list[RequestProgress] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def first(self) -> RequestProgress:
+        """The request whose turn is next."""
+        return self._requests[0]
+
+    def add(self, progress: RequestProgress) -> None:
+        """Put a request in its place."""
+        insort(self._requests, progress, key=_turn)
+        self.num_tokens += progress.num_prompt_tokens
+
+    def remove(self, progress: RequestProgress) -> None:
+        """Take a request out, wherever it is."""
+        del self._requests[bisect_left(self._requests, _turn(progress), key=_turn)]
+        self.num_tokens -= progress.num_prompt_tokens
+
+
+def _turn(progress: RequestProgress) -> tuple[int, int]:
+    return progress.request.scheduling_class, progress.arrival

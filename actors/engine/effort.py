@@ -30,6 +30,7 @@ class ThinkingTracker:
 
     def __init__(self, params: ThinkingParams) -> None:
         self._params = params
+        self.end_token_id = params.end_token_id
         end_mark = (params.end_token_id,)
         closing = params.closing_token_ids
         self._closing = closing if closing[-1:] == end_mark else closing + end_mark

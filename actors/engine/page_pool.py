@@ -42,7 +42,7 @@ class PagePool:
         self._on_evict = on_evict
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """So many pages with one reference each, or None (and nothing changed) if there are less."""
+        """So many pages with one reference each; None, and none taken, if there are fewer."""
         if num_pages > self.num_free:
             return None
         pages = [self._take() for _ in range(num_pages)]
@@ -78,7 +78,7 @@ class PagePool:
         """Compare with the references that the holders know of.
 
         Raises:
-            PageLeakError: Some page is lost, held twice, or counted wrongly; the message names them.
+            PageLeakError: A page is lost, held twice or counted wrongly; the message names it.
         """
         wrong = [
             f"page {page}: {refs} references counted, {expected_refs.get(page, 0)} held"

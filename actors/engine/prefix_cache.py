@@ -58,7 +58,7 @@ class PrefixCache:
         return pages
 
     def insert(self, page_hash: int, page: int) -> bool:
-        """Offer a referenced page whose latents are all in place; False if the content was known."""
+        """Offer a referenced page whose latents are in place; False if the content was known."""
         if page_hash in self._page_of:
             return False
         self._page_of[page_hash] = page

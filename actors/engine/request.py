@@ -27,7 +27,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         min_p: Drop tokens below min_p times the most likely one's probability.
         presence_penalty: Subtracted once from the logit of every token already produced.
         frequency_penalty: Subtracted once per occurrence in the output.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or output.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens in prompt or
+            output.
         logit_bias: Added to logits, by token id.
         seed: Key of the counter-based generator; with the token's position it fixes the draw.
         num_logprobs: None for none; n for the chosen token's logprob and the n best alternatives.
@@ -72,8 +73,8 @@ class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     Attributes:
         begin_token_id: `[THINK]`.
         end_token_id: `[/THINK]`.
-        budget_tokens: Thinking tokens allowed before the close is forced; None is unlimited, 0 forbids
-            thinking (`begin_token_id` is then banned).
+        budget_tokens: Thinking tokens allowed before the close is forced; None is unlimited, 0
+            forbids thinking (`begin_token_id` is then banned).
         soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
         closing_token_ids: What is forced when the budget ends; its last token is `end_token_id`.
         starts_open: The prompt ends inside an open thinking block.
@@ -117,7 +118,7 @@ class FinishReason(str, Enum):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Natural-log probability of one token and of its best alternatives (id, logprob), best first."""
+    """Natural-log probability of a token and of its best alternatives (id, logprob), best first."""
 
     token_id: int
     logprob: float
@@ -180,7 +181,7 @@ class RequestProgress:
     holds it, and a request that loses its pages gets a new list.
 
     Attributes:
-        output_token_ids: Known output; given at construction where a request goes on after a failure.
+        output_token_ids: Known output; given at construction where one goes on after a failure.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
         num_pending_outputs: Outputs that planned steps will sample.

@@ -21,18 +21,15 @@ class RequestPages:
     def __init__(self, num_pages: int, page_size: int, *, prefix_cache: bool) -> None:
         self.pool = PagePool(num_pages, page_size)
         self.page_size = page_size
+        self.num_slots = num_pages * page_size
         self._cache = PrefixCache(self.pool) if prefix_cache else None
 
     def missing(self, progress: RequestProgress, num_tokens: int) -> int:
         """Pages that a request lacks to hold so many tokens."""
         return max(-(-num_tokens // self.page_size) - len(progress.pages), 0)
 
-    def can_hold(self, num_tokens: int) -> bool:
-        """Whether so many tokens fit in the whole cache."""
-        return num_tokens <= self.pool.num_pages * self.page_size
-
     def adopt(self, progress: RequestProgress) -> int:
-        """Give a request without pages its cached prefix; returns how many tokens that spares it."""
+        """Give a request without pages its cached prefix; returns the tokens that it spares."""
         if self._cache is None:
             return 0
         # At least one token is left to compute: its logits are wanted.
@@ -80,7 +77,5 @@ class RequestPages:
     def _hash(self, progress: RequestProgress, num_pages: int) -> None:
         hashes = progress.page_hashes
         if len(hashes) < num_pages:
-            tokens = progress.known_tokens(
-                len(hashes) * self.page_size, num_pages * self.page_size
-            )
+            tokens = progress.known_tokens(len(hashes) * self.page_size, num_pages * self.page_size)
             extend_page_hashes(hashes, tokens, self.page_size, progress.request.cache_salt)

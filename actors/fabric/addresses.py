@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from ostro.actors.fabric.framing import ChannelError
 
 _BACKLOG = 128
+_OWN_PREFIX = "ostro-channel-"
+_OWN_NAME = "socket"
 # Linux names a Unix socket by at most 108 bytes, a closing zero included.
 _MAX_PATH_BYTES = 107
 _KEEPALIVE = (
@@ -76,10 +78,14 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
     """
     try:
         if isinstance(address, UnixAddress):
-            return _listen_unix(address.path or f"{tempfile.mkdtemp(prefix='ostro-')}/channel")
+            return _listen_unix(address.path or _own_path())
         return _listen_tcp(address)
     except OSError as error:
         raise ChannelError(f"cannot listen on {address}: {error}") from error
+
+
+def _own_path() -> str:
+    return os.path.join(tempfile.mkdtemp(prefix=_OWN_PREFIX), _OWN_NAME)
 
 
 def _listen_unix(path: str) -> tuple[socket.socket, Address]:
@@ -96,9 +102,7 @@ def _listen_unix(path: str) -> tuple[socket.socket, Address]:
 
 def _listen_tcp(address: TcpAddress) -> tuple[socket.socket, Address]:
     family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
-    listener = socket.create_server(
-        (address.host, address.port), family=family, backlog=_BACKLOG
-    )
+    listener = socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
     return listener, TcpAddress(address.host, listener.getsockname()[1])
 
 
@@ -107,8 +111,8 @@ def unlisten(address: Address) -> None:
     if isinstance(address, UnixAddress):
         with contextlib.suppress(OSError):
             os.unlink(address.path)
-        directory = os.path.dirname(address.path)
-        if os.path.basename(directory).startswith("ostro-"):
+        directory, name = os.path.split(address.path)
+        if name == _OWN_NAME and os.path.basename(directory).startswith(_OWN_PREFIX):
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
 
@@ -135,7 +139,7 @@ def dial(address: Address, timeout_s: float) -> socket.socket:
 
 
 def tune(peer: socket.socket) -> None:
-    """Send small frames at once and notice a peer whose host vanished; Unix sockets need neither."""
+    """Send small frames at once and notice that a peer's host vanished; TCP only."""
     if peer.family in (socket.AF_INET, socket.AF_INET6):
         for level, option, value in _KEEPALIVE:
             if hasattr(socket, option):

@@ -2,8 +2,8 @@
 
 Before any message both sides prove that they know the deployment's secret:
 
-    client -> server   "OSTRO/1\\n" + 32 random bytes
-    server -> client   "OSTRO/1\\n" + 32 random bytes
+    client -> server   "OSTRO/1" + 32 random bytes
+    server -> client   "OSTRO/1" + 32 random bytes
     client -> server   HMAC-SHA256(secret, "client" + both)
     server -> client   HMAC-SHA256(secret, "server" + both)
 
@@ -25,15 +25,18 @@ from ostro.actors.errors import OstroError
 from ostro.actors.fabric.messages import Message, decode, encode
 
 MAX_FRAME_BYTES = 64 * 2**20
+HANDSHAKE_TIMEOUT_S = 5.0
+# Peers of one server that have not proven themselves yet; more are turned away at once.
+MAX_STRANGERS = 64
 
 _LENGTH = struct.Struct(">I")
-_MAGIC = b"OSTRO/1\n"
+_MAGIC = b"OSTRO/1"
 _NONCE_BYTES = 32
 _HELLO_BYTES = len(_MAGIC) + _NONCE_BYTES
 _PROOF_BYTES = 32
 
 
-class ChannelError(OstroError):
+class ChannelError(OstroError, ConnectionError):
     """A channel cannot be used: unreachable, closed, or its peer broke the protocol."""
 
     code = "channel_failed"

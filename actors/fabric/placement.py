@@ -5,11 +5,12 @@ up in rank order, so the copies of one rank are one range of ids:
 
     rank                  0        1
     physical id       0 1 2    3 4 5
-    logical expert    0 1 3    2 3 0      (4 experts, 2 redundant copies)
+    logical expert    0 1 2    2 3 0      (4 experts, 2 redundant copies)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,9 +57,7 @@ class Placement:
     def replicas_of(self, logical: int) -> tuple[int, ...]:
         """Physical ids of one logical expert, ascending."""
         return tuple(
-            physical
-            for physical, held in enumerate(self.physical_to_logical)
-            if held == logical
+            physical for physical, held in enumerate(self.physical_to_logical) if held == logical
         )
 
     def count_logical(self, rows_by_physical: Sequence[int]) -> list[int]:
@@ -142,4 +141,4 @@ def initial_placement(
 def _contiguous_runs(count: int, num_parts: int) -> list[list[int]]:
     small, num_large = divmod(count, num_parts)
     starts = [part * small + min(part, num_large) for part in range(num_parts + 1)]
-    return [list(range(start, stop)) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [list(range(start, stop)) for start, stop in itertools.pairwise(starts)]

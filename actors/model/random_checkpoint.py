@@ -23,6 +23,7 @@ from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor
 from ostro.configs.model import TEXT_ARCHITECTURE, load_model_config
 
 _DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
+_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
 _NORM_SPREAD = 0.1  # norms are not exactly one, so that a loader that forgets them is noticed
 
 
@@ -116,9 +117,7 @@ def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) 
     Raises:
         ConfigError: The model's numbers contradict each other.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", _config_json(model))
-    _write_json(directory / "generation_config.json", _TOKEN_IDS)
+    write_config(directory, model)
     tensors = list(TEXT_SCHEME.expected(load_model_config(directory)).values())
     partial = directory / "model.safetensors.partial"
     with partial.open("wb") as file:
@@ -129,7 +128,11 @@ def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) 
     partial.replace(directory / "model.safetensors")
 
 
-_TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+def write_config(directory: Path, model: RandomModel) -> None:
+    """Write config.json and generation_config.json only."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "config.json", _config_json(model))
+    _write_json(directory / "generation_config.json", _TOKEN_IDS)
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:

@@ -299,8 +299,10 @@ def _check_tensors(reader: CheckpointReader, config: ModelConfig, scheme: Naming
     """Hold every tensor of the checkpoint against the table; one error tells all that is wrong."""
     expected = scheme.expected(config)
     names = reader.names()
+    for name in names:
+        if name in expected:
+            reader.dtype(name)  # raises if it is not served
     problems = {
-        "unserved": [problem for name in names if (problem := _dtype_problem(reader, name))],
         "missing": sorted(expected.keys() - set(names)),
         "unknown": [
             f"{reader.file(name).name}: {name}"
@@ -317,14 +319,6 @@ def _check_tensors(reader: CheckpointReader, config: ModelConfig, scheme: Naming
     told = [f"{len(found)} {kind}: {_abridge(found)}" for kind, found in problems.items() if found]
     if told:
         raise CheckpointError(f"{reader.directory}: tensors " + "; ".join(told))
-
-
-def _dtype_problem(reader: CheckpointReader, name: str) -> str | None:
-    try:
-        reader.dtype(name)
-    except CheckpointError as error:
-        return error.message
-    return None
 
 
 def _abridge(names: Sequence[str]) -> str:

@@ -1,0 +1,398 @@
+"""The scheduler of one attention shard: which tokens of which requests the next step computes.
+
+There is one rule. A request's step computes `num_tokens - num_computed_tokens` tokens, cut to the
+step's budget: all of a prompt, a chunk of it, the rest after a prefix hit, everything again after
+a preemption, or one token while decoding.
+
+Planning is optimistic, so that it may run ahead of the device: `schedule()` counts what it plans
+as computed, and a token that a planned step has yet to sample as there. `complete()` brings the
+results in, in order; those of a request that ended meanwhile are dropped, and its pages are held
+until no planned step refers to it any more.
+
+Every event is delivered once, by whichever of `complete()` and `take_events()` is called first.
+One thread calls everything. Nothing here knows the device, the model or the network.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Mapping
+
+from ostro.actors.engine import token_rules
+from ostro.actors.engine.admission import AdmissionPolicy, WaitingQueue, check_servable
+from ostro.actors.engine.effort import ThinkingTracker
+from ostro.actors.engine.request import FinishReason, RequestProgress, RequestState, TokenEvent
+from ostro.actors.engine.request_pages import RequestPages
+from ostro.actors.engine.step import (
+    SampledToken,
+    ScheduledRequest,
+    ScheduledStep,
+    SchedulerLoad,
+    token_event,
+)
+from ostro.actors.engine.token_rules import SamplingState, reason_to_end
+from ostro.actors.errors import InvalidRequestError
+from ostro.configs.deployment import EngineConfig
+
+_RUNNING, _FINISHED = RequestState.RUNNING, RequestState.FINISHED
+
+
+class Scheduler:
+    """Plans steps for the requests of one shard; see the module's text.
+
+    Waiting requests are ordered by (scheduling_class, arrival), running ones by arrival. When pages
+    run out, the youngest running request is preempted: the oldest always advances.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        max_context: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._max_context = max_context
+        self._clock = clock
+        self._pages = RequestPages(num_pages, config.page_size, prefix_cache=config.prefix_cache)
+        self._admission = AdmissionPolicy(config.max_waiting_requests, config.max_waiting_tokens)
+        self._requests: dict[str, RequestProgress] = {}
+        self._waiting = WaitingQueue()
+        self._running: list[RequestProgress] = []
+        self._leaving: set[RequestProgress] = set()
+        self._events: list[TokenEvent] = []
+        self._blocked = (-1, -1)
+        self._completed_s = 0.0
+        self._num_arrivals = self._num_scheduled = self._num_completed = 0
+        self._num_preemptions = self._num_prompt_tokens = self._num_output_tokens = 0
+        self._num_hit_tokens = 0
+
+    # ---- what callers ask for
+
+    def add(self, progress: RequestProgress) -> None:
+        """Queue a request, or one that goes on after a failure and so has output already.
+
+        Raises:
+            InvalidRequestError: It can never be served.
+            OverloadedError: Too much waits already.
+        """
+        if progress.request_id in self._requests:
+            raise InvalidRequestError(
+                "this request_id is in use", code="duplicate_request_id", param="request_id"
+            )
+        check_servable(progress, min(self._max_context, self._pages.num_slots))
+        if not progress.output_token_ids:
+            self._admission.check(
+                len(self._waiting), self._waiting.num_tokens, progress.num_prompt_tokens
+            )
+        progress.arrival = self._num_arrivals
+        progress.max_num_tokens = min(progress.max_num_tokens, self._max_context)
+        self._num_arrivals += 1
+        if progress.request.thinking is not None:
+            progress.thinking = ThinkingTracker(progress.request.thinking)
+            for token_id in progress.output_token_ids:
+                progress.thinking.observe(token_id)
+        self._requests[progress.request_id] = progress
+        self._waiting.add(progress)
+        if progress.output_token_ids:
+            reason = reason_to_end(progress)
+            if reason is not None:
+                self._end(progress, reason)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with a CANCELLED event; False if it is not here (any more)."""
+        progress = self._requests.get(request_id)
+        if progress is None:
+            return False
+        self._end(progress, FinishReason.CANCELLED)
+        return True
+
+    def end_thinking(self, request_id: str) -> bool:
+        """Close a request's thinking from its next token on; False if there is none to close."""
+        progress = self._requests.get(request_id)
+        if progress is None or progress.thinking is None:
+            return False
+        return progress.thinking.end_now()
+
+    # ---- steps
+
+    def schedule(self) -> ScheduledStep | None:
+        """Plan the next step, or None if nothing can advance before results come in."""
+        step = ScheduledStep(self._num_scheduled, self._clock())
+        num_promised = self._schedule_running(step)
+        if not step.preempted:
+            self._schedule_waiting(step, num_promised)
+        if not step.entries:
+            return None
+        self._num_scheduled += 1
+        return step
+
+    def sampling_state(self, progress: RequestProgress) -> SamplingState:
+        """What holds for a request's next token, once all tokens before it are known.
+
+        Ask after `complete()` of the step before, and before sampling.
+        """
+        return token_rules.sampling_state(progress)
+
+    def complete(
+        self, step: ScheduledStep, outputs: Mapping[str, SampledToken]
+    ) -> list[TokenEvent]:
+        """Bring in the results of a step: one token for each entry that samples.
+
+        Returns:
+            All events not delivered yet, those of this step among them.
+
+        Raises:
+            RuntimeError: An earlier step is not completed yet.
+        """
+        if step.index != self._num_completed:
+            raise RuntimeError(f"step {step.index} came in before step {self._num_completed}")
+        self._num_completed += 1
+        page_size = self._config.page_size
+        for entry in step.entries:
+            progress = entry.progress
+            progress.num_in_flight -= 1
+            # A request that was preempted meanwhile has another list: its latents are gone.
+            if entry.pages is progress.pages:
+                end = entry.start + entry.num_tokens
+                if end >= (progress.num_published_pages + 1) * page_size:
+                    self._pages.publish(progress, end)
+            if entry.samples:
+                progress.num_pending_outputs -= 1
+            if progress.state is _FINISHED:
+                self._let_go(progress)
+            elif entry.samples:
+                self._append_output(progress, outputs[progress.request_id])
+        now_s = self._clock()
+        self._admission.record(step.num_tokens, now_s - max(step.scheduled_s, self._completed_s))
+        self._completed_s = now_s
+        return self.take_events()
+
+    def take_events(self) -> list[TokenEvent]:
+        """Events not delivered yet: of requests that ended between steps, or could not go on."""
+        events, self._events = self._events, []
+        return events
+
+    # ---- how it stands
+
+    def has_work(self) -> bool:
+        """Whether some request wants to advance, now or once results are in."""
+        return bool(self._running or self._waiting)
+
+    def is_idle(self) -> bool:
+        """Whether there is no request and no step in flight."""
+        return not self._requests and self._num_scheduled == self._num_completed
+
+    def load(self) -> SchedulerLoad:
+        """Numbers for the router and for metrics."""
+        return SchedulerLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_waiting_tokens=self._waiting.num_tokens,
+            num_free_pages=self._pages.pool.num_free,
+            num_pages=self._pages.pool.num_pages,
+            num_preemptions=self._num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            prefix_queries_tokens=self._num_prompt_tokens,
+            prefix_hits_tokens=self._num_hit_tokens,
+        )
+
+    def cache_changes(self) -> tuple[list[int], list[int]]:
+        """(page hashes that became reusable, page hashes evicted) since the last call."""
+        return self._pages.changes()
+
+    def check_integrity(self) -> None:
+        """Raise PageLeakError unless every page is free, idle, or held exactly as counted."""
+        self._pages.check([*self._running, *self._leaving])
+
+    # ---- planning
+
+    def _schedule_running(self, step: ScheduledStep) -> int:
+        """Place decodes, then prefills; returns the pages that these prefills have yet to take."""
+        page_size = self._config.page_size
+        prefilling = []
+        for progress in tuple(self._running):
+            num_tokens = progress.num_tokens
+            start = progress.num_computed_tokens
+            if num_tokens - start != 1:
+                if progress.state is _RUNNING:
+                    prefilling.append(progress)
+            elif (
+                num_tokens < progress.max_num_tokens
+                and progress.state is _RUNNING
+                and (
+                    start < len(progress.pages) * page_size
+                    or self._find_pages(step, progress, num_tokens)
+                )
+            ):
+                self._place(step, progress, 1)
+        for progress in prefilling:
+            num_new = self._chunk(step, progress)
+            if num_new and progress.state is _RUNNING:
+                end = progress.num_computed_tokens + num_new
+                if self._find_pages(step, progress, end):
+                    self._place(step, progress, num_new)
+        return sum(
+            self._pages.missing(progress, progress.num_tokens)
+            for progress in prefilling
+            if progress.state is _RUNNING
+        )
+
+    def _schedule_waiting(self, step: ScheduledStep, num_promised: int) -> None:
+        while (
+            self._waiting
+            and len(self._running) < self._config.max_running_requests
+            and step.num_tokens < self._config.max_tokens_per_step
+        ):
+            progress = self._waiting.first()
+            if progress.num_in_flight:
+                return
+            if progress.num_tokens > self._pages.num_slots:
+                self._fail_for_pages(progress)
+                continue
+            if not self._admit(progress, num_promised):
+                return
+            num_new = self._chunk(step, progress)
+            self._pages.grow(progress, progress.num_computed_tokens + num_new)
+            self._place(step, progress, num_new)
+            num_promised += self._pages.missing(progress, progress.num_tokens)
+
+    def _admit(self, progress: RequestProgress, num_promised: int) -> bool:
+        """Let the first waiting request run if there are pages for all of it."""
+        pool = self._pages.pool
+        if self._blocked == (progress.arrival, pool.num_releases):
+            return False
+        num_cached = self._pages.adopt(progress)
+        if self._pages.missing(progress, progress.num_tokens) + num_promised > pool.num_free:
+            self._pages.release(progress)
+            self._blocked = (progress.arrival, pool.num_releases)
+            return False
+        self._waiting.remove(progress)
+        if progress.state is RequestState.WAITING:
+            self._count_start(progress, num_cached)
+        progress.move_to(_RUNNING)
+        progress.num_computed_tokens = num_cached
+        insort(self._running, progress, key=_by_arrival)
+        return True
+
+    def _count_start(self, progress: RequestProgress, num_cached: int) -> None:
+        progress.queued_s = max(self._clock() - progress.arrived_s, 0.0)
+        progress.num_cached_tokens = min(num_cached, progress.num_prompt_tokens)
+        self._num_prompt_tokens += progress.num_prompt_tokens
+        self._num_hit_tokens += progress.num_cached_tokens
+
+    def _chunk(self, step: ScheduledStep, progress: RequestProgress) -> int:
+        return min(
+            progress.num_tokens - progress.num_computed_tokens,
+            self._config.max_tokens_per_step - step.num_tokens,
+        )
+
+    def _place(self, step: ScheduledStep, progress: RequestProgress, num_new: int) -> None:
+        start = progress.num_computed_tokens
+        end = start + num_new
+        token_ids: list[int | None] = [*progress.known_tokens(start, end)]
+        if len(token_ids) < num_new:
+            token_ids.append(None)
+        samples = end == progress.num_tokens
+        step.entries.append(
+            ScheduledRequest(progress, start, num_new, token_ids, progress.pages, samples)
+        )
+        step.num_tokens += num_new
+        progress.num_computed_tokens = end
+        progress.num_in_flight += 1
+        if samples:
+            progress.num_pending_outputs += 1
+
+    # ---- when pages run out
+
+    def _find_pages(self, step: ScheduledStep, progress: RequestProgress, num_tokens: int) -> bool:
+        """Get a running request pages for so many tokens, from younger ones if need be."""
+        while not self._pages.grow(progress, num_tokens):
+            if num_tokens > self._pages.num_slots:
+                if not progress.num_pending_outputs:
+                    self._fail_for_pages(progress)
+                return False
+            victim = self._victim(step, progress)
+            if victim is None:
+                return False
+            self._preempt(step, victim)
+            if victim is progress:
+                return False
+        return True
+
+    def _victim(self, step: ScheduledStep, requester: RequestProgress) -> RequestProgress | None:
+        """The youngest request not in this step; None if the requester had better wait a step."""
+        if self._leaving:
+            return None
+        placed = {id(entry.progress) for entry in step.entries}
+        for progress in reversed(self._running):
+            if progress is requester:
+                break
+            if id(progress) not in placed:
+                return progress
+        return requester if self._running[-1] is requester else None
+
+    def _preempt(self, step: ScheduledStep, progress: RequestProgress) -> None:
+        self._running.remove(progress)
+        self._pages.release(progress)
+        progress.move_to(RequestState.PREEMPTED)
+        progress.num_computed_tokens = 0
+        self._waiting.add(progress)
+        self._num_preemptions += 1
+        step.preempted.append(progress.request_id)
+
+    # ---- ends
+
+    def _append_output(self, progress: RequestProgress, sampled: SampledToken) -> None:
+        token_id, output = sampled.token_id, progress.output_token_ids
+        first_index = len(output)
+        output.append(token_id)
+        self._num_output_tokens += 1
+        if progress.thinking is not None:
+            progress.thinking.observe(token_id)
+        reason = None
+        if (
+            token_id in progress.stop_token_ids
+            or progress.num_prompt_tokens + first_index + 1 >= progress.max_num_tokens
+        ):
+            reason = reason_to_end(progress)
+        logprobs = [sampled.logprob] if sampled.logprob is not None else None
+        self._events.append(token_event(progress, first_index, [token_id], logprobs, reason))
+        if reason is not None:
+            self._finish(progress)
+
+    def _end(self, progress: RequestProgress, reason: FinishReason, *error: str) -> None:
+        """End a request between its tokens; `error` is (code, message)."""
+        first_index = len(progress.output_token_ids)
+        self._events.append(token_event(progress, first_index, [], None, reason, *error))
+        self._finish(progress)
+
+    def _fail_for_pages(self, progress: RequestProgress) -> None:
+        message = (
+            f"{progress.num_tokens} tokens of prompt and output do not fit into the cache of "
+            f"{self._pages.pool.num_pages} pages of {self._config.page_size} tokens"
+        )
+        self._end(progress, FinishReason.ERROR, "kv_exhausted", message)
+
+    def _finish(self, progress: RequestProgress) -> None:
+        if progress.state is _RUNNING:
+            self._running.remove(progress)
+        else:
+            self._waiting.remove(progress)
+        progress.move_to(_FINISHED)
+        del self._requests[progress.request_id]
+        self._leaving.add(progress)
+        self._let_go(progress)
+
+    def _let_go(self, progress: RequestProgress) -> None:
+        """Free the pages of a finished request, unless a planned step still refers to them."""
+        if not progress.num_in_flight:
+            self._leaving.discard(progress)
+            self._pages.release(progress)
+
+
+def _by_arrival(progress: RequestProgress) -> int:
+    return progress.arrival

@@ -1,0 +1,100 @@
+"""What a step is made of: what goes into it, what comes out, and how busy the scheduler is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ostro.actors.engine.request import FinishReason, RequestProgress, TokenEvent, TokenLogprob
+
+
+class SampledToken(msgspec.Struct, frozen=True):
+    """What the sampler chose for one request."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class ScheduledRequest(msgspec.Struct, gc=False):
+    """One request's part in a step: positions [start, start + num_tokens).
+
+    Attributes:
+        token_ids: None stands for the token that an earlier step has yet to sample; only the last
+            can be None.
+        pages: The request's page list by reference; it may grow, but what this step needs stays.
+        samples: Whether the step samples the request's next token.
+    """
+
+    progress: RequestProgress
+    start: int
+    num_tokens: int
+    token_ids: list[int | None]
+    pages: list[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """What one step computes.
+
+    Attributes:
+        index: Counts up from 0; steps are completed in this order.
+        preempted: Ids of requests that lost their pages to this step.
+    """
+
+    index: int
+    scheduled_s: float
+    entries: list[ScheduledRequest] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLoad:
+    """How busy the scheduler is: the first five of this moment, the others totals since the start.
+
+    Attributes:
+        num_free_pages: Pages that can be had without preempting anyone.
+        num_prompt_tokens: Of requests that have begun to run.
+        prefix_hits_tokens: Of `prefix_queries_tokens`, those found in the prefix cache.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_free_pages: int
+    num_pages: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prefix_queries_tokens: int
+    prefix_hits_tokens: int
+
+
+def token_event(
+    progress: RequestProgress,
+    first_index: int,
+    token_ids: list[int],
+    logprobs: list[TokenLogprob] | None,
+    reason: FinishReason | None,
+    error_code: str | None = None,
+    error_message: str | None = None,
+) -> TokenEvent:
+    """What readers are told of new tokens, of an end, or of both; the first tells `queued_s`."""
+    thinking = progress.thinking
+    queued_s, progress.queued_s = progress.queued_s, 0.0
+    return TokenEvent(
+        progress.request_id,
+        first_index,
+        token_ids,
+        logprobs,
+        progress.num_cached_tokens,
+        thinking.num_thinking_tokens if thinking is not None else 0,
+        thinking.ended_by if thinking is not None else None,
+        reason,
+        token_ids[-1] if reason is FinishReason.STOP and token_ids else None,
+        error_code,
+        error_message,
+        queued_s,
+    )

@@ -1,0 +1,141 @@
+"""Attention of one layer over the latent cache: projections, rotary, cache write, MLA, output.
+
+Decode rows attend absorbed; a prefill span attends absorbed or expanded, whichever takes fewer
+FLOPs. Both forms give the same result.
+
+Shape letters: T tokens, D hidden, H heads, Q = N + P query width (N nope, P rope), C latent,
+J = P / 2 rotary pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear
+
+from ostro.actors.model.batch import Batch, PrefillSpan
+from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.weights import AttentionWeights
+from ostro.configs.model import ModelConfig
+from ostro.kernels.latent_cache import write_latents
+from ostro.kernels.mla_decode import LatentHeads, mla_decode
+from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
+from ostro.kernels.rms_norm import rms_norm
+from ostro.kernels.rotary import (
+    inverse_frequencies,
+    llama4_query_scale,
+    rotary,
+    rotations,
+    yarn_inverse_frequencies,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PositionTerms:
+    """What a micro-batch's positions do to queries and keys; the same in every layer.
+
+    Attributes:
+        turn_TJ: Rotations of the rope pairs.
+        query_scale_T11: Llama-4 scale in the model's dtype; None where it is 1 for every token.
+    """
+
+    turn_TJ: torch.Tensor
+    query_scale_T11: torch.Tensor | None
+
+
+class Attention:
+    """The attention half of every layer of one shard, without norm and residual around it."""
+
+    def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
+        self._config = config
+        self._layers = weights.layers
+        self._cache = cache
+        self._dtype = weights.embed_VD.dtype
+        self._inv_freq_J = _frequencies(config).to(weights.embed_VD.device)
+        scale = config.softmax_scale()
+        self._heads = [LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale) for w in weights.layers]
+
+    def position_terms(self, batch: Batch) -> PositionTerms:
+        """Compute once per step what all layers share."""
+        config = self._config
+        factor = config.rope.cos_sin_factor()
+        turn_TJ = rotations(batch.positions_T, self._inv_freq_J, factor)
+        original = config.llama4_original_max_positions
+        if batch.last_position < original or not config.llama4_beta:
+            return PositionTerms(turn_TJ, None)
+        scale_T = llama4_query_scale(batch.positions_T, config.llama4_beta, original)
+        return PositionTerms(turn_TJ, scale_T.to(self._dtype)[:, None, None])
+
+    def forward(
+        self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
+    ) -> torch.Tensor:
+        """Write the tokens' latents, attend, project; out_TD to be added to the residual."""
+        self._write_cache(layer, x_TD, batch, terms)
+        q_THQ = self._queries(layer, x_TD, terms)
+        out_THV = self._attend(layer, q_THQ, batch)
+        return linear(out_THV.flatten(1), self._layers[layer].o_proj)
+
+    def _write_cache(
+        self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
+    ) -> None:
+        w, latent_width = self._layers[layer], self._config.kv_lora_rank
+        row_TW = linear(x_TD, w.kv_a)
+        latent_TC = rms_norm(row_TW[:, :latent_width], w.kv_a_norm, self._config.rms_norm_eps)
+        key_TP = rotary(row_TW[:, None, latent_width:], terms.turn_TJ)[:, 0]
+        write_latents(self._cache.layers[layer], latent_TC, key_TP, batch.slots_T)
+
+    def _queries(self, layer: int, x_TD: torch.Tensor, terms: PositionTerms) -> torch.Tensor:
+        w, config = self._layers[layer], self._config
+        compressed = rms_norm(linear(x_TD, w.q_a), w.q_a_norm, config.rms_norm_eps)
+        q_THQ = linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
+        rope_THP = q_THQ[..., config.qk_nope_head_dim :]
+        rope_THP.copy_(rotary(rope_THP, terms.turn_TJ))
+        if terms.query_scale_T11 is not None:
+            q_THQ.mul_(terms.query_scale_T11)
+        return q_THQ
+
+    def _attend(self, layer: int, q_THQ: torch.Tensor, batch: Batch) -> torch.Tensor:
+        cache_NSW, heads = self._cache.layers[layer], self._heads[layer]
+        if not batch.prefill_spans:
+            return mla_decode(q_THQ, cache_NSW, batch.decode_buckets, heads)
+        out_THV = q_THQ.new_empty(*q_THQ.shape[:2], self._config.v_head_dim)
+        if batch.decode_buckets:
+            rows = batch.decode_rows
+            out_THV[rows] = mla_decode(q_THQ[rows], cache_NSW, batch.decode_buckets, heads)
+        for span in batch.prefill_spans:
+            out_THV[span.rows] = mla_prefill(
+                q_THQ[span.rows],
+                cache_NSW,
+                span.pages_n,
+                span.start,
+                heads,
+                absorbed=self._is_absorbed(span),
+            )
+        return out_THV
+
+    def _is_absorbed(self, span: PrefillSpan) -> bool:
+        config = self._config
+        num_tokens = span.rows.stop - span.rows.start
+        return absorbed_is_cheaper(
+            num_tokens,
+            span.start + num_tokens,
+            nope=config.qk_nope_head_dim,
+            rope=config.qk_rope_head_dim,
+            value=config.v_head_dim,
+            latent=config.kv_lora_rank,
+        )
+
+
+def _frequencies(config: ModelConfig) -> torch.Tensor:
+    rope, dim = config.rope, config.qk_rope_head_dim
+    if rope.kind != "yarn":
+        return inverse_frequencies(dim, rope.theta)
+    return yarn_inverse_frequencies(
+        dim,
+        rope.theta,
+        factor=rope.factor,
+        original_max_positions=rope.original_max_positions,
+        beta_fast=rope.beta_fast,
+        beta_slow=rope.beta_slow,
+    )

@@ -1,0 +1,196 @@
+"""What a micro-batch of a step looks like to the model: device tensors, made from a plan.
+
+A step's tokens stand in the order of its entries and are cut into micro-batches at any token, so a
+request's chunk may span two of them. Rows of a single new token attend together (decode); longer
+spans attend one by one (prefill).
+
+Shape letters: T tokens of the micro-batch, B rows that attend as decode, n pages of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ostro.actors.engine.step import ScheduledRequest
+from ostro.kernels.mla_decode import DecodeBucket, plan_decode
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Several consecutive tokens of one request.
+
+    Attributes:
+        rows: Where they stand in the micro-batch.
+        start: Place of the first one in the request.
+        pages_n: int64 pages of the request, as many as its context fills.
+    """
+
+    rows: slice
+    start: int
+    pages_n: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch; tensors are int64 and on the model's device.
+
+    Attributes:
+        positions_T: Absolute positions, for rotary embedding and query scale.
+        slots_T: Where each token's latent goes.
+        last_position: Largest of `positions_T`; -1 if there are no tokens.
+        decode_rows: Rows that attend as decode, as a slice where they are consecutive.
+        decode_buckets: Plan of those rows for `mla_decode`; empty if there are none.
+        prefill_spans: The other rows.
+        sample_rows: Rows whose logits are wanted, in the order of the entries.
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    slots_T: torch.Tensor
+    last_position: int
+    decode_rows: slice | torch.Tensor
+    decode_buckets: Sequence[DecodeBucket]
+    prefill_spans: Sequence[PrefillSpan]
+    sample_rows: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.tokens_T.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Tokens [first, first + count) of an entry, counted from the entry's start."""
+
+    entry: ScheduledRequest
+    first: int
+    count: int
+
+
+def split_evenly(total: int, num_parts: int) -> list[int]:
+    """Sizes of `num_parts` parts of `total`, larger ones first.
+
+    Example:
+        5 over 2 gives [3, 2]; 1 over 2 gives [1, 0].
+    """
+    size, rest = divmod(total, num_parts)
+    return [size + (part < rest) for part in range(num_parts)]
+
+
+def build_batches(
+    entries: Sequence[ScheduledRequest],
+    *,
+    page_size: int,
+    num_micro_batches: int,
+    device: torch.device | str,
+    position_offset: int = 0,
+) -> list[Batch]:
+    """Cut a step into micro-batches, some of which may be empty.
+
+    Args:
+        entries: The step; every token before an entry's `start` is in the cache already or in an
+            earlier entry of the same request.
+        page_size: Slots per page.
+        num_micro_batches: How many batches to make.
+        device: Where their tensors go.
+        position_offset: Added to absolute positions, not to places in pages: tests reach far
+            positions with short contexts.
+
+    Raises:
+        RuntimeError: A token is still unknown, so the step before has not been completed.
+    """
+    sizes = split_evenly(sum(entry.num_tokens for entry in entries), num_micro_batches)
+    return [
+        _build(spans, page_size, torch.device(device), position_offset)
+        for spans in _cut(entries, sizes)
+    ]
+
+
+def _cut(entries: Sequence[ScheduledRequest], sizes: Sequence[int]) -> Iterator[list[_Span]]:
+    queue = iter(entries)
+    entry: ScheduledRequest | None = None
+    used = 0
+    for size in sizes:
+        spans: list[_Span] = []
+        while size:
+            if entry is None or used == entry.num_tokens:
+                entry, used = next(queue), 0
+            count = min(size, entry.num_tokens - used)
+            spans.append(_Span(entry, used, count))
+            used += count
+            size -= count
+        yield spans
+
+
+def _build(
+    spans: Sequence[_Span], page_size: int, device: torch.device, position_offset: int
+) -> Batch:
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    decodes: list[tuple[int, _Span]] = []
+    prefills: list[PrefillSpan] = []
+    sample_rows: list[int] = []
+    for span in spans:
+        entry, row = span.entry, len(tokens)
+        start = entry.start + span.first
+        stop = start + span.count
+        tokens.extend(_known_tokens(span))
+        positions.extend(range(start + position_offset, stop + position_offset))
+        _extend_slots(slots, entry.pages, start, stop, page_size)
+        if span.count == 1:
+            decodes.append((row, span))
+        else:
+            pages_n = torch.tensor(entry.pages[: -(-stop // page_size)], device=device)
+            prefills.append(PrefillSpan(slice(row, row + span.count), start, pages_n))
+        if entry.samples and span.first + span.count == entry.num_tokens:
+            sample_rows.append(len(tokens) - 1)
+    return Batch(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
+        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        last_position=max(positions, default=-1),
+        decode_rows=_row_index([row for row, _ in decodes], device),
+        decode_buckets=plan_decode(
+            [span.entry.pages for _, span in decodes],
+            [span.entry.start + span.first + 1 for _, span in decodes],
+            page_size,
+            device,
+        ),
+        prefill_spans=prefills,
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+    )
+
+
+def _known_tokens(span: _Span) -> Iterator[int]:
+    token_ids = span.entry.token_ids
+    for index in range(span.first, span.first + span.count):
+        token_id = token_ids[index]
+        if token_id is None:
+            token_id = span.entry.progress.token_at(span.entry.start + index)
+        if token_id is None:
+            raise RuntimeError(f"token {span.entry.start + index} of a request is not sampled yet")
+        yield token_id
+
+
+def _extend_slots(
+    slots: list[int], pages: Sequence[int], start: int, stop: int, page_size: int
+) -> None:
+    while start < stop:
+        page, place = divmod(start, page_size)
+        count = min(page_size - place, stop - start)
+        first = pages[page] * page_size + place
+        slots.extend(range(first, first + count))
+        start += count
+
+
+def _row_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+    if not rows:
+        return slice(0, 0)
+    if rows[-1] - rows[0] == len(rows) - 1:
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows, device=device)

@@ -1,0 +1,162 @@
+"""The model's forward pass on an attention shard; routed experts are reached through an exchange.
+
+    for each layer, for each micro-batch:
+        (take the routed rows of the layer before), norm, attention, norm, gate,
+        send rows to the experts, shared expert while they travel
+
+So with two micro-batches one is at the experts while the other attends. The residual stream is in
+the model's dtype; routed, shared and residual are added in float32.
+
+Shape letters: T tokens of a micro-batch, D hidden, K experts per token, V vocabulary, B rows that
+sample.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from ostro.actors.model.attention import Attention, PositionTerms
+from ostro.actors.model.batch import Batch
+from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
+from ostro.configs.model import ModelConfig
+from ostro.kernels.gate import gate
+from ostro.kernels.grouped_gemm import swiglu
+from ostro.kernels.rms_norm import rms_norm
+
+
+class ExpertExchange(Protocol):
+    """The way to the routed experts and back.
+
+    Each layer of each micro-batch is dispatched once and then combined once, also if it has no
+    tokens: peers count on it.
+    """
+
+    def dispatch(
+        self,
+        layer: int,
+        micro_batch: int,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> None:
+        """Send rows on their way.
+
+        Args:
+            layer: Whose experts.
+            micro_batch: Slice of the step.
+            x_TD: Normed hidden states in the model's dtype; left unchanged until `combine`.
+            expert_TK: int64 logical experts.
+            weight_TK: float32 gate weights.
+        """
+        ...
+
+    def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
+        """Wait for the sum of the routed experts, float32 [T, D]; the caller may change it."""
+        ...
+
+
+class _MicroBatch:
+    """A micro-batch on its way through the layers."""
+
+    def __init__(self, batch: Batch, hidden_TD: torch.Tensor, terms: PositionTerms) -> None:
+        self.batch = batch
+        self.hidden_TD = hidden_TD
+        self.terms = terms
+        self.shared_TD = hidden_TD  # replaced in every layer
+
+
+class Decoder:
+    """All of the model but the routed experts.
+
+    Attributes:
+        seconds: Time by stage since construction. On CUDA it is the time to launch, except where a
+            stage waits.
+    """
+
+    def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
+        self._config = config
+        self._weights = weights
+        self._attention = Attention(config, weights, cache)
+        self.seconds = dict.fromkeys(
+            ("attention", "gate", "dispatch", "shared", "combine", "head"), 0.0
+        )
+
+    @torch.inference_mode()
+    def forward(self, batches: Sequence[Batch], exchange: ExpertExchange) -> list[torch.Tensor]:
+        """Advance every token of the step by one forward pass.
+
+        Returns:
+            Per micro-batch the logits of its `sample_rows`, float32 [B, V].
+        """
+        slices = [self._enter(batch) for batch in batches]
+        last = self._config.num_layers - 1
+        for layer in range(self._config.num_layers):
+            for index, slice_ in enumerate(slices):
+                if layer:
+                    self._finish_layer(layer - 1, index, slice_, exchange)
+                self._start_layer(layer, index, slice_, exchange)
+        for index, slice_ in enumerate(slices):
+            self._finish_layer(last, index, slice_, exchange)
+        return [self._head(slice_) for slice_ in slices]
+
+    def _enter(self, batch: Batch) -> _MicroBatch:
+        began_s = time.perf_counter()
+        hidden_TD = embedding(batch.tokens_T, self._weights.embed_VD)
+        micro_batch = _MicroBatch(batch, hidden_TD, self._attention.position_terms(batch))
+        self.seconds["attention"] += time.perf_counter() - began_s
+        return micro_batch
+
+    def _start_layer(
+        self, layer: int, index: int, slice_: _MicroBatch, exchange: ExpertExchange
+    ) -> None:
+        w, seconds, clock = self._weights.layers[layer], self.seconds, time.perf_counter
+        began_s = clock()
+        x_TD = self._attend(layer, w, slice_)
+        attended_s = clock()
+        expert_TK, weight_TK = gate(
+            x_TD,
+            w.gate_ED,
+            self._config.num_experts_per_token,
+            self._config.routed_scaling_factor,
+        )
+        gated_s = clock()
+        exchange.dispatch(layer, index, x_TD, expert_TK, weight_TK)
+        dispatched_s = clock()
+        slice_.shared_TD = linear(swiglu(linear(x_TD, w.shared_gate_up)), w.shared_down)
+        seconds["attention"] += attended_s - began_s
+        seconds["gate"] += gated_s - attended_s
+        seconds["dispatch"] += dispatched_s - gated_s
+        seconds["shared"] += clock() - dispatched_s
+
+    def _attend(self, layer: int, w: AttentionLayerWeights, slice_: _MicroBatch) -> torch.Tensor:
+        """Attention and its residual; the normed input of the experts."""
+        eps = self._config.rms_norm_eps
+        if slice_.batch.num_tokens:
+            x_TD = rms_norm(slice_.hidden_TD, w.input_norm_D, eps)
+            attended_TD = self._attention.forward(layer, x_TD, slice_.batch, slice_.terms)
+            slice_.hidden_TD = slice_.hidden_TD + attended_TD
+        return rms_norm(slice_.hidden_TD, w.post_norm_D, eps)
+
+    def _finish_layer(
+        self, layer: int, index: int, slice_: _MicroBatch, exchange: ExpertExchange
+    ) -> None:
+        began_s = time.perf_counter()
+        sum_TD = exchange.combine(layer, index)
+        sum_TD += slice_.shared_TD
+        sum_TD += slice_.hidden_TD
+        slice_.hidden_TD = sum_TD.to(slice_.hidden_TD.dtype)
+        self.seconds["combine"] += time.perf_counter() - began_s
+
+    def _head(self, slice_: _MicroBatch) -> torch.Tensor:
+        began_s = time.perf_counter()
+        rows_BD = slice_.hidden_TD.index_select(0, slice_.batch.sample_rows)
+        rows_BD = rms_norm(rows_BD, self._weights.final_norm_D, self._config.rms_norm_eps)
+        logits_BV = linear(rows_BD, self._weights.lm_head_VD).float()
+        self.seconds["head"] += time.perf_counter() - began_s
+        return logits_BV

@@ -1,0 +1,50 @@
+"""The routed experts of one shard, and how many rows each of them has computed.
+
+Shape letters: L layers, E local experts, R rows, K experts per row, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ostro.actors.model.weights import ExpertWeights
+from ostro.configs.model import ModelConfig
+from ostro.kernels.grouped_gemm import expert_mlp
+
+
+class LocalExperts:
+    """Runs rows through the experts of this shard. Stateless but for its counters."""
+
+    def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
+        self._layers = weights.layers
+        self._num_local = len(weights.local_to_logical)
+        device = weights.layers[0].gate_up.device
+        self._rows_LE = torch.zeros(
+            config.num_layers, self._num_local + 1, dtype=torch.int64, device=device
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, layer: int, rows_RD: torch.Tensor, expert_RK: torch.Tensor, weight_RK: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of each row's local experts, weighted.
+
+        Args:
+            layer: Which layer's experts.
+            rows_RD: Hidden states in the model's dtype.
+            expert_RK: int64 local slots, -1 where the k-th expert is not here.
+            weight_RK: float32 gate weights.
+
+        Returns:
+            out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
+        """
+        weights = self._layers[layer]
+        slots_A = expert_RK.flatten() + 1  # slot 0 counts what is not here
+        self._rows_LE[layer] += torch.bincount(slots_A, minlength=self._num_local + 1)
+        return expert_mlp(rows_RD, expert_RK, weight_RK, weights.gate_up, weights.down)
+
+    def take_counts(self) -> list[list[int]]:
+        """Rows per layer and local expert since last asked."""
+        rows_LE: list[list[int]] = self._rows_LE[:, 1:].tolist()
+        self._rows_LE.zero_()
+        return rows_LE

@@ -1,0 +1,108 @@
+"""`ostro bench`: measure the engine and the faces, side by side in one run.
+
+Every command prints a table for people and, with `--json`, writes the same figures for machines.
+Figures are medians over rounds that interleave what is compared, so a noisy machine hits all alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ostro.actors.model.random_checkpoint import write_random_checkpoint
+from ostro.cluster.bench_figures import Figure, to_table, write_json
+from ostro.cluster.ray_environment import prepare_environment
+from ostro.configs.load import load_deployment
+
+app = typer.Typer(help="Measure the engine and the faces, side by side.", no_args_is_help=True)
+_console = Console()
+
+_Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
+_Model = Annotated[Path, typer.Option("--model", help="Checkpoint directory.")]
+_Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")]
+
+
+@app.command()
+def checkpoint(
+    directory: Path,
+    size: Annotated[str, typer.Option(help="mid (0.9 B parameters) or tiny.")] = "mid",
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+) -> None:
+    """Write a seeded random checkpoint to measure with; it says nothing sensible."""
+    raise NotImplementedError(write_random_checkpoint, size, seed, directory)
+
+
+@app.command()
+def engine(
+    model: _Model,
+    layout: Annotated[
+        list[str], typer.Option(help="single, colocated:N or split:A:E; repeat to compare.")
+    ] = ["single"],  # noqa: B006  typer copies it
+    batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=4)] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "bfloat16",
+    beside: Annotated[str, typer.Option(help="transformers, or nothing.")] = "",
+    rounds: _Rounds = 3,
+    json: _Json = None,
+) -> None:
+    """Decode and first-token speed of a cell without ingress."""
+    prepare_environment()
+    from ostro.cluster.bench_engine import Workload, measure_engine, parse_layout
+
+    workloads = [
+        Workload(batch=int(size), prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+        for size in batch.split(",")
+    ]
+    with _console.status("starting") as status:
+        figures = measure_engine(
+            model,
+            [parse_layout(text) for text in layout],
+            layout,
+            workloads,
+            rounds=rounds,
+            dtype=dtype,
+            beside_transformers=beside == "transformers",
+            note=status.update,
+        )
+    _report("Engine", figures, f"ostro {layout[0]}", json, model=model.name, layouts=layout)
+
+
+@app.command()
+def faces(
+    model: _Model,
+    preset: Annotated[str, typer.Option(help="Preset or deployment file.")] = "laptop_single",
+    concurrency: Annotated[str, typer.Option(help="Concurrent requests, by commas.")] = "1,16",
+    prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    rounds: _Rounds = 3,
+    json: _Json = None,
+) -> None:
+    """What HTTP and gRPC add to the bare engine's first token, and what throughput they keep."""
+    prepare_environment()
+    from ostro.cluster.bench_engine import Workload
+    from ostro.cluster.bench_faces import BARE, measure_faces
+
+    deployment = load_deployment(preset, [f"model={model}"])
+    with _console.status("starting") as status:
+        figures = measure_faces(
+            deployment,
+            model,
+            concurrencies=[int(size) for size in concurrency.split(",")],
+            workload=Workload(batch=8, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+            rounds=rounds,
+            note=status.update,
+        )
+    _report("Faces", figures, BARE, json, model=model.name, preset=preset)
+
+
+def _report(
+    title: str, figures: Sequence[Figure], anchor: str, json: Path | None, **context: object
+) -> None:
+    _console.print(to_table(title, figures, anchor=anchor))
+    if json is not None:
+        write_json(json, figures, **context)

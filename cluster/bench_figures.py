@@ -1,0 +1,69 @@
+"""Figures of a benchmark: samples of one quantity, their median and spread, and how they print."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Samples of one quantity.
+
+    Attributes:
+        subject: What was measured, for example "ostro split:1:2".
+        quantity: What of it, for example "decode B=8".
+        unit: Of the samples.
+        samples: One per round, in order.
+    """
+
+    subject: str
+    quantity: str
+    unit: str
+    samples: tuple[float, ...]
+
+    def median(self) -> float:
+        """The middle sample."""
+        return statistics.median(self.samples)
+
+    def spread(self) -> float:
+        """Half the range of the samples over the median."""
+        middle = self.median()
+        return (max(self.samples) - min(self.samples)) / 2 / middle if middle else 0.0
+
+
+def to_table(title: str, figures: Sequence[Figure], *, anchor: str | None) -> Table:
+    """One row a figure; the last column is the ratio to the anchor's same quantity."""
+    table = Table(title=title)
+    for name in ("quantity", "subject", "median", "spread", f"ratio to {anchor or '-'}"):
+        table.add_column(name, justify="left" if name in ("quantity", "subject") else "right")
+    anchors = {figure.quantity: figure.median() for figure in figures if figure.subject == anchor}
+    for figure in sorted(figures, key=lambda figure: figure.quantity):
+        base = anchors.get(figure.quantity)
+        table.add_row(
+            figure.quantity,
+            figure.subject,
+            f"{figure.median():.4g} {figure.unit}",
+            f"+-{figure.spread():.0%}",
+            f"{figure.median() / base:.2f}" if base else "",
+        )
+    return table
+
+
+def write_json(path: Path, figures: Sequence[Figure], **context: object) -> None:
+    """The figures with the machine that they were measured on."""
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    body = {"machine": machine, **context, "figures": [asdict(figure) for figure in figures]}
+    path.write_text(json.dumps(body, indent=2) + "\n")

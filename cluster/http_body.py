@@ -1,0 +1,132 @@
+"""From the bytes of a request body to a checked object, with every refusal named.
+
+Too large is 413 before anything is parsed, unreadable is 400, wrong types and, if `strict` is
+asked for, unknown fields are 422 with one entry per field.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from ostro.actors.errors import InvalidRequestError, TooLargeError
+from ostro.cluster.openai_schema import Wire, unknown_fields
+
+Body = TypeVar("Body", bound=Wire)
+
+_MAX_SHOWN_CHARS = 100
+_MAX_SHOWN_FIELDS = 32
+_UNION_TAG = re.compile(r"(str|int|float|bool|Part|(list|dict)\[.*\])")
+_NOT_A_FIELD_NAME = re.compile(r"[^A-Za-z0-9_.\[\]-]")
+
+
+class SchemaError(InvalidRequestError):
+    """Fields of a wrong type, missing or unknown.
+
+    Attributes:
+        detail: One entry per field: `type`, `loc`, `msg`, `input`.
+    """
+
+    code = "invalid_type"
+
+    def __init__(self, message: str, *, param: str | None, detail: list[dict[str, object]]) -> None:
+        super().__init__(message, param=param)
+        self.detail = detail
+
+
+async def read_body(
+    request: Request, kind: type[Body], *, max_bytes: int
+) -> tuple[Body, dict[str, str]]:
+    """The body as `kind`, and the headers that name its ignored fields.
+
+    Raises:
+        TooLargeError: More than `max_bytes`.
+        InvalidRequestError: No JSON, or no UTF-8.
+        SchemaError: JSON that is no `kind`.
+    """
+    data = await _read(request, max_bytes)
+    try:
+        value = msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequestError(
+            f"the body is not valid JSON in UTF-8: {str(error)[:200]}", code="invalid_json"
+        ) from error
+    try:
+        body = kind.model_validate(value)
+    except ValidationError as error:
+        raise _schema_error(error) from None
+    ignored = list(unknown_fields(body))
+    if not ignored:
+        return body, {}
+    if getattr(body, "strict", False):
+        raise _unknown_error(ignored)
+    shown = [_NOT_A_FIELD_NAME.sub("?", name)[:_MAX_SHOWN_CHARS] for name in ignored]
+    return body, {"x-ignored-fields": ", ".join(shown[:_MAX_SHOWN_FIELDS])}
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise _too_large(max_bytes)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(data)
+
+
+def _too_large(max_bytes: int) -> TooLargeError:
+    return TooLargeError(f"the body is larger than {max_bytes} bytes, the most that is taken")
+
+
+def _schema_error(error: ValidationError) -> SchemaError:
+    entries = error.errors(include_url=False, include_context=False)
+    detail: list[dict[str, object]] = [
+        {
+            "type": entry["type"],
+            "loc": ["body", *_place(entry["loc"])],
+            "msg": entry["msg"],
+            "input": _shown(entry["input"]),
+        }
+        for entry in entries[:_MAX_SHOWN_FIELDS]
+    ]
+    param = _dotted(_place(entries[0]["loc"])) or None
+    return SchemaError(f"{param or 'body'}: {entries[0]['msg']}", param=param, detail=detail)
+
+
+def _unknown_error(names: list[str]) -> SchemaError:
+    detail: list[dict[str, object]] = [
+        {
+            "type": "extra_forbidden",
+            "loc": ["body", name[:_MAX_SHOWN_CHARS]],
+            "msg": "no such field is known",
+            "input": None,
+        }
+        for name in names[:_MAX_SHOWN_FIELDS]
+    ]
+    name = names[0][:_MAX_SHOWN_CHARS]
+    return SchemaError(f"{name}: no such field is known", param=name, detail=detail)
+
+
+def _place(loc: tuple[int | str, ...]) -> list[int | str]:
+    """Where in the body, without the names of the union's members that pydantic tried."""
+    return [step for step in loc if isinstance(step, int) or not _UNION_TAG.fullmatch(step)]
+
+
+def _dotted(place: list[int | str]) -> str:
+    return "".join(
+        f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_SHOWN_CHARS]}" for step in place
+    ).lstrip(".")
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, str):
+        return value[:_MAX_SHOWN_CHARS]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return type(value).__name__

@@ -1,0 +1,287 @@
+"""Random lives of many requests: whatever happens, outputs are right and no page is lost."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import count
+
+import pytest
+from engine_fakes import FakeDevice, expected_generation, make_request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestProgress,
+    ThinkingParams,
+    TokenEvent,
+)
+from ostro.actors.engine.scheduler import Scheduler
+from ostro.actors.engine.step import ScheduledStep
+from ostro.actors.errors import InvalidRequestError
+from ostro.configs.deployment import EngineConfig
+
+_BEGIN, _END = 3, 4
+
+# Few distinct beginnings, so that prefixes are often shared.
+_PROMPTS = st.builds(
+    lambda head, tail: [*head, *tail],
+    st.sampled_from([(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 5), (9,) * 6]),
+    st.lists(st.integers(5, 11), min_size=1, max_size=6),
+)
+_THINKING = st.builds(
+    lambda budget, zone, closing, starts_open: ThinkingParams(
+        begin_token_id=_BEGIN,
+        end_token_id=_END,
+        budget_tokens=budget,
+        soft_zone_tokens=zone,
+        closing_token_ids=closing,
+        starts_open=starts_open,
+    ),
+    st.none() | st.integers(0, 6),
+    st.integers(0, 3),
+    st.sampled_from([(), (_END,), (5, 6, _END)]),
+    st.booleans(),
+)
+
+
+class RandomLives(RuleBasedStateMachine):
+    """Callers, scheduler and device, in any order that the contract allows."""
+
+    @initialize(
+        page_size=st.integers(1, 4),
+        num_pages=st.integers(5, 16),
+        max_tokens_per_step=st.integers(1, 9),
+        max_running=st.integers(1, 5),
+        max_context=st.integers(8, 40),
+        prefix_cache=st.booleans(),
+        num_ahead=st.integers(0, 2),
+    )
+    def start(
+        self,
+        page_size: int,
+        num_pages: int,
+        max_tokens_per_step: int,
+        max_running: int,
+        max_context: int,
+        prefix_cache: bool,
+        num_ahead: int,
+    ) -> None:
+        self.config = EngineConfig(
+            page_size=page_size,
+            max_tokens_per_step=max_tokens_per_step,
+            max_running_requests=min(max_running, max_tokens_per_step),
+            prefix_cache=prefix_cache,
+        )
+        self.max_context = max_context
+        self.num_slots = num_pages * page_size
+        self.num_ahead = num_ahead
+        clock = count(1.0)
+        self.scheduler = Scheduler(self.config, num_pages, max_context, clock=lambda: next(clock))
+        self.device = FakeDevice(page_size)
+        self.in_flight: deque[ScheduledStep] = deque()
+        self.lives: dict[str, RequestProgress] = {}
+        self.num_given: dict[str, int] = {}
+        self.heard: dict[str, list[int]] = {}
+        self.ended: dict[str, TokenEvent] = {}
+        self.steered: set[str] = set()
+        self.cached: set[int] = set()
+
+    # ---- what callers do
+
+    @rule(
+        prompt=_PROMPTS,
+        max_tokens=st.integers(1, 12),
+        min_tokens=st.integers(0, 3),
+        stop_token_ids=st.sampled_from([(), (9,)]),
+        ignore_eos=st.booleans(),
+        thinking=st.none() | _THINKING,
+        salt=st.sampled_from(["", "", "a"]),
+        scheduling_class=st.integers(0, 2),
+        share_given=st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0]),
+    )
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stop_token_ids: tuple[int, ...],
+        ignore_eos: bool,
+        thinking: ThinkingParams | None,
+        salt: str,
+        scheduling_class: int,
+        share_given: float,
+    ) -> None:
+        request = make_request(
+            f"r{len(self.lives)}",
+            prompt,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+            thinking=thinking,
+            cache_salt=salt,
+            scheduling_class=scheduling_class,
+        )
+        if len(prompt) + 1 > min(self.max_context, self.num_slots):
+            with pytest.raises(InvalidRequestError):
+                self.scheduler.add(RequestProgress(request, arrived_s=0.0))
+            return
+        output, _ = self._expected(request)
+        given = output[: int(len(output) * share_given)]
+        progress = RequestProgress(request, arrived_s=0.0, output_token_ids=given)
+        self.lives[request.request_id] = progress
+        self.num_given[request.request_id] = len(given)
+        self.heard[request.request_id] = []
+        self.scheduler.add(progress)
+
+    @rule(size=st.integers(2, 5), head=_PROMPTS, max_tokens=st.integers(6, 16))
+    def add_crowd(self, size: int, head: list[int], max_tokens: int) -> None:
+        """Several requests with one beginning, which together want more pages than there are."""
+        for tail in range(size):
+            self.add(
+                prompt=[*head, 5 + tail],
+                max_tokens=max_tokens,
+                min_tokens=0,
+                stop_token_ids=(),
+                ignore_eos=True,
+                thinking=None,
+                salt="",
+                scheduling_class=tail % 2,
+                share_given=0.0,
+            )
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.lives)))
+        is_here = self.scheduler.cancel(request_id)
+        self._hear(self.scheduler.take_events())
+        assert request_id in self.ended
+        if is_here:
+            assert self.ended[request_id].finish_reason is FinishReason.CANCELLED
+
+    @precondition(lambda self: self.lives)
+    @rule(data=st.data())
+    def end_thinking(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.lives)))
+        if self.scheduler.end_thinking(request_id):
+            self.steered.add(request_id)
+
+    # ---- what the shard does
+
+    @precondition(lambda self: len(self.in_flight) <= self.num_ahead)
+    @rule()
+    def schedule(self) -> None:
+        step = self.scheduler.schedule()
+        if step is None:
+            self._hear(self.scheduler.take_events())
+            assert self.in_flight or not self.scheduler.has_work(), "stuck"
+            return
+        self._check_step(step)
+        self.in_flight.append(step)
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def complete(self) -> None:
+        step = self.in_flight.popleft()
+        outputs = self.device.run(self.scheduler, step)
+        self._hear(self.scheduler.complete(step, outputs))
+
+    @rule(num_turns=st.integers(1, 12))
+    def turn(self, num_turns: int) -> None:
+        """Many steps at once, for lives long enough to be interesting."""
+        for _ in range(num_turns):
+            while len(self.in_flight) <= self.num_ahead and self.scheduler.has_work():
+                num_before = len(self.in_flight)
+                self.schedule()
+                if len(self.in_flight) == num_before:
+                    break
+            if self.in_flight:
+                self.complete()
+
+    # ---- what must hold
+
+    @invariant()
+    def no_page_is_lost(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+
+    @invariant()
+    def cache_changes_add_up(self) -> None:
+        if hasattr(self, "scheduler"):
+            added, dropped = self.scheduler.cache_changes()
+            assert not self.cached & set(added)
+            assert self.cached >= set(dropped)
+            self.cached = (self.cached | set(added)) - set(dropped)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        num_turns = 0
+        while self.scheduler.has_work() or self.in_flight:
+            self.turn(1)
+            num_turns += 1
+            assert num_turns < 3000, "starved"
+        self._hear(self.scheduler.take_events())
+        assert self.scheduler.is_idle()
+        self.scheduler.check_integrity()
+        load = self.scheduler.load()
+        assert load.num_free_pages == load.num_pages
+        assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (0, 0, 0)
+        for request_id, progress in self.lives.items():
+            self._check_life(request_id, progress)
+
+    def _expected(self, request: GenerationRequest) -> tuple[list[int], FinishReason]:
+        return expected_generation(request, max_context=self.max_context, num_slots=self.num_slots)
+
+    def _check_step(self, step: ScheduledStep) -> None:
+        assert step.num_tokens == sum(entry.num_tokens for entry in step.entries)
+        assert 0 < step.num_tokens <= self.config.max_tokens_per_step
+        assert len(step.entries) <= self.config.max_running_requests
+        ids = [entry.progress.request_id for entry in step.entries]
+        assert len(set(ids)) == len(ids)
+        page_size = self.config.page_size
+        for entry in step.entries:
+            end = entry.start + entry.num_tokens
+            writes = set(entry.pages[entry.start // page_size : -(-end // page_size)])
+            assert len(entry.pages) * page_size >= end
+            for other in self.lives.values():
+                if other is not entry.progress:
+                    assert not writes & set(other.pages), "a page that is written is shared"
+
+    def _hear(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            assert event.request_id not in self.ended, "an event after the last"
+            heard = self.heard[event.request_id]
+            assert event.first_index == self.num_given[event.request_id] + len(heard)
+            heard.extend(event.token_ids)
+            if event.finish_reason is not None:
+                self.ended[event.request_id] = event
+
+    def _check_life(self, request_id: str, progress: RequestProgress) -> None:
+        output, reason = self._expected(progress.request)
+        heard = output[: self.num_given[request_id]] + self.heard[request_id]
+        assert progress.output_token_ids == heard
+        assert progress.num_in_flight == progress.num_pending_outputs == 0
+        end = self.ended[request_id]
+        if request_id in self.steered:
+            return
+        assert heard == output[: len(heard)]
+        if end.finish_reason is not FinishReason.CANCELLED:
+            assert (heard, end.finish_reason) == (output, reason)
+        assert (end.stop_token_id is not None) == (
+            end.finish_reason is FinishReason.STOP and bool(self.heard[request_id])
+        )
+
+
+TestRandomLives = RandomLives.TestCase
+TestRandomLives.settings = settings(settings.default, max_examples=150, stateful_step_count=40)

@@ -1,0 +1,89 @@
+"""The table of weight names: real shapes, both prefixes, and layouts that are not served yet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import checkpoints
+import pytest
+
+from ostro.actors.errors import CheckpointError
+from ostro.actors.model.random_checkpoint import RandomModel, write_config
+from ostro.actors.model.weight_names import (
+    TEXT_SCHEME,
+    WRAPPER_SCHEME,
+    Role,
+    choose_naming,
+)
+from ostro.configs.model import ModelConfig, load_model_config
+
+_REAL = {
+    "vocab_size": 131072,
+    "hidden_size": 4096,
+    "num_layers": 36,
+    "num_heads": 32,
+    "q_lora_rank": 1024,
+    "kv_lora_rank": 256,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "num_experts": 128,
+    "expert_hidden_size": 2048,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    directory = tmp_path_factory.mktemp("tiny")
+    return load_model_config(checkpoints.make_tiny_checkpoint(directory, num_layers=2))
+
+
+def _real(tmp_path: Path) -> ModelConfig:
+    write_config(tmp_path, RandomModel(**_REAL, std=0.02))
+    return load_model_config(tmp_path)
+
+
+def test_table_counts_every_parameter_of_the_real_text_model(tmp_path: Path) -> None:
+    tensors = TEXT_SCHEME.expected(_real(tmp_path)).values()
+    assert sum(math.prod(tensor.shape) for tensor in tensors) == 118_972_826_624
+
+
+def test_expert_role_is_the_routed_experts_only(tmp_path: Path) -> None:
+    tensors = TEXT_SCHEME.expected(_real(tmp_path)).values()
+    routed = sum(math.prod(tensor.shape) for tensor in tensors if tensor.role is Role.EXPERT)
+    assert routed == 36 * 128 * 25_165_824
+
+
+def test_prefix_is_the_only_difference_of_the_schemes(tiny: ModelConfig) -> None:
+    bare = TEXT_SCHEME.expected(tiny)
+    wrapped = WRAPPER_SCHEME.expected(tiny)
+    assert ["language_model." + name for name in bare] == list(wrapped)
+
+
+def test_tensor_names_a_parameter_of_a_layer() -> None:
+    name = WRAPPER_SCHEME.tensor("q_a", 3)
+    assert name == "language_model.model.layers.3.self_attn.q_a_proj.weight"
+
+
+@pytest.mark.parametrize("scheme", [TEXT_SCHEME, WRAPPER_SCHEME])
+def test_choose_naming_goes_by_the_embedding(scheme: object, tiny: ModelConfig) -> None:
+    assert isinstance(scheme, type(TEXT_SCHEME))
+    assert choose_naming(list(scheme.expected(tiny))) is scheme
+
+
+def test_choose_naming_tells_the_native_layout_apart() -> None:
+    with pytest.raises(CheckpointError, match="native layout is not served yet"):
+        choose_naming(["tok_embeddings.weight", "norm.weight"])
+
+
+def test_choose_naming_refuses_other_names() -> None:
+    with pytest.raises(CheckpointError, match="is among the 1 tensors"):
+        choose_naming(["transformer.wte.weight"])
+
+
+def test_vision_tensors_are_ignored_in_the_wrapper_only(tiny: ModelConfig) -> None:
+    for name in ("vision_tower.ln_pre.weight", "multi_modal_projector.norm.weight"):
+        assert WRAPPER_SCHEME.is_ignored(name, tiny)
+        assert not TEXT_SCHEME.is_ignored(name, tiny)
+    assert not WRAPPER_SCHEME.is_ignored("language_model.surprise", tiny)

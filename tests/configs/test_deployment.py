@@ -1,0 +1,46 @@
+"""Deployment dataclasses refuse what cannot run."""
+
+from __future__ import annotations
+
+import pytest
+
+from ostro.configs.deployment import EngineConfig, Layout, LayoutConfig, ReasoningConfig
+from ostro.configs.errors import ConfigError
+
+
+def test_split_puts_experts_behind_attention() -> None:
+    layout = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=3, num_expert_shards=2)
+    assert layout.world_size() == 5
+    assert list(layout.attention_ranks()) == [0, 1, 2]
+    assert list(layout.expert_ranks()) == [3, 4]
+
+
+def test_colocated_ranks_have_both_roles() -> None:
+    layout = LayoutConfig(layout=Layout.COLOCATED, num_attention_shards=2, num_expert_shards=2)
+    assert layout.world_size() == 2
+    assert list(layout.attention_ranks()) == list(layout.expert_ranks()) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "attention", "experts", "told"),
+    [
+        (Layout.SINGLE, 1, 2, "layout=single has one rank"),
+        (Layout.COLOCATED, 1, 2, "must be equal"),
+        (Layout.SPLIT, 0, 2, "num_attention_shards=0"),
+    ],
+)
+def test_contradictory_layout_is_refused(
+    layout: Layout, attention: int, experts: int, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        LayoutConfig(layout=layout, num_attention_shards=attention, num_expert_shards=experts)
+
+
+def test_every_running_request_must_fit_the_step() -> None:
+    with pytest.raises(ConfigError, match="needs one token a step"):
+        EngineConfig(max_running_requests=8, max_tokens_per_step=4)
+
+
+def test_effort_table_must_be_whole() -> None:
+    with pytest.raises(ConfigError, match="missing"):
+        ReasoningConfig(efforts={})

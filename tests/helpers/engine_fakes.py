@@ -1,0 +1,144 @@
+"""A device and a model for tests of the scheduler, and short ways to make requests.
+
+The device keeps, in every slot of every page, the position and the token whose latent would be
+there. The model's next token is a hash of all tokens that it reads through a request's pages: a
+wrong page, a stale slot or a gap between chunks changes the output.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestProgress,
+    SamplingParams,
+    StopParams,
+    ThinkingParams,
+)
+from ostro.actors.engine.scheduler import Scheduler
+from ostro.actors.engine.step import SampledToken, ScheduledRequest, ScheduledStep
+from ostro.actors.engine.token_rules import SamplingState, sampling_state
+
+EOS = 2
+VOCABULARY = 12
+
+
+def make_request(
+    request_id: str = "r",
+    prompt: Sequence[int] = (7, 8, 9),
+    *,
+    max_tokens: int = 4,
+    min_tokens: int = 0,
+    stop_token_ids: tuple[int, ...] = (),
+    ignore_eos: bool = False,
+    thinking: ThinkingParams | None = None,
+    cache_salt: str = "",
+    scheduling_class: int = 0,
+) -> GenerationRequest:
+    """A greedy request."""
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        sampling=SamplingParams(),
+        stop=StopParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            eos_token_id=EOS,
+            stop_token_ids=stop_token_ids,
+            ignore_eos=ignore_eos,
+        ),
+        thinking=thinking,
+        cache_salt=cache_salt,
+        scheduling_class=scheduling_class,
+    )
+
+
+def fake_next_token(tokens: Sequence[int], state: SamplingState) -> int:
+    """The model: any token of the vocabulary, by hash; obeys the scheduler's wishes."""
+    if state.forced_token_id is not None:
+        return state.forced_token_id
+    draw = zlib.crc32(bytes(tokens))
+    if state.bias is not None and draw % 16 < 2 * state.bias[1]:
+        return state.bias[0]
+    choices = [token for token in range(VOCABULARY) if token not in state.banned_token_ids]
+    return choices[draw % len(choices)]
+
+
+def expected_generation(
+    request: GenerationRequest, *, max_context: int, num_slots: int
+) -> tuple[list[int], FinishReason]:
+    """What the model says to a request that is alone in the world, and why it ends."""
+    alone = RequestProgress(request, arrived_s=0.0)
+    if request.thinking is not None:
+        # The tracker has tests of its own; here it only has to be asked at the right moments.
+        from ostro.actors.engine.effort import ThinkingTracker
+
+        alone.thinking = ThinkingTracker(request.thinking)
+    output = alone.output_token_ids
+    stop_ids = set(request.stop.stop_token_ids)
+    if not request.stop.ignore_eos:
+        stop_ids.add(EOS)
+    while True:
+        tokens = request.prompt_token_ids + output
+        if len(tokens) > num_slots:
+            return output, FinishReason.ERROR
+        token = fake_next_token(tokens, sampling_state(alone))
+        output.append(token)
+        if alone.thinking is not None:
+            alone.thinking.observe(token)
+        if token in stop_ids and len(output) > request.stop.min_tokens:
+            return output, FinishReason.STOP
+        if len(output) == request.stop.max_tokens:
+            return output, FinishReason.LENGTH
+        if len(tokens) + 1 == max_context:
+            return output, FinishReason.MODEL_LENGTH
+
+
+class FakeDevice:
+    """Runs steps in order, whenever it is told to; checks that what it reads is what was meant."""
+
+    def __init__(self, page_size: int) -> None:
+        self._page_size = page_size
+        self._slots: dict[tuple[int, int], tuple[int, int]] = {}
+        self._sampled: dict[int, int] = {}
+
+    def run(self, scheduler: Scheduler, step: ScheduledStep) -> dict[str, SampledToken]:
+        """Execute a step: all latents are written before any is read, as in one forward."""
+        written: set[tuple[int, int]] = set()
+        for entry in step.entries:
+            self._write(entry, written)
+        outputs = {}
+        for entry in step.entries:
+            tokens = self._read(entry)
+            if entry.samples:
+                token_id = fake_next_token(tokens, scheduler.sampling_state(entry.progress))
+                self._sampled[id(entry.progress)] = token_id
+                outputs[entry.progress.request_id] = SampledToken(token_id)
+        return outputs
+
+    def _slot(self, entry: ScheduledRequest, position: int) -> tuple[int, int]:
+        return entry.pages[position // self._page_size], position % self._page_size
+
+    def _write(self, entry: ScheduledRequest, written: set[tuple[int, int]]) -> None:
+        assert len(entry.token_ids) == entry.num_tokens
+        assert None not in entry.token_ids[:-1]
+        for offset, token in enumerate(entry.token_ids):
+            if token is None:
+                token = self._sampled[id(entry.progress)]
+            position = entry.start + offset
+            slot = self._slot(entry, position)
+            assert slot not in written, f"two writers of {slot}"
+            written.add(slot)
+            self._slots[slot] = (position, token)
+
+    def _read(self, entry: ScheduledRequest) -> list[int]:
+        end = entry.start + entry.num_tokens
+        read = [self._slots[self._slot(entry, position)] for position in range(end)]
+        assert [position for position, _ in read] == list(range(end))
+        tokens = [token for _, token in read]
+        known = entry.progress.known_tokens(0, end)
+        assert tokens[: len(known)] == known
+        return tokens

@@ -1,0 +1,55 @@
+"""Combine: dense and sparse parts add up, in rank order, in float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ostro.kernels.combine import combine, combine_reference, combine_sparse
+
+
+def test_combine_worked_example() -> None:
+    first = torch.tensor([[1.0]])
+    assert combine([first, torch.tensor([[2.0]])]).tolist() == [[3.0]]
+    assert first.tolist() == [[1.0]]
+
+
+def test_combine_sparse_worked_example() -> None:
+    parts = [
+        (torch.tensor([[5.0]]), torch.tensor([1])),
+        (torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])),
+    ]
+    assert combine_sparse(parts, 2).tolist() == [[1.0], [7.0]]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_combine_and_sparse_match_reference(
+    num_tokens: int, num_shards: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    every = torch.arange(num_tokens)
+    dense = [
+        (torch.randn(num_tokens, 7, generator=generator).to(dtype), every)
+        for _ in range(num_shards)
+    ]
+    expected_TD = combine_reference(dense, num_tokens)
+    assert expected_TD.dtype == torch.float32
+    assert torch.equal(combine([rows for rows, _ in dense]), expected_TD)
+    assert torch.equal(combine_sparse(dense, num_tokens), expected_TD)
+    some = [
+        (rows[: num_tokens - i % 2], every[: num_tokens - i % 2])
+        for i, (rows, _) in enumerate(dense)
+    ]
+    assert torch.equal(combine_sparse(some, num_tokens), combine_reference(some, num_tokens))
+
+
+def test_combine_adds_in_float32() -> None:
+    parts = [torch.full((1, 1), value).bfloat16() for value in (256.0, 1.0, 1.0)]
+    assert combine(parts).item() == 258.0
+
+
+def test_combine_sparse_leaves_unanswered_tokens_zero() -> None:
+    none = (torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
+    assert combine_sparse([none], 3).tolist() == [[0.0, 0.0]] * 3

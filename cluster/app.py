@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 
+from ostro.actors.errors import NotReadyError
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.grpc_ingress import GrpcMethods
@@ -21,18 +21,18 @@ from ostro.cluster.model_card import make_card
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
-from ostro.actors.errors import NotReadyError
 
 SERVICERS = (
     "ostro.protos.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
     "ostro.protos.cluster_pb2_grpc.add_ClusterServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 )
+_DRAIN_POLL_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IngressSpec:
-    """What a replica needs to find its cell; small, picklable.
+    """What a replica needs to find its cell; small and picklable.
 
     Attributes:
         router_name: The router actor's name.
@@ -47,3 +47,60 @@ class IngressSpec:
     namespace: str
     secret: bytes
     dtype: str
+
+
+class Ingress(GrpcMethods):
+    """One replica: a frontend over the cell, behind both faces.
+
+    Ray Serve calls the gRPC methods by name and builds the HTTP application once per replica.
+    """
+
+    def __init__(self, spec: IngressSpec) -> None:
+        self._spec = spec
+        model_dir, deployment = Path(spec.model_dir), spec.deployment
+        card = make_card(
+            model_dir, load_model_config(model_dir), deployment, weight_dtype=spec.dtype
+        )
+        self._cell = CellClient(
+            self._find_router,
+            spec.secret,
+            ingress_id=uuid.uuid4().hex,
+            submit_timeout_s=deployment.serving.submit_timeout_s,
+        )
+        prompts = PromptBuilder(model_dir, deployment.reasoning)
+        self._frontend = Frontend(self._cell, prompts, card, deployment)
+        self._metrics = Metrics(card.name)
+        GrpcMethods.__init__(self, lambda: self._frontend, self._metrics)
+        self._cell.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Ray Serve after the constructor."""
+        return build_http_app(
+            lambda: self._frontend,
+            self._spec.deployment.serving,
+            self._metrics,
+            adds_request_id=False,
+        )
+
+    async def _find_router(self) -> str:
+        try:
+            router = ray.get_actor(self._spec.router_name, namespace=self._spec.namespace)
+            address: str = await router.address.remote()
+        except (ValueError, ray.exceptions.RayError) as error:
+            raise NotReadyError(f"the router cannot be found: {type(error).__name__}") from None
+        return address
+
+
+def build_app(spec: IngressSpec) -> Any:
+    """The Serve application of a deployment."""
+    serving = spec.deployment.serving
+    deployment = serve.deployment(
+        name="ingress",
+        num_replicas=serving.num_ingress_replicas,
+        max_ongoing_requests=serving.max_ongoing_requests,
+        max_queued_requests=serving.max_ongoing_requests,
+        graceful_shutdown_timeout_s=_DRAIN_POLL_S,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S / 2,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment(serve.ingress()(Ingress)).bind(spec)

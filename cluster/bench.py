@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ostro.actors.model.random_checkpoint import write_random_checkpoint
+from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
 from ostro.cluster.bench_figures import Figure, to_table, write_json
+from ostro.cluster.embedded_model import write_tekken
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.configs.load import load_deployment
 
@@ -33,7 +34,13 @@ def checkpoint(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Write a seeded random checkpoint to measure with; it says nothing sensible."""
-    raise NotImplementedError(write_random_checkpoint, size, seed, directory)
+    shapes = {"mid": MID, "tiny": TINY}
+    if size not in shapes:
+        raise typer.BadParameter(f"{size!r}: must be one of {', '.join(shapes)}", param_hint="size")
+    directory.mkdir(parents=True, exist_ok=True)
+    with _console.status(f"writing {size} to {directory}"):
+        write_random_checkpoint(directory, shapes[size], seed)
+        write_tekken(directory / "tekken.json", shapes[size].vocab_size)
 
 
 @app.command()

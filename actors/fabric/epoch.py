@@ -24,7 +24,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import (  # torch.distributed re-exports them without types
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+)
 
 from ostro.actors.errors import TransportError
 
@@ -51,7 +56,7 @@ class Membership:
     timeout_s: float
 
 
-def host_store(host: str) -> dist.TCPStore:
+def host_store(host: str) -> TCPStore:
     """Host the store that epochs meet at, on a free port of `host` alone; see its `port`.
 
     It must outlive the epochs. A TCPStore left to itself would listen on every interface.
@@ -59,7 +64,7 @@ def host_store(host: str) -> dist.TCPStore:
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     listener = socket.create_server((host, 0), family=family, backlog=128)
     port = listener.getsockname()[1]
-    return dist.TCPStore(
+    return TCPStore(
         host,
         port,
         is_master=True,
@@ -137,6 +142,7 @@ def join(membership: Membership, device: torch.device | str, *, host: str) -> Ep
     """Meet the other ranks of an epoch.
 
     Args:
+        membership: Which epoch, as which rank.
         device: Where rows live; chooses NCCL for "cuda" and Gloo for "cpu".
         host: This node's address in the cell, which Gloo binds to; left alone it would take
             whatever the host's name resolves to.
@@ -165,17 +171,17 @@ def leave(group: EpochGroup) -> None:
     group.leave()
 
 
-def _meet(membership: Membership) -> dist.Store:
+def _meet(membership: Membership) -> Store:
     timeout = timedelta(seconds=membership.timeout_s)
     try:
-        root = dist.TCPStore(
+        root = TCPStore(
             membership.store_host,
             membership.store_port,
             is_master=False,
             wait_for_workers=False,
             timeout=timeout,
         )
-        store = dist.PrefixStore(f"ep{membership.epoch}", root)
+        store = PrefixStore(f"ep{membership.epoch}", root)
         store.set(f"here/{membership.rank}", "1")
     except RuntimeError as error:
         raise TransportError(
@@ -189,7 +195,7 @@ def _meet(membership: Membership) -> dist.Store:
     return store
 
 
-def _absence(membership: Membership, store: dist.Store) -> TransportError:
+def _absence(membership: Membership, store: Store) -> TransportError:
     try:
         missing = [r for r in range(membership.world_size) if not store.check([f"here/{r}"])]
     except RuntimeError:
@@ -202,22 +208,22 @@ def _absence(membership: Membership, store: dist.Store) -> TransportError:
     )
 
 
-def _gloo(membership: Membership, store: dist.Store, host: str) -> Any:
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+def _gloo(membership: Membership, store: Store, host: str) -> Any:
+    gloo: Any = ProcessGroupGloo  # its options are not typed
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=host)]
     options._threads = _GLOO_THREADS
     options._timeout = timedelta(seconds=membership.timeout_s)
-    return dist.ProcessGroupGloo(store, membership.rank, membership.world_size, options)
+    return gloo(store, membership.rank, membership.world_size, options)
 
 
-def _nccl(membership: Membership, store: dist.Store, device: torch.device, lane: str) -> Any:
+def _nccl(membership: Membership, store: Store, device: torch.device, lane: str) -> Any:
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    options = dist.ProcessGroupNCCL.Options()
+    nccl: Any = torch.distributed.ProcessGroupNCCL
+    options = nccl.Options()
     options._timeout = timedelta(seconds=membership.timeout_s)
     options.is_high_priority_stream = True
-    backend = dist.ProcessGroupNCCL(
-        dist.PrefixStore(lane, store), membership.rank, membership.world_size, options
-    )
+    backend = nccl(PrefixStore(lane, store), membership.rank, membership.world_size, options)
     # The communicator forms at its first use, which every rank must take part in; a rank with no
     # tokens in the first step would not.
     with torch.cuda.device(device):
@@ -233,7 +239,7 @@ def wait_for_device(device: torch.device, timeout_s: float) -> bool:
 
     A stream that waits for a dead peer never ends, and neither would `synchronize()`.
     """
-    reached = torch.cuda.Event()
+    reached: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
     reached.record(torch.cuda.current_stream(device))
     deadline = time.monotonic() + timeout_s
     while not reached.query():

@@ -11,7 +11,7 @@ Shape letters: R rows, K experts per token, D hidden size.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -56,6 +56,10 @@ class Header:
             f"{self.micro_batch}, {self.num_rows} rows ({mode})"
         )
 
+    def with_rows(self, num_rows: int) -> Header:
+        """The same exchange with another number of rows."""
+        return replace(self, num_rows=num_rows)
+
     def write(self, message: torch.Tensor) -> None:
         """Put the header at the start of a message's bytes."""
         values = (
@@ -71,15 +75,13 @@ class Header:
         if message.is_cuda:
             message[:HEADER_BYTES].view(torch.int32).copy_(torch.tensor(values, dtype=torch.int32))
         else:
-            _HEADER.pack_into(memoryview(message.numpy()), 0, *values)
+            _HEADER.pack_into(message.numpy().data, 0, *values)
 
 
 def read_header(message: torch.Tensor) -> Header:
     """The header of a message's bytes; on CUDA this waits for the device."""
     raw = message[:HEADER_BYTES].cpu() if message.is_cuda else message
-    epoch, step, layer, micro_batch, num_rows, flags, _, _ = _HEADER.unpack_from(
-        memoryview(raw.numpy())
-    )
+    epoch, step, layer, micro_batch, num_rows, flags, _, _ = _HEADER.unpack_from(raw.numpy().data)
     return Header(epoch, step, layer, micro_batch, num_rows, bool(flags & _SPARSE_FLAG))
 
 
@@ -135,9 +137,7 @@ class RowBuffer:
         return RowMessage(
             message=message,
             expert_RK=message[HEADER_BYTES:ids_end].view(torch.int32).view(num_rows, num_experts),
-            weight_RK=message[ids_end:weights_end]
-            .view(torch.float32)
-            .view(num_rows, num_experts),
+            weight_RK=message[ids_end:weights_end].view(torch.float32).view(num_rows, num_experts),
             rows_RD=message[weights_end:]
             .view(self._layout.dtype)
             .view(num_rows, self._layout.hidden_size),

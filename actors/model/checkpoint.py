@@ -18,7 +18,7 @@ import torch
 
 from ostro.actors.errors import CheckpointError
 
-# The number of bytes just read.
+# The number of bytes of memory just filled, in the dtype asked for.
 ReadProgress = Callable[[int], None]
 
 _SINGLE_FILE = "model.safetensors"
@@ -155,7 +155,7 @@ class CheckpointReader:
                 done += count
                 self.bytes_read += count * row_bytes
                 if progress is not None:
-                    progress(count * row_bytes)
+                    progress(target.nbytes)
         return out
 
     def _entry(self, name: str) -> _Entry:

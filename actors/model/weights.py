@@ -133,7 +133,7 @@ def load_attention_weights(
     dtype: torch.dtype,
     progress: ReadProgress | None = None,
 ) -> AttentionWeights:
-    """Read all that the attention role needs.
+    """Read all that the attention role needs; what `progress` is told adds up to `attention_bytes`.
 
     Raises:
         CheckpointError: As `check_checkpoint`.
@@ -168,7 +168,7 @@ def load_expert_weights(
         local_to_logical: The logical expert for each local slot; repeats are replicas.
         device: Where to.
         dtype: As what.
-        progress: Told the bytes of each read.
+        progress: Told the bytes filled; in the end they add up to `expert_bytes`.
 
     Raises:
         CheckpointError: As `check_checkpoint`.

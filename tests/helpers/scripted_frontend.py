@@ -48,9 +48,7 @@ STARTED = Started(
 )
 FINISHED = Finished(
     reason="stop",
-    usage=Usage(
-        prompt_tokens=7, cached_prompt_tokens=4, completion_tokens=11, thinking_tokens=5
-    ),
+    usage=Usage(prompt_tokens=7, cached_prompt_tokens=4, completion_tokens=11, thinking_tokens=5),
     reasoning=ReasoningReport(
         effort="low", budget_tokens=2048, thinking_tokens=5, ended_by="model"
     ),
@@ -73,7 +71,9 @@ WITH_LOGPROBS: tuple[GenerationEvent, ...] = (
         text="Hel",
         token_ids=(5,),
         logprobs=(
-            TokenText(token_id=5, text=b"Hel", logprob=-0.1, top=((5, b"Hel", -0.1), (9, b"J", -2.5))),
+            TokenText(
+                token_id=5, text=b"Hel", logprob=-0.1, top=((5, b"Hel", -0.1), (9, b"J", -2.5))
+            ),
         ),
     ),
     TextDelta(

@@ -1,0 +1,134 @@
+"""The reference of every transport: all experts in the caller's own process.
+
+An exchange takes a token's row to the ranks that hold its experts and brings their sum back. What
+the decoder sees of it is `dispatch` and `combine` (its protocol ExpertExchange); what computes is
+a callable `RowExperts`. `LocalExchange` joins the two with a call; `transport` sends rows between
+ranks and must agree with it.
+
+Shape letters: T tokens of a micro-batch, R rows at an expert rank, K experts per token, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ostro.actors.errors import TransportError
+from ostro.actors.fabric.expert_map import ExpertMap
+from ostro.actors.fabric.messages import StepPlan
+from ostro.actors.fabric.placement import Placement
+
+
+class RowExperts(Protocol):
+    """The experts of one rank."""
+
+    def __call__(
+        self,
+        layer: int,
+        rows_RD: torch.Tensor,
+        expert_RK: torch.Tensor,
+        weight_RK: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each row's weighted sum over the experts that are here.
+
+        Args:
+            layer: Which layer's experts.
+            rows_RD: The model's dtype; must not be kept or written to.
+            expert_RK: int64 local ids, -1 for an expert of another rank.
+            weight_RK: float32.
+
+        Returns:
+            out_RD in the dtype of `rows_RD`.
+        """
+        ...
+
+
+@dataclass(slots=True)
+class ExchangeCounters:
+    """Where a transport's time went and what it carried, since last asked.
+
+    Attributes:
+        dispatch_s: Packing and sending rows.
+        wait_s: Waiting for peers.
+        experts_s: Computing experts, on a rank that has some.
+        num_rows: Rows sent to other ranks, or served for them on a rank with experts only.
+    """
+
+    dispatch_s: float = 0.0
+    wait_s: float = 0.0
+    experts_s: float = 0.0
+    num_rows: int = 0
+
+    def take(self) -> ExchangeCounters:
+        """A copy; the counts start again at zero."""
+        taken = ExchangeCounters(self.dispatch_s, self.wait_s, self.experts_s, self.num_rows)
+        self.dispatch_s = self.wait_s = self.experts_s = 0.0
+        self.num_rows = 0
+        return taken
+
+
+class LocalExchange:
+    """All experts in the same process, called directly: the reference of every transport."""
+
+    def __init__(
+        self, experts: RowExperts, placement: Placement, device: torch.device | str = "cpu"
+    ) -> None:
+        """`placement` puts every expert on one rank.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if len(placement.ranks()) != 1:
+            raise ValueError(f"a local exchange has one rank; placement has {placement.ranks()}")
+        self._experts = experts
+        self._map = ExpertMap(placement, torch.device(device), rank=placement.ranks()[0])
+        self._waiting: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.counters = ExchangeCounters()
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Make ready for a plan's rows."""
+        check_placement(plan, self._map.placement)
+        self._waiting.clear()
+
+    def dispatch(
+        self,
+        layer: int,
+        micro_batch: int,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+    ) -> None:
+        """Hand in a micro-batch's rows; ids are logical, int64."""
+        self._waiting[layer, micro_batch] = (x_TD, expert_TK, weight_TK)
+
+    def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
+        """[T, D] float32: what the experts made of the rows handed in."""
+        x_TD, expert_TK, weight_TK = self._waiting.pop((layer, micro_batch))
+        began_s = time.perf_counter()
+        local_TK = self._map.to_local(self._map.to_physical(expert_TK))
+        out_TD = self._experts(layer, x_TD, local_TK, weight_TK).float()
+        self.counters.experts_s += time.perf_counter() - began_s
+        return out_TD
+
+    def end_step(self) -> None:
+        """Nothing is left to wait for."""
+
+    def serve_all(self, num_layers: int) -> None:
+        """Nobody else has rows."""
+
+
+def check_placement(plan: StepPlan, placement: Placement) -> None:
+    """Refuse a plan whose physical experts are another placement's.
+
+    Raises:
+        TransportError: Names both versions.
+    """
+    if plan.placement_version != placement.version:
+        raise TransportError(
+            f"step {plan.step} is planned for placement {plan.placement_version}; "
+            f"this rank has placement {placement.version}"
+        )

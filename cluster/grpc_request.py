@@ -1,0 +1,230 @@
+"""From the messages of `protos/generation.proto` to the requests of `generation`.
+
+Refusals name the field by its path in the message; the frontend's own refusals (ranges, lengths)
+name it as HTTP callers know it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import msgspec
+
+from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.generation import (
+    ChatGeneration,
+    ChatMessage,
+    GenerationOptions,
+    TextGeneration,
+    Tool,
+    ToolCall,
+)
+from ostro.cluster.openai_request import short_call_id
+from ostro.protos import generation_pb2 as pb
+
+_ROLES = {
+    pb.ROLE_SYSTEM: "system",
+    pb.ROLE_USER: "user",
+    pb.ROLE_ASSISTANT: "assistant",
+    pb.ROLE_TOOL: "tool",
+}
+_EFFORTS = {
+    pb.REASONING_EFFORT_NONE: "none",
+    pb.REASONING_EFFORT_MINIMAL: "minimal",
+    pb.REASONING_EFFORT_LOW: "low",
+    pb.REASONING_EFFORT_MEDIUM: "medium",
+    pb.REASONING_EFFORT_HIGH: "high",
+    pb.REASONING_EFFORT_XHIGH: "xhigh",
+    pb.REASONING_EFFORT_MAX: "max",
+}
+
+
+def effort_name(effort: int) -> str | None:
+    """The effort's name; None for UNSPECIFIED.
+
+    Raises:
+        InvalidRequestError: A number that this version does not know.
+    """
+    if effort == pb.REASONING_EFFORT_UNSPECIFIED:
+        return None
+    if effort not in _EFFORTS:
+        _refuse("options.reasoning.effort", f"no effort has the number {effort}")
+    return _EFFORTS[pb.ReasoningEffort.ValueType(effort)]
+
+
+def effort_number(name: str) -> pb.ReasoningEffort:
+    """The enum value of an effort's name."""
+    return pb.ReasoningEffort.Value(f"REASONING_EFFORT_{name.upper()}")
+
+
+def chat_generation(request: pb.ChatRequest | pb.StreamChatRequest) -> ChatGeneration:
+    """The conversation and its options.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    return ChatGeneration(
+        model=request.model,
+        messages=chat_messages(request.conversation),
+        tools=tools_on_offer(request.conversation.tools),
+        tool_choice=_tool_choice(request.conversation.tool_choice),
+        options=_options(request.options, request.request_id),
+    )
+
+
+def text_generation(request: pb.StreamGenerateRequest) -> TextGeneration:
+    """The raw prompt and its options.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    which = request.WhichOneof("prompt")
+    if which is None:
+        _refuse("prompt", "send text or tokens")
+    return TextGeneration(
+        model=request.model,
+        prompt=request.text if which == "text" else tuple(request.tokens.ids),
+        options=_options(request.options, request.request_id),
+    )
+
+
+def chat_messages(conversation: pb.Conversation) -> tuple[ChatMessage, ...]:
+    """The messages of a conversation with at least one."""
+    if not conversation.messages:
+        _refuse("conversation.messages", "at least one message is needed")
+    names = {call.id: call.name for m in conversation.messages for call in m.tool_calls}
+    last = len(conversation.messages) - 1
+    return tuple(
+        _chat_message(message, f"conversation.messages[{i}]", names, is_last=i == last)
+        for i, message in enumerate(conversation.messages)
+    )
+
+
+def tools_on_offer(tools: Sequence[pb.Tool]) -> tuple[Tool, ...]:
+    """The tools, their schemas read."""
+    return tuple(_tool(tool, f"conversation.tools[{i}]") for i, tool in enumerate(tools))
+
+
+def _refuse(param: str, why: str) -> NoReturn:
+    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
+
+
+def _chat_message(
+    message: pb.Message, path: str, names: dict[str, str], *, is_last: bool
+) -> ChatMessage:
+    role = _ROLES.get(message.role)
+    if role is None:
+        _refuse(f"{path}.role", "must be SYSTEM, USER, ASSISTANT or TOOL")
+    thinking, text = _content(message, path, role, is_last=is_last)
+    if role == "tool":
+        if not message.tool_call_id:
+            _refuse(f"{path}.tool_call_id", "a tool message must name the call it answers")
+        return ChatMessage(
+            role=role,
+            text=text,
+            tool_call_id=short_call_id(message.tool_call_id),
+            tool_name=names.get(message.tool_call_id),
+        )
+    if message.prefix and (role != "assistant" or not is_last):
+        _refuse(f"{path}.prefix", "only the last message can be continued, an assistant's")
+    if message.tool_calls and role != "assistant":
+        _refuse(f"{path}.tool_calls", "only an assistant calls tools")
+    return ChatMessage(
+        role=role,
+        text=text,
+        thinking=thinking or None,
+        tool_calls=tuple(
+            ToolCall(call_id=short_call_id(call.id), name=call.name, arguments=call.arguments)
+            for call in message.tool_calls
+        ),
+        prefix=message.prefix,
+    )
+
+
+def _content(message: pb.Message, path: str, role: str, *, is_last: bool) -> tuple[str, str]:
+    """Thinking and text of a message's parts."""
+    thinking: list[str] = []
+    text: list[str] = []
+    for j, part in enumerate(message.parts):
+        where, which = f"{path}.parts[{j}]", part.WhichOneof("part")
+        if which == "text":
+            text.append(part.text)
+        elif which == "thinking" and role == "assistant":
+            if is_last and message.prefix and not part.thinking.closed:
+                _refuse(f"{where}.thinking.closed", "open thinking cannot be continued yet")
+            thinking.append(part.thinking.text)
+        elif which == "image":
+            _refuse(where, "images are not served yet")
+        else:
+            _refuse(where, f"a part with {which or 'nothing'} in it is not taken here")
+    return "".join(thinking), "".join(text)
+
+
+def _tool(tool: pb.Tool, path: str) -> Tool:
+    if tool.strict:
+        _refuse(f"{path}.strict", "arguments cannot be constrained yet")
+    try:
+        parameters = msgspec.json.decode(tool.parameters or "{}", type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError):
+        where = f"{path}.parameters"
+        raise InvalidRequestError(f"{where}: must be a JSON object", param=where) from None
+    return Tool(name=tool.name, description=tool.description, parameters=parameters)
+
+
+def _tool_choice(choice: pb.ToolChoice) -> str:
+    path = "conversation.tool_choice"
+    if choice.forbid_parallel:
+        _refuse(f"{path}.forbid_parallel", "the number of tool calls cannot be limited yet")
+    if choice.name or choice.mode == pb.ToolChoice.MODE_REQUIRED:
+        _refuse(path, "a call cannot be forced yet; use MODE_AUTO or MODE_NONE")
+    return "none" if choice.mode == pb.ToolChoice.MODE_NONE else "auto"
+
+
+def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOptions:
+    if options.choices > 1:
+        _refuse("options.choices", "only one choice per request is served")
+    if options.output_format.WhichOneof("format") is not None:
+        _refuse("options.output_format", "answers cannot be constrained yet")
+    if options.logprobs.prompt:
+        _refuse("options.logprobs.prompt", "logprobs of prompt tokens are not served")
+    reasoning, sampling, stopping = options.reasoning, options.sampling, options.stopping
+    budget = reasoning.max_thinking_tokens
+    return GenerationOptions(
+        request_id=request_id or None,
+        effort=effort_name(reasoning.effort),
+        thinking_token_budget=budget if reasoning.HasField("max_thinking_tokens") else None,
+        omit_thinking=reasoning.omit_thinking,
+        temperature=_number(sampling, "temperature"),
+        top_p=_number(sampling, "top_p"),
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        min_p=_number(sampling, "min_p"),
+        presence_penalty=_number(sampling, "presence_penalty"),
+        frequency_penalty=_number(sampling, "frequency_penalty"),
+        repetition_penalty=_number(sampling, "repetition_penalty"),
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        logit_bias=dict(sampling.logit_bias),
+        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
+        min_tokens=stopping.min_tokens,
+        stop=tuple(stopping.stop),
+        stop_token_ids=tuple(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+        num_logprobs=options.logprobs.top if options.HasField("logprobs") else None,
+        cache_key=options.cache_key,
+        priority=options.priority,
+        queue_timeout_s=_queue_timeout_s(options),
+        return_token_ids=options.return_token_ids,
+    )
+
+
+def _number(sampling: pb.SamplingOptions, name: str) -> float | None:
+    """A set float, rounded to the 7 digits it had as a float32 (0.7, not 0.699999988)."""
+    if not sampling.HasField(name):
+        return None
+    return float(f"{getattr(sampling, name):.7g}")
+
+
+def _queue_timeout_s(options: pb.GenerationOptions) -> float | None:
+    if not options.HasField("queue_timeout"):
+        return None
+    return options.queue_timeout.seconds + options.queue_timeout.nanos / 1e9

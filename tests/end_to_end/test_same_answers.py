@@ -1,0 +1,219 @@
+"""The same answers from every layout: real processes, router and token streams, against transformers."""
+
+import asyncio
+import random
+
+import checkpoints
+import pytest
+from local_cell import ProcessPool, local_cell
+from oracle import Oracle
+
+from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
+from ostro.configs.deployment import (
+    DeploymentConfig,
+    DispatchMode,
+    EngineConfig,
+    Layout,
+    LayoutConfig,
+)
+
+NUM_NEW = 12
+PROMPT_LENGTHS = (3, 40, 17, 1, 70)
+
+LAYOUTS = [
+    (Layout.SINGLE, 1, 1),
+    (Layout.COLOCATED, 2, 2),
+    (Layout.COLOCATED, 3, 3),
+    (Layout.SPLIT, 1, 1),
+    (Layout.SPLIT, 1, 2),
+    (Layout.SPLIT, 2, 1),
+    (Layout.SPLIT, 2, 3),
+    (Layout.SPLIT, 3, 2),
+]
+# (dispatch, micro-batches, redundant experts); the full product runs with the slow tests.
+MODES = [
+    (DispatchMode.DENSE, 1, 0),
+    (DispatchMode.SPARSE, 2, 2),
+    (DispatchMode.AUTO, 2, 0),
+    (DispatchMode.SPARSE, 1, 0),
+    (DispatchMode.DENSE, 2, 3),
+]
+
+
+def cases():
+    for index, shape in enumerate(LAYOUTS):
+        for turn, mode in enumerate(MODES):
+            quick = turn == index % len(MODES)
+            marks = [] if quick else [pytest.mark.slow]
+            name = f"{shape[0].value}-{shape[1]}x{shape[2]}-{mode[0].value}-m{mode[1]}-r{mode[2]}"
+            yield pytest.param(shape, mode, marks=marks, id=name)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = ProcessPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoints.make_tiny_checkpoint(directory, num_layers=2)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(model_dir):
+    """(prompt, greedy tokens, log probabilities) of several requests."""
+    oracle, draw = Oracle(model_dir), random.Random(5)
+    prompts = [[draw.randrange(100, 1000) for _ in range(length)] for length in PROMPT_LENGTHS]
+    return [(prompt, *oracle.greedy(prompt, NUM_NEW)) for prompt in prompts]
+
+
+def deployment(shape, mode=(DispatchMode.AUTO, 1, 0), **engine):
+    layout, num_attention, num_experts = shape
+    dispatch, num_micro_batches, num_redundant = mode
+    return DeploymentConfig(
+        model="tiny",
+        layout=LayoutConfig(
+            layout=layout,
+            num_attention_shards=num_attention,
+            num_expert_shards=num_experts,
+            num_redundant_experts=num_redundant if layout is not Layout.SINGLE else 0,
+            dispatch=dispatch,
+            dense_max_tokens=8,
+            num_micro_batches=num_micro_batches,
+            min_tokens_per_micro_batch=2,
+            step_timeout_s=60.0,
+        ),
+        engine=EngineConfig(
+            **{"page_size": 8, "num_pages": 64, "max_tokens_per_step": 32,
+               "max_running_requests": 16, **engine}
+        ),
+    )
+
+
+def request(name, prompt, *, num_new=NUM_NEW, **sampling):
+    return GenerationRequest(
+        request_id=name,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(**sampling),
+        stop=StopParams(max_tokens=num_new, ignore_eos=True),
+    )
+
+
+def tokens_of(events):
+    return [token for event in events for token in event.token_ids]
+
+
+@pytest.mark.parametrize(("shape", "mode"), list(cases()))
+def test_layout_gives_the_oracles_tokens_and_log_probabilities(
+    pool, model_dir, expected, shape, mode
+):
+    async def run():
+        async with local_cell(pool, deployment(shape, mode), model_dir) as cell:
+            return await asyncio.gather(
+                *(
+                    cell.generate(request(f"r{i}", prompt, num_logprobs=5))
+                    for i, (prompt, _, _) in enumerate(expected)
+                )
+            )
+
+    for (_, tokens, logprobs), events in zip(expected, asyncio.run(run()), strict=True):
+        assert tokens_of(events) == tokens
+        got = [logprob for event in events for logprob in event.logprobs]
+        for step, logprob in enumerate(got):
+            for token_id, value in [(logprob.token_id, logprob.logprob), *logprob.top]:
+                assert value == pytest.approx(float(logprobs[step, token_id]), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(Layout.SINGLE, 1, 1), (Layout.SPLIT, 2, 2)], ids=str)
+def test_sampled_tokens_do_not_depend_on_what_else_is_in_the_batch(
+    pool, model_dir, expected, shape
+):
+    wanted = request("alone", expected[1][0], temperature=1.0, top_p=0.95, seed=11)
+
+    async def run():
+        async with local_cell(pool, deployment(shape), model_dir) as cell:
+            alone = await cell.generate(wanted)
+            others = [
+                cell.generate(request(f"o{i}", prompt, temperature=1.3, seed=i))
+                for i, (prompt, _, _) in enumerate(expected)
+            ]
+            together = await asyncio.gather(cell.generate(wanted), *others)
+            return tokens_of(alone), tokens_of(together[0])
+
+    alone, together = asyncio.run(run())
+    assert len(alone) == NUM_NEW
+    assert alone == together
+
+
+def test_requests_outlive_preemption_with_the_same_tokens(pool, model_dir, expected):
+    """Twelve pages of eight do not hold five requests; some are preempted and recomputed."""
+    small = deployment((Layout.SPLIT, 1, 2), num_pages=12, prefix_cache=False)
+
+    async def run():
+        async with local_cell(pool, small, model_dir) as cell:
+            results = await asyncio.gather(
+                *(
+                    cell.generate(request(f"r{i}", prompt))
+                    for i, (prompt, _, _) in enumerate(expected)
+                )
+            )
+            return results, await cell.client.state()
+
+    results, state = asyncio.run(run())
+    for (_, tokens, _), events in zip(expected, results, strict=True):
+        assert tokens_of(events) == tokens
+    assert state.loads[0].num_free_pages == 12
+
+
+def test_closing_the_stream_frees_the_requests_pages(pool, model_dir, expected):
+    async def run():
+        async with local_cell(pool, deployment((Layout.SPLIT, 1, 2)), model_dir) as cell:
+            stream = cell.client.submit(request("long", expected[1][0], num_new=400))
+            async for _ in stream:
+                break
+            await stream.aclose()
+            async with asyncio.timeout(30):
+                while (state := await cell.client.state()).loads[0].num_running:
+                    await asyncio.sleep(0.02)
+            return state.loads[0]
+
+    load = asyncio.run(run())
+    assert (load.num_running, load.num_waiting) == (0, 0)
+    assert load.num_free_pages == load.num_pages
+
+
+def test_a_repeated_prompt_is_served_from_the_prefix_cache_with_the_same_tokens(
+    pool, model_dir, expected
+):
+    prompt, tokens, _ = expected[1]
+
+    async def run():
+        async with local_cell(pool, deployment((Layout.SPLIT, 2, 2)), model_dir) as cell:
+            first = await cell.generate(request("first", prompt))
+            second = await cell.generate(request("second", prompt))
+            return first, second
+
+    first, second = asyncio.run(run())
+    assert first[0].num_cached_tokens == 0
+    assert second[0].num_cached_tokens == len(prompt) // 8 * 8 - (8 if len(prompt) % 8 == 0 else 0)
+    assert tokens_of(first) == tokens_of(second) == tokens
+
+
+def test_the_router_counts_rows_per_expert(pool, model_dir, expected):
+    async def run():
+        async with local_cell(pool, deployment((Layout.SPLIT, 1, 3)), model_dir) as cell:
+            await cell.generate(request("r", expected[1][0], num_new=30))
+            async with asyncio.timeout(30):
+                while not sum(map(sum, (state := await cell.client.state()).rows_LE)):
+                    await cell.generate(request("again", expected[0][0], num_new=2))
+                    await asyncio.sleep(0.3)
+            return state
+
+    state = asyncio.run(run())
+    assert len(state.rows_LE) == 2
+    assert all(len(rows_E) == 16 for rows_E in state.rows_LE)
+    assert sorted(set(state.rank_of_physical)) == [1, 2, 3]

@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from ostro.actors.engine.request import (
     FinishReason,
@@ -21,9 +23,10 @@ from ostro.actors.engine.request import (
     RequestProgress,
     TokenEvent,
 )
-from ostro.actors.engine.scheduler import SampledToken, ScheduledStep, Scheduler
+from ostro.actors.engine.scheduler import Scheduler
+from ostro.actors.engine.step import SampledToken, ScheduledStep
 from ostro.actors.errors import OstroError, TransportError
-from ostro.actors.fabric.channel import SyncConnection, SyncServer
+from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection, SyncServer
 from ostro.actors.fabric.messages import (
     AbortEpoch,
     Assign,
@@ -52,6 +55,10 @@ class StepExchange(ExpertExchange, Protocol):
 
     def begin_step(self, plan: StepPlan) -> None:
         """Make ready for the rows of a plan."""
+        ...
+
+    def end_step(self) -> None:
+        """Wait until the step's rows are through."""
         ...
 
     def serve_all(self, num_layers: int) -> None:
@@ -134,7 +141,7 @@ class AttentionEngine:
             case EndThinking(request_id=request_id):
                 self._scheduler.end_thinking(request_id)
             case AbortEpoch():
-                raise ConnectionError(message.reason)
+                raise ChannelClosedError(message.reason)
             case _:
                 logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
 
@@ -202,6 +209,7 @@ class AttentionEngine:
         )
         parts.exchange.begin_step(plan)
         logits = parts.decoder.forward(batches, parts.exchange)
+        parts.exchange.end_step()
         forward_s = time.perf_counter()
         sampled = self._sample(step, logits)
         sampled_s = time.perf_counter()
@@ -214,7 +222,9 @@ class AttentionEngine:
         seconds["sample"] += sampled_s - forward_s
         seconds["deliver"] += time.perf_counter() - sampled_s
 
-    def _sample(self, step: ScheduledStep, logits: object) -> dict[str, SampledToken]:
+    def _sample(
+        self, step: ScheduledStep, logits: Sequence[torch.Tensor]
+    ) -> dict[str, SampledToken]:
         entries = [entry for entry in step.entries if entry.samples]
         if not entries:
             return {}

@@ -10,6 +10,10 @@ import torch
 from ostro.actors.attention_engine import AttentionEngine, AttentionParts, StepExchange
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.fabric.channel import SyncConnection, SyncServer
+from ostro.actors.fabric.colocated_exchange import ColocatedExchange
+from ostro.actors.fabric.local_exchange import LocalExchange
+from ostro.actors.fabric.messages import StepEvents
+from ostro.actors.fabric.transport import PairExchange
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.device import torch_dtype
@@ -77,7 +81,8 @@ class AttentionShard(RankActor):
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
     ) -> tuple[Engine, str | None]:
         engine = spec.deployment.engine
-        self._tokens = SyncServer(epoch.secret)
+        greeting = StepEvents(epoch.epoch, spec.rank, [])
+        self._tokens = SyncServer(self._epoch_address(epoch), epoch.secret, greeting=greeting)
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
@@ -85,7 +90,7 @@ class AttentionShard(RankActor):
             scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
             decoder=self._decoder,
             sampler=self._sampler,
-            exchange=self._make_exchange(spec, epoch),
+            exchange=self._make_exchange(spec),
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,
@@ -93,10 +98,14 @@ class AttentionShard(RankActor):
             device=spec.device,
             take_counts=self._experts.take_counts if self._experts else None,
         )
-        return AttentionEngine(parts), self._tokens.start(self._epoch_address(epoch))
+        return AttentionEngine(parts), self._tokens.start()
 
-    def _make_exchange(self, spec: RankSpec, epoch: EpochSpec) -> StepExchange:
-        raise NotImplementedError
+    def _make_exchange(self, spec: RankSpec) -> StepExchange:
+        if self._experts is None:
+            return PairExchange(self._wiring(spec, self._config))
+        if self._group is None:
+            return LocalExchange(self._experts.forward, spec.placement, spec.device)
+        return ColocatedExchange(self._wiring(spec, self._config), self._experts.forward)
 
     def _epoch_address(self, epoch: EpochSpec) -> str:
         """A socket file of this process and epoch alone, so that none left behind is in the way."""

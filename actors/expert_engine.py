@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from ostro.actors.fabric.channel import SyncConnection
+from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection
+from ostro.actors.fabric.local_exchange import ExchangeCounters
 from ostro.actors.fabric.messages import AbortEpoch, ExpertCounts, StepPlan
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class RowServer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertParts:
-    """What one epoch's engine works with; `seconds` is where its time went so far."""
+    """What one epoch's engine works with."""
 
     rank: int
     epoch: int
@@ -39,7 +40,7 @@ class ExpertParts:
     connection: SyncConnection
     num_layers: int
     take_counts: Callable[[], list[list[int]]]
-    seconds: Callable[[], dict[str, float]]
+    counters: ExchangeCounters
 
 
 class ExpertEngine:
@@ -60,7 +61,7 @@ class ExpertEngine:
             self.num_steps += 1
             self._counted = True
         elif isinstance(message, AbortEpoch):
-            raise ConnectionError(message.reason)
+            raise ChannelClosedError(message.reason)
         elif message is not None:
             logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
         self._report_counts()
@@ -71,4 +72,10 @@ class ExpertEngine:
             self._reported_s, self._counted = now_s, False
             parts = self._parts
             rows_LE = parts.take_counts()
-            parts.connection.send(ExpertCounts(parts.epoch, parts.rank, rows_LE, parts.seconds()))
+            counters = parts.counters
+            seconds = {
+                "experts: wait for rows": counters.wait_s,
+                "experts: compute": counters.experts_s,
+                "experts: answer": counters.dispatch_s,
+            }
+            parts.connection.send(ExpertCounts(parts.epoch, parts.rank, rows_LE, seconds))

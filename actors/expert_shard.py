@@ -44,4 +44,15 @@ class ExpertShard(RankActor):
     def _make_engine(
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
     ) -> tuple[Engine, str | None]:
-        raise NotImplementedError
+        assert self._experts is not None, "start() comes before join()"
+        server = ExpertServer(self._wiring(spec, self._config), self._experts.forward)
+        parts = ExpertParts(
+            rank=spec.rank,
+            epoch=epoch.epoch,
+            server=server,
+            connection=connection,
+            num_layers=self._config.num_layers,
+            take_counts=self._experts.take_counts,
+            counters=server.counters,
+        )
+        return ExpertEngine(parts), None

@@ -7,12 +7,12 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-import torch.distributed as dist
-
 from ostro.actors.fabric.channel import SyncConnection
-from ostro.actors.fabric.epoch import Membership, join, leave
+from ostro.actors.fabric.epoch import EpochGroup, Membership, join, leave
 from ostro.actors.fabric.messages import RankHello
-from ostro.actors.model.device import prepare_device
+from ostro.actors.fabric.row_codec import RowLayout
+from ostro.actors.fabric.wiring import Wiring
+from ostro.actors.model.device import prepare_device, torch_dtype
 from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, RankHealth, RankSpec, RankState
 from ostro.actors.rank_loop import Engine, RankLoop, RankStatus
@@ -37,7 +37,7 @@ class RankActor(ABC):
         self._status = RankStatus(role, node_id)
         self._spec: RankSpec | None = None
         self._loop: RankLoop | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._group: EpochGroup | None = None
 
     def start(self, spec: RankSpec) -> None:
         """Load this rank's weights; does nothing if they are loaded already.
@@ -90,15 +90,30 @@ class RankActor(ABC):
         """Leave the epoch, if in one."""
         group, self._group = self._group, None
         loop, self._loop = self._loop, None
-        if loop is not None and not loop.stop(_STOP_TIMEOUT_S):
-            logger.warning("rank %d: epoch %d is stuck in a wait", loop.rank, loop.epoch)
+        if loop is not None:
+            loop.ask_to_stop()
         if group is not None:
             leave(group)
+        if loop is not None and not loop.wait(_STOP_TIMEOUT_S):
+            logger.warning("rank %d: epoch %d is stuck in a wait", loop.rank, loop.epoch)
         self._epoch_ended()
 
     def health(self) -> RankHealth:
         """This rank's own account; never touches the device."""
         return self._status.health(self._loop)
+
+    def _wiring(self, spec: RankSpec, config: ModelConfig) -> Wiring:
+        """What this rank's transport must know of the epoch."""
+        assert self._group is not None, "a cell of one rank has no wiring"
+        return Wiring(
+            group=self._group,
+            attention_ranks=list(spec.deployment.layout.attention_ranks()),
+            placement=spec.placement,
+            layout=RowLayout(
+                config.hidden_size, config.num_experts_per_token, torch_dtype(spec.dtype)
+            ),
+            timeout_s=spec.deployment.layout.step_timeout_s,
+        )
 
     @abstractmethod
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ostro.actors.errors import TransportError
-from ostro.actors.fabric.channel import SyncConnection
+from ostro.actors.fabric.channel import ChannelError, SyncConnection
 from ostro.actors.fabric.messages import RankFailed
 from ostro.actors.rank import RankHealth, RankState
 
@@ -31,7 +31,7 @@ class Engine(Protocol):
 
         Raises:
             TransportError: A peer failed.
-            ConnectionError: The router closed the epoch.
+            ChannelError: The router closed the epoch.
         """
         ...
 
@@ -51,12 +51,14 @@ class RankLoop:
         """Begin to serve."""
         self._thread.start()
 
-    def stop(self, timeout_s: float) -> bool:
-        """Ask the thread to end and wait for it; False if it is still stuck after `timeout_s`."""
+    def ask_to_stop(self) -> None:
+        """Have the thread end at its next turn; a wait for messages ends at once."""
         self._stopping.set()
-        self._connection.close()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+        self._connection.hang_up()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for the thread to end; False if it is stuck."""
+        self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -65,7 +67,7 @@ class RankLoop:
                 self.engine.turn()
         except TransportError as error:
             self._fail(error.peer, error.message)
-        except ConnectionError:
+        except ChannelError:
             logger.info("rank %d: the router closed epoch %d", self.rank, self.epoch)
         except Exception as error:  # noqa: BLE001  the thread's last line: tell the router, then end
             logger.exception("rank %d: the engine failed", self.rank)
@@ -79,7 +81,7 @@ class RankLoop:
         logger.error("rank %d: epoch %d failed: %s", self.rank, self.epoch, reason)
         try:
             self._connection.send(RankFailed(self.epoch, self.rank, suspect, reason))
-        except ConnectionError:
+        except ChannelError:
             logger.info("rank %d: the router had closed the epoch already", self.rank)
 
 

@@ -10,12 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ostro.actors.cell_requests import CellRequests, LiveRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
-from ostro.actors.fabric.channel import AsyncConnection, AsyncServer
+from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
 from ostro.actors.fabric.epoch import host_store
-from ostro.actors.fabric.framing import ChannelError
 from ostro.actors.fabric.messages import (
     Accepted,
     ActorStatus,
@@ -74,9 +74,8 @@ class Router:
         self._device = device
         self._dtype = dtype
         self._host = host
-        self._listen_address = listen_address
         self._secret = secret
-        self._server = AsyncServer(secret, self._on_connection)
+        self._server = AsyncServer(listen_address, secret, self._on_connection)
         self._address: str | None = None
         self._store: object | None = None
         self._placement: Placement | None = None
@@ -100,14 +99,14 @@ class Router:
         """
         async with self._starting:
             if self._address is None:
-                config = check_checkpoint(self._model_dir)
+                config = check_checkpoint(Path(self._model_dir))
                 layout = self._deployment.layout
                 self._placement = initial_placement(
                     config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
                 )
                 self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
                 self._store = host_store(self._host)
-                self._address = await self._server.start(self._listen_address)
+                self._address = await self._server.start()
                 self._spawn(self._watch())
             await self._begin_epoch()
 
@@ -267,8 +266,8 @@ class Router:
         self._ingresses[ingress_id] = connection
         connection.send(self._members())
         try:
-            while True:
-                match await connection.receive():
+            while (message := await connection.receive()) is not None:
+                match message:
                     case Submit(request=request):
                         self._submit(ingress_id, request)
                     case CancelGeneration(tag=tag, request_id=request_id):

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from ostro.actors.cell_requests import CellRequests
 from ostro.actors.conductor import Conductor
 from ostro.actors.errors import ShardLostError
-from ostro.actors.fabric.channel import AsyncConnection
-from ostro.actors.fabric.framing import ChannelError
+from ostro.actors.fabric.channel import AsyncConnection, ChannelError
 from ostro.actors.fabric.messages import (
     AbortEpoch,
     ExpertCounts,
@@ -94,8 +93,8 @@ class RouterEpoch:
         if len(self._connections) == self._layout.world_size():
             self._here.set()
         try:
-            while True:
-                self._take(await connection.receive())
+            while (message := await connection.receive()) is not None:
+                self._take(message)
         except ChannelError:
             logger.info("rank %d closed its step connection", hello.rank)
         if hello.rank not in self._explained:

@@ -175,8 +175,8 @@ class CellClient:
         try:
             router.send(IngressHello(self._ingress_id))
             self._router = router
-            while True:
-                self._take(await router.receive())
+            while (message := await router.receive()) is not None:
+                self._take(message)
         finally:
             router.close()
 
@@ -229,8 +229,7 @@ class CellClient:
         shard = await connect(address, self._secret, timeout_s=_DIAL_TIMEOUT_S)
         try:
             shard.send(IngressHello(self._ingress_id))
-            while True:
-                message = await shard.receive()
+            while (message := await shard.receive()) is not None:
                 if isinstance(message, StepEvents) and message.epoch == epoch:
                     self._streaming.add(rank)  # its first message greets, with no events
                     self._hand_out(message.events)

@@ -20,6 +20,7 @@ from ostro.cluster.generation import (
     Tool,
     ToolCall,
 )
+from ostro.cluster.grpc_answer import EFFORT_NUMBERS
 from ostro.cluster.openai_request import short_call_id
 from ostro.protos import generation_pb2 as pb
 
@@ -29,15 +30,7 @@ _ROLES = {
     pb.ROLE_ASSISTANT: "assistant",
     pb.ROLE_TOOL: "tool",
 }
-_EFFORTS = {
-    pb.REASONING_EFFORT_NONE: "none",
-    pb.REASONING_EFFORT_MINIMAL: "minimal",
-    pb.REASONING_EFFORT_LOW: "low",
-    pb.REASONING_EFFORT_MEDIUM: "medium",
-    pb.REASONING_EFFORT_HIGH: "high",
-    pb.REASONING_EFFORT_XHIGH: "xhigh",
-    pb.REASONING_EFFORT_MAX: "max",
-}
+_EFFORTS: dict[int, str] = {number: name for name, number in EFFORT_NUMBERS.items()}
 
 
 def effort_name(effort: int) -> str | None:
@@ -50,12 +43,7 @@ def effort_name(effort: int) -> str | None:
         return None
     if effort not in _EFFORTS:
         _refuse("options.reasoning.effort", f"no effort has the number {effort}")
-    return _EFFORTS[pb.ReasoningEffort.ValueType(effort)]
-
-
-def effort_number(name: str) -> pb.ReasoningEffort:
-    """The enum value of an effort's name."""
-    return pb.ReasoningEffort.Value(f"REASONING_EFFORT_{name.upper()}")
+    return _EFFORTS[effort]
 
 
 def chat_generation(request: pb.ChatRequest | pb.StreamChatRequest) -> ChatGeneration:
@@ -66,7 +54,7 @@ def chat_generation(request: pb.ChatRequest | pb.StreamChatRequest) -> ChatGener
     """
     return ChatGeneration(
         model=request.model,
-        messages=chat_messages(request.conversation),
+        messages=conversation_messages(request.conversation),
         tools=tools_on_offer(request.conversation.tools),
         tool_choice=_tool_choice(request.conversation.tool_choice),
         options=_options(request.options, request.request_id),
@@ -89,7 +77,7 @@ def text_generation(request: pb.StreamGenerateRequest) -> TextGeneration:
     )
 
 
-def chat_messages(conversation: pb.Conversation) -> tuple[ChatMessage, ...]:
+def conversation_messages(conversation: pb.Conversation) -> tuple[ChatMessage, ...]:
     """The messages of a conversation with at least one."""
     if not conversation.messages:
         _refuse("conversation.messages", "at least one message is needed")

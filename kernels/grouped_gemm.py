@@ -12,7 +12,11 @@ E local experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+from ostro.kernels.linear import linear
 
 
 def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
@@ -25,8 +29,8 @@ def expert_mlp(
     rows_RD: torch.Tensor,
     expert_RK: torch.Tensor,
     weight_RK: torch.Tensor,
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
+    down_EDF: torch.Tensor | Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Run every row through its local experts and add up the weighted results.
 
@@ -34,8 +38,9 @@ def expert_mlp(
         rows_RD: Hidden states.
         expert_RK: int64 local expert ids, -1 where the k-th expert is not here.
         weight_RK: float32 gate weights.
-        gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert.
-        down_EDF: Second matrix of each expert.
+        gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert. Stacked, or one
+            plain or packed weight per expert.
+        down_EDF: Second matrix of each expert, likewise.
 
     Returns:
         out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
@@ -43,7 +48,7 @@ def expert_mlp(
     Example:
         with D = F = E = 1, gate 1, up 2, down 3, row [1.] of weight 0.5: 0.5 * 3 * silu(1) * 2.
     """
-    num_experts = gate_up_EHD.shape[0]
+    num_experts = len(gate_up_EHD)
     flat_A = expert_RK.flatten()
     order_A = torch.argsort(flat_A, stable=True)
     counts = torch.bincount(flat_A + 1, minlength=num_experts + 1).tolist()
@@ -73,25 +78,23 @@ def _sorted_mlp(
     order_A: torch.Tensor,
     num_chosen: int,
     counts: list[int],
-    gate_up_EHD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
+    down_EDF: torch.Tensor | Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Unweighted results in sorted order, with one more row of zeros at the end.
 
     `counts` starts with the number of absent pairs, which sort first, then goes by expert.
     """
-    order_A = order_A[counts[0] :]
-    x_AD = rows_RD.index_select(0, torch.div(order_A, num_chosen, rounding_mode="floor"))
-    gate_up_AH = x_AD.new_empty(x_AD.shape[0], gate_up_EHD.shape[1])
-    y_AD = x_AD.new_empty(x_AD.shape[0] + 1, x_AD.shape[1])
-    y_AD[-1].zero_()
+    zeros_1D = rows_RD.new_zeros(1, rows_RD.shape[1])
     slices = _hit_slices(counts[1:])
-    for expert, start, stop in slices:
-        torch.mm(x_AD[start:stop], gate_up_EHD[expert].T, out=gate_up_AH[start:stop])
-    hidden_AF = swiglu(gate_up_AH)
-    for expert, start, stop in slices:
-        torch.mm(hidden_AF[start:stop], down_EDF[expert].T, out=y_AD[start:stop])
-    return y_AD
+    if not slices:
+        return zeros_1D
+    row_A = torch.div(order_A[counts[0] :], num_chosen, rounding_mode="floor")
+    x_AD = rows_RD.index_select(0, row_A)
+    gate_up = [linear(x_AD[start:stop], gate_up_EHD[e]) for e, start, stop in slices]
+    hidden_AF = swiglu(torch.cat(gate_up))
+    down = [linear(hidden_AF[start:stop], down_EDF[e]) for e, start, stop in slices]
+    return torch.cat([*down, zeros_1D])
 
 
 def _hit_slices(counts_E: list[int]) -> list[tuple[int, int, int]]:

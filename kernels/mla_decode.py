@@ -5,7 +5,9 @@
 
 All heads of a request share its keys, so they are the rows of one matrix product. Contexts are
 ragged: requests are grouped into buckets whose page counts lie within a factor of two, and each
-bucket gathers its pages once. Scores are in the model's dtype, the softmax in float32.
+bucket gathers its pages once. Widths are rounded to few values, as oneDNN compiles a kernel for
+every new shape (0.8 ms, against 0.04 ms to run it). Scores are in the model's dtype, the softmax
+in float32.
 
 Shape legend: T queries (one per request), B queries of a bucket, H heads, Q = N + P query width (N
 nope, P rope), V value width, C latent, W = C + P, S places gathered per request of a bucket.
@@ -45,7 +47,6 @@ class DecodeBucket:
         queries_B: int64 rows of the query tensor; None means all of them, in order.
         pages_G: int64 pages to gather, request after request, the same number for each.
         num_queries: B.
-        width: S. Shorter than the gathered pages only if B is 1.
         bias_B1S: float32, 0 or -inf beyond a query's context; None where nothing is masked.
         stale_G: Gathered rows beyond a query's context. They are zeroed, because what an earlier
             owner of the page left there may be NaN, and 0 * NaN would reach the output.
@@ -54,7 +55,6 @@ class DecodeBucket:
     queries_B: torch.Tensor | None
     pages_G: torch.Tensor
     num_queries: int
-    width: int
     bias_B1S: torch.Tensor | None
     stale_G: torch.Tensor | None
 
@@ -97,13 +97,13 @@ def _make_bucket(
 ) -> DecodeBucket:
     is_all = len(queries) == len(context_lengths)
     lengths = [context_lengths[query] for query in queries]
-    num_pages = -(-max(lengths) // page_size)
+    num_pages = _rounded(-(-max(lengths) // page_size))
     pages: list[int] = []
     for query in queries:
         table = page_tables[query][:num_pages]
         pages.extend(table)
         pages.extend([table[0]] * (num_pages - len(table)))
-    width = num_pages * page_size if len(queries) > 1 else lengths[0]
+    width = num_pages * page_size
     bias_B1S = stale_G = None
     if min(lengths) < width:
         beyond_BS = torch.arange(width) >= torch.tensor(lengths)[:, None]
@@ -114,10 +114,15 @@ def _make_bucket(
         queries_B=None if is_all else torch.tensor(queries, device=device),
         pages_G=torch.tensor(pages, device=device),
         num_queries=len(queries),
-        width=width,
         bias_B1S=bias_B1S,
         stale_G=stale_G,
     )
+
+
+def _rounded(num_pages: int) -> int:
+    """Up to a multiple of an eighth of the power of two above: four sizes an octave."""
+    unit = max((1 << (num_pages - 1).bit_length()) // 8, 1)
+    return -(-num_pages // unit) * unit
 
 
 def mla_decode(
@@ -203,7 +208,7 @@ def _attend_bucket(
     gathered_GW = cache_NSW.index_select(0, bucket.pages_G).view(-1, cache_NSW.shape[2])
     if bucket.stale_G is not None:
         gathered_GW.index_fill_(0, bucket.stale_G, 0.0)
-    latent_BSW = gathered_GW.view(bucket.num_queries, -1, gathered_GW.shape[1])[:, : bucket.width]
+    latent_BSW = gathered_GW.view(bucket.num_queries, -1, gathered_GW.shape[1])
     score_BHS = torch.bmm(q_BHW, latent_BSW.transpose(1, 2)).float().mul_(scale)
     if bucket.bias_B1S is not None:
         score_BHS.add_(bucket.bias_B1S)

@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
 
 from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import AttentionWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.latent_cache import write_latents
+from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import LatentHeads, mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
 from ostro.kernels.rms_norm import rms_norm
@@ -49,7 +49,7 @@ class Attention:
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
         self._config = config
-        self._layers = weights.layers
+        self._layers = weights.layers  # already packed for `linear`, where that is faster
         self._cache = cache
         self._dtype = weights.embed_VD.dtype
         self._inv_freq_J = _frequencies(config).to(weights.embed_VD.device)

@@ -10,13 +10,16 @@ import torch
 from ostro.actors.model.weights import ExpertWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.grouped_gemm import expert_mlp
+from ostro.kernels.linear import pack_linear
 
 
 class LocalExperts:
     """Runs rows through the experts of this shard. Stateless but for its counters."""
 
     def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
-        self._layers = weights.layers
+        """On CPU the weights are repacked: drop `weights` afterwards to free their memory."""
+        self._gate_up_LE = [_packed(layer.gate_up) for layer in weights.layers]
+        self._down_LE = [_packed(layer.down) for layer in weights.layers]
         self._num_local = len(weights.local_to_logical)
         device = weights.layers[0].gate_up.device
         self._rows_LE = torch.zeros(
@@ -38,13 +41,18 @@ class LocalExperts:
         Returns:
             out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
         """
-        weights = self._layers[layer]
         slots_A = expert_RK.flatten() + 1  # slot 0 counts what is not here
         self._rows_LE[layer] += torch.bincount(slots_A, minlength=self._num_local + 1)
-        return expert_mlp(rows_RD, expert_RK, weight_RK, weights.gate_up, weights.down)
+        return expert_mlp(
+            rows_RD, expert_RK, weight_RK, self._gate_up_LE[layer], self._down_LE[layer]
+        )
 
     def take_counts(self) -> list[list[int]]:
         """Rows per layer and local expert since last asked."""
         rows_LE: list[list[int]] = self._rows_LE[:, 1:].tolist()
         self._rows_LE.zero_()
         return rows_LE
+
+
+def _packed(weight_EOI: torch.Tensor) -> list[torch.Tensor]:
+    return [pack_linear(weight_OI) for weight_OI in weight_EOI]

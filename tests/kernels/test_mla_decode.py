@@ -88,8 +88,16 @@ def test_plan_decode_groups_contexts_within_a_factor_of_two() -> None:
 def test_plan_decode_ignores_pages_beyond_the_context() -> None:
     (bucket,) = plan_decode([[5, 6, 7]], [PAGE_SIZE + 1], PAGE_SIZE, CPU)
     assert bucket.pages_G.tolist() == [5, 6]
-    assert bucket.width == PAGE_SIZE + 1
-    assert bucket.bias_B1S is None
+    assert bucket.stale_G is not None
+    assert bucket.stale_G.tolist() == [5, 6, 7]
+
+
+def test_plan_decode_makes_few_shapes_of_many_contexts() -> None:
+    tables = [list(range(1024))]
+    plans = [plan_decode(tables, [length], PAGE_SIZE, CPU) for length in range(1025, 4097)]
+    gathered = [plan[0].pages_G.numel() for plan in plans]
+    assert len(set(gathered)) <= 9
+    assert all(pages * PAGE_SIZE < 1.3 * (1025 + i) for i, pages in enumerate(gathered))
 
 
 def test_plan_decode_bounds_what_a_bucket_gathers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ class RandomLives(RuleBasedStateMachine):
         self.heard: dict[str, list[int]] = {}
         self.ended: dict[str, TokenEvent] = {}
         self.steered: set[str] = set()
+        self.num_heard = 0
         self.cached: set[int] = set()
 
     # ---- what callers do
@@ -143,6 +144,7 @@ class RandomLives(RuleBasedStateMachine):
         self.heard[request.request_id] = []
         self.scheduler.add(progress)
 
+    @precondition(lambda self: len(self.lives) - len(self.ended) < 12)
     @rule(size=st.integers(2, 5), head=_PROMPTS, max_tokens=st.integers(6, 16))
     def add_crowd(self, size: int, head: list[int], max_tokens: int) -> None:
         """Several requests with one beginning, which together want more pages than there are."""
@@ -226,11 +228,14 @@ class RandomLives(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        num_turns = 0
+        num_idle_turns = num_heard = 0
         while self.scheduler.has_work() or self.in_flight:
             self.turn(1)
-            num_turns += 1
-            assert num_turns < 3000, "starved"
+            num_idle_turns += 1
+            if self.num_heard != num_heard:
+                num_idle_turns, num_heard = 0, self.num_heard
+            # The oldest request computes at least a token a turn, and none is longer than this.
+            assert num_idle_turns <= self.num_slots + 4, "starved"
         self._hear(self.scheduler.take_events())
         assert self.scheduler.is_idle()
         self.scheduler.check_integrity()
@@ -254,11 +259,17 @@ class RandomLives(RuleBasedStateMachine):
             end = entry.start + entry.num_tokens
             writes = set(entry.pages[entry.start // page_size : -(-end // page_size)])
             assert len(entry.pages) * page_size >= end
+            assert entry.num_tokens > 0
+            # The last token of a request is sampled, but never computed.
+            stop = entry.progress.request.stop
+            assert end < entry.progress.num_prompt_tokens + stop.max_tokens
+            assert end < self.max_context
             for other in self.lives.values():
                 if other is not entry.progress:
                     assert not writes & set(other.pages), "a page that is written is shared"
 
     def _hear(self, events: list[TokenEvent]) -> None:
+        self.num_heard += len(events)
         for event in events:
             assert event.request_id not in self.ended, "an event after the last"
             heard = self.heard[event.request_id]

@@ -90,7 +90,7 @@ def test_a_cut_may_leave_a_single_token_to_decode() -> None:
     first, second = build([entry(0, 3, [5], samples=True)], 2)
     assert first.prefill_spans[0].rows == slice(0, 2)
     assert not second.prefill_spans
-    assert second.decode_buckets[0].width == 3
+    assert second.decode_buckets[0].num_queries == 1
 
 
 def test_no_entries_give_empty_batches() -> None:

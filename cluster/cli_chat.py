@@ -1,0 +1,239 @@
+"""`ostro chat`: a conversation over gRPC, one question from a script or many in a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Annotated
+
+import grpc
+import typer
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+from ostro.actors.errors import OstroError
+from ostro.cluster.cli_connection import (
+    CALL_TIMEOUT_S,
+    DEFAULT_URL,
+    Url,
+    named_error,
+    open_channel,
+)
+from ostro.cluster.cli_console import make_console, plain_errors, print_error
+from ostro.cluster.conversation import ChatOptions, Conversation, Turn, effort_name
+from ostro.configs.deployment import EFFORTS
+from ostro.configs.errors import ConfigError
+from ostro.protos import cluster_pb2, cluster_pb2_grpc
+
+_HELP = (
+    "/effort NAME  think more or less from now on: " + ", ".join(EFFORTS) + "\n"
+    "/reset        forget the conversation\n"
+    "/quit         leave, as Ctrl-D does\n"
+    "Ctrl-C        cancel the running answer"
+)
+_DIM = Style(dim=True)
+# A model's text must not steer the terminal: all control characters but tab and newline go.
+_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+@plain_errors()
+def chat(
+    prompt: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="One question; without it, a conversation."),
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(metavar="EFFORT", help=f"One of {', '.join(EFFORTS)}.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Thinking and answer together.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    show_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--show-thinking/--hide-thinking",
+            help="Shown in a terminal unless hidden; into a pipe only if asked for, on stderr.",
+        ),
+    ] = None,
+) -> None:
+    """Talk to a running cluster.
+
+    In a terminal thinking is dimmed and Ctrl-C cancels an answer.
+    Into a pipe only the answer is written; a question may come from a pipe too.
+
+    For example:
+
+    ostro chat
+    ostro chat --effort high "Is 2027 a prime?"
+    git diff | ostro chat --system "Write a commit message." > message.txt
+    """
+    screen = _make_screen(show_thinking)
+    options = ChatOptions(effort=_check_effort(effort), max_tokens=max_tokens, system=system)
+    question = " ".join(prompt or ()).strip()
+    if not question and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+    if not question and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ConfigError("no question: give a PROMPT, or write it to stdin")
+    with open_channel(url) as channel:
+        conversation = Conversation(channel, url, options)
+        if not question:
+            screen.note(f"{_greeting(channel, url)}; /help tells what else there is")
+            converse(conversation, screen, _line_reader(screen))
+            return
+        turn = conversation.ask(question, screen.show)
+        screen.end(turn)
+        if turn.is_cancelled:
+            raise typer.Exit(130)
+
+
+class Screen:
+    """Where text goes.
+
+    Args:
+        answers: The answer's console.
+        thinking: The thinking's console; None hides it.
+        is_terminal: Whether a person looks on: colours, notes, the line of figures.
+    """
+
+    def __init__(self, answers: Console, thinking: Console | None, *, is_terminal: bool) -> None:
+        self._answers = answers
+        self._thinking = thinking
+        self._is_terminal = is_terminal
+        self._is_in_thinking = False
+        self._last = "\n"
+
+    def show(self, text: str, is_thinking: bool) -> None:  # noqa: FBT001  a callback
+        """Write a piece of an answer or of the thinking before it."""
+        if not text or (is_thinking and self._thinking is None):
+            return
+        if self._is_terminal:
+            text = text.translate(_UNPRINTABLE)
+        if self._is_in_thinking and not is_thinking:
+            self._end_thinking()
+        self._is_in_thinking = is_thinking
+        console = self._thinking if is_thinking and self._thinking else self._answers
+        _write(console, text, _DIM if is_thinking else None)
+        self._last = text[-1:] or self._last
+
+    def end(self, turn: Turn) -> None:
+        """Close a turn: what has no newline gets one, and in a terminal the figures follow."""
+        if self._is_in_thinking:
+            self._end_thinking()
+        elif self._last != "\n":
+            self._answers.out("")
+        self._last = "\n"
+        if turn.is_cancelled:
+            kept = "" if turn.answer else "; the question is forgotten"
+            self.note(f"cancelled{kept}")
+        elif self._is_terminal:
+            self.note(turn.summary())
+
+    def note(self, text: str) -> None:
+        """A line of ours, for people only."""
+        if self._is_terminal:
+            self._answers.out(text, style="dim", highlight=False)
+
+    def error(self, message: str) -> None:
+        """A line on stderr; the conversation goes on."""
+        if self._last != "\n":
+            self._answers.out("")
+        self._last, self._is_in_thinking = "\n", False
+        print_error(message)
+
+    def _end_thinking(self) -> None:
+        console = self._thinking or self._answers
+        console.out("" if self._last == "\n" else "\n")
+        self._is_in_thinking, self._last = False, "\n"
+
+
+def converse(
+    conversation: Conversation, screen: Screen, read_line: Callable[[], str | None]
+) -> None:
+    """Ask line by line until `read_line` gives None or a line says /quit."""
+    for line in _lines(read_line):
+        if not line.startswith("/"):
+            try:
+                screen.end(conversation.ask(line, screen.show))
+            except OstroError as error:
+                screen.error(error.message)
+            continue
+        command, _, argument = line.partition(" ")
+        match command:
+            case "/quit" | "/exit":
+                return
+            case "/reset":
+                conversation.reset()
+                screen.note("the conversation is forgotten")
+            case "/effort":
+                _set_effort(conversation, screen, argument.strip())
+            case _:
+                screen.note(_HELP)
+
+
+def _lines(read_line: Callable[[], str | None]) -> Iterator[str]:
+    while (line := read_line()) is not None:
+        if line.strip():
+            yield line.strip()
+
+
+def _set_effort(conversation: Conversation, screen: Screen, effort: str) -> None:
+    try:
+        checked = _check_effort(effort)
+    except ConfigError as error:
+        screen.error(str(error))
+        return
+    conversation.options = replace(conversation.options, effort=checked)
+    screen.note(f"effort {checked} from now on")
+
+
+def _line_reader(screen: Screen) -> Callable[[], str | None]:
+    """Reads lines from the terminal, with history and editing where readline is there."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  importing it is what switches it on
+
+    def read_line() -> str | None:
+        while True:
+            try:
+                # The markers tell readline which characters take no room.
+                return input("\001\033[1;36m\002> \001\033[0m\002")
+            except EOFError:
+                screen.note("")
+                return None
+            except KeyboardInterrupt:
+                screen.note("\nCtrl-D or /quit leaves")
+
+    return read_line
+
+
+def _write(console: Console, text: str, style: Style | None) -> None:
+    """Text as it is: `Console.print` and `out` would turn tabs into spaces."""
+    console.print(Segments([Segment(text, style)]), end="", crop=False)
+
+
+def _make_screen(show_thinking: bool | None) -> Screen:  # noqa: FBT001  three values
+    answers = make_console()
+    if answers.is_terminal:
+        thinking = None if show_thinking is False else answers
+    else:
+        thinking = make_console(stderr=True) if show_thinking else None
+    return Screen(answers, thinking, is_terminal=answers.is_terminal)
+
+
+def _greeting(channel: grpc.Channel, url: str) -> str:
+    stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+    try:
+        model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
+    except grpc.RpcError as error:
+        raise named_error(error, url) from None
+    return f"{model.id}, effort {effort_name(model.default_effort)} unless told otherwise"
+
+
+def _check_effort(effort: str | None) -> str | None:
+    if effort is not None and effort not in EFFORTS:
+        raise ConfigError(f"effort {effort!r}: must be one of {', '.join(EFFORTS)}")
+    return effort

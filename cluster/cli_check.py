@@ -1,0 +1,211 @@
+"""`ostro check`: whether a deployment would run here, told before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ostro.actors.errors import CheckpointError
+from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.device import choose_dtype, torch_dtype
+from ostro.actors.model.weights import check_checkpoint
+from ostro.cluster.cli_console import make_console
+from ostro.cluster.cli_deployment import describe_layout, resolve_model, taken_ports
+from ostro.cluster.deployment_plan import (
+    DeploymentPlan,
+    Machine,
+    RankPlan,
+    plan_deployment,
+)
+from ostro.cluster.human_numbers import format_bytes, format_count
+from ostro.cluster.machine import local_device, this_machine
+from ostro.configs.deployment import DeploymentConfig
+from ostro.configs.model import ModelConfig, load_model_config
+
+_TITLE_WIDTH = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSummary:
+    """What a checkpoint's headers say; numbers cover all tensors, also those not served.
+
+    Attributes:
+        dtypes: Tensors by dtype, the most frequent first.
+        problem: Why it cannot be served; None if it can.
+    """
+
+    num_tensors: int = 0
+    num_parameters: int = 0
+    num_bytes: int = 0
+    dtypes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def summarise_checkpoint(directory: Path) -> CheckpointSummary:
+    """Read all headers of a checkpoint and hold every tensor against its config.
+
+    Raises:
+        ConfigError: There is no config that can be served.
+    """
+    problem = None
+    try:
+        check_checkpoint(directory)
+    except CheckpointError as error:
+        problem = error.message
+    try:
+        reader = CheckpointReader(directory)
+        names = reader.names()
+        dtypes = Counter(str(reader.dtype(name)).removeprefix("torch.") for name in names)
+    except CheckpointError as error:
+        return CheckpointSummary(problem=problem or error.message)
+    return CheckpointSummary(
+        num_tensors=len(names),
+        num_parameters=sum(math.prod(reader.shape(name)) for name in names),
+        num_bytes=sum(reader.num_bytes(name) for name in names),
+        dtypes=tuple(dtype for dtype, _ in dtypes.most_common()),
+        problem=problem,
+    )
+
+
+def run(deployment: DeploymentConfig) -> None:
+    """Write the report.
+
+    Raises:
+        ConfigError: There is nothing to judge: no checkpoint, or experts that cannot be spread.
+        typer.Exit: With 1 if the deployment would not run here.
+    """
+    console = make_console()
+    model_dir = resolve_model(deployment.model, console)
+    config = load_model_config(model_dir)
+    summary = summarise_checkpoint(model_dir)
+    machine = this_machine()
+    device = local_device(deployment.layout.device)
+    plan = plan_deployment(
+        deployment,
+        config,
+        machine,
+        device=device,
+        dtype=torch_dtype(choose_dtype(deployment.engine.dtype, device, config)),
+        has_other_nodes="RAY_ADDRESS" in os.environ,
+    )
+    _print_checkpoint(model_dir, config, summary, console)
+    _print_plan(deployment, plan, machine, console)
+    problems = [*_checkpoint_problems(summary), *plan.problems, *_port_problems(deployment)]
+    _print_verdict(plan, problems, console)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _checkpoint_problems(summary: CheckpointSummary) -> list[str]:
+    return [] if summary.problem is None else [summary.problem]
+
+
+def _port_problems(deployment: DeploymentConfig) -> list[str]:
+    return [
+        f"port {port} on {deployment.serving.host} is taken by another process: "
+        f"stop it or set serving.{name}"
+        for name, port in taken_ports(deployment.serving).items()
+    ]
+
+
+# ---- what is said
+
+
+def _print_checkpoint(
+    model_dir: Path, config: ModelConfig, summary: CheckpointSummary, console: Console
+) -> None:
+    _say(console, "checkpoint", str(model_dir))
+    _say(
+        console,
+        "",
+        f"{config.architecture}, {config.num_layers} layers, {config.num_experts_per_token} of "
+        f"{config.num_experts} experts per token, {config.max_context} tokens of context",
+    )
+    if summary.num_tensors:
+        state = "incomplete or broken, see below" if summary.problem else "complete"
+        _say(
+            console,
+            "",
+            f"{format_count(summary.num_parameters)} parameters, {summary.num_tensors} tensors in "
+            f"{' and '.join(summary.dtypes)}, {format_bytes(summary.num_bytes)}; {state}",
+        )
+
+
+def _print_plan(
+    deployment: DeploymentConfig, plan: DeploymentPlan, machine: Machine, console: Console
+) -> None:
+    dtype = str(plan.dtype).removeprefix("torch.")
+    _say(console, "layout", f"{describe_layout(deployment)}; {plan.device}, {dtype}")
+    host = machine.host
+    gpus = f", {len(machine.gpus)} x {machine.gpu_name}" if machine.gpus else ", no GPU"
+    _say(
+        console,
+        "machine",
+        f"{format_bytes(host.free_bytes)} of {format_bytes(host.total_bytes)} memory free, "
+        f"{machine.num_cores} cores{gpus}",
+    )
+    console.print(_rank_table(plan))
+    rank = plan.ranks[0]
+    per_token = rank.page_bytes / rank.page_size
+    _say(console, "cache", f"{format_bytes(per_token)} per token, {rank.page_size} tokens a page")
+
+
+def _rank_table(plan: DeploymentPlan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("rank", justify="right")
+    table.add_column("role", no_wrap=True)
+    for title in ("experts", "weights", "cache", "pages", "tokens", "together"):
+        table.add_column(title, justify="right", no_wrap=True)
+    if plan.device == "cuda":
+        table.add_column("may fill", justify="right", no_wrap=True)
+    for rank in plan.ranks:
+        budget = "?" if rank.budget_bytes is None else format_bytes(max(rank.budget_bytes, 0))
+        row = [str(rank.rank), rank.role, *_rank_cells(rank)]
+        table.add_row(*row, *([budget] if plan.device == "cuda" else []))
+    return table
+
+
+def _rank_cells(rank: RankPlan) -> list[str]:
+    experts = str(rank.num_experts) if rank.num_experts else "-"
+    weights = format_bytes(rank.weight_bytes)
+    if rank.num_pages == 0:
+        return [experts, weights, "-", "-", "-", weights]
+    if rank.num_pages is None:
+        return [experts, weights, "?", "?", "?", f"{weights} + cache"]
+    return [
+        experts,
+        weights,
+        format_bytes(rank.cache_bytes()),
+        str(rank.num_pages),
+        str(rank.num_cached_tokens()),
+        format_bytes(rank.need_bytes()),
+    ]
+
+
+def _print_verdict(plan: DeploymentPlan, problems: list[str], console: Console) -> None:
+    for note in plan.notes:
+        _say(console, "note", note)
+    if not problems:
+        console.print(Text("It fits.", "bold green"))
+        return
+    for problem in problems:
+        _say(console, "problem", problem, style="bold red")
+    console.print(Text("It would not run here.", "bold red"))
+
+
+def _say(console: Console, title: str, text: str, style: str = "bold") -> None:
+    """One titled paragraph, wrapped beside its title."""
+    grid = Table.grid(padding=0)
+    grid.add_column(width=_TITLE_WIDTH)
+    grid.add_column()
+    grid.add_row(Text(title, style), Text(text))
+    console.print(grid)

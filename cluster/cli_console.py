@@ -1,0 +1,47 @@
+"""How the command line speaks: a console for answers, one for notes, errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ostro.actors.errors import OstroError
+from ostro.configs.errors import ConfigError
+
+_PIPE_WIDTH = 120
+_EXIT_CONFIG = 2
+_EXIT_FAILED = 1
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr; into a pipe it writes wide, plain lines."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
+    return console
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn errors that Ostro names into one line on stderr and an exit code.
+
+    2 for a config that the caller can fix, 1 for everything else.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        print_error(str(error))
+        raise typer.Exit(_EXIT_CONFIG) from None
+    except OstroError as error:
+        print_error(error.message)
+        raise typer.Exit(_EXIT_FAILED) from None
+
+
+def print_error(message: str) -> None:
+    """Write "error: ..." to stderr as one line."""
+    line = Text.assemble(("error: ", "bold red"), " ".join(message.split()))
+    make_console(stderr=True).print(line, soft_wrap=True)

@@ -1,0 +1,128 @@
+"""The options that `ostro serve` and `ostro check` share, and the deployment they add up to."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
+from ostro.configs.errors import ConfigError
+from ostro.configs.load import load_deployment, preset_names
+
+EMBEDDED = "embedded"
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET|FILE",
+        help=f"A preset ({', '.join(preset_names())}) or a deployment file in YAML.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="PATH", help="Checkpoint directory, or 'embedded'."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one field, for example layout.num_expert_shards=3; may be repeated.",
+    ),
+]
+HttpPort = Annotated[int | None, typer.Option(help="Port of the HTTP face.")]
+GrpcPort = Annotated[int | None, typer.Option(help="Port of the gRPC face.")]
+
+
+def read_deployment(
+    source: str,
+    overrides: Sequence[str] | None,
+    *,
+    model: str | None,
+    http_port: int | None = None,
+    grpc_port: int | None = None,
+) -> DeploymentConfig:
+    """The deployment that the options ask for.
+
+    Raises:
+        ConfigError: As `load_deployment`, or a port out of range.
+    """
+    deployment = load_deployment(source, overrides or ())
+    ports = {
+        name: port
+        for name, port in (("http_port", http_port), ("grpc_port", grpc_port))
+        if port is not None
+    }
+    return replace(
+        deployment,
+        model=deployment.model if model is None else model,
+        serving=replace(deployment.serving, **ports),
+    )
+
+
+def resolve_model(model: str, console: Console) -> Path:
+    """The checkpoint directory that a deployment names; the embedded one is made if needed."""
+    if model != EMBEDDED:
+        return Path(model).expanduser().absolute()
+    from ostro.cluster.embedded_model import ensure_embedded_model
+
+    with console.status("looking for the embedded model"):
+        return ensure_embedded_model()
+
+
+def check_ports_free(serving: ServingConfig) -> None:
+    """Refuse to start where somebody else listens.
+
+    Raises:
+        ConfigError: A port is taken; the text says which and how to choose another.
+    """
+    taken = taken_ports(serving)
+    if taken:
+        options = " ".join(f"--{name.replace('_', '-')}" for name in taken)
+        ports = " and ".join(f"{serving.host}:{port}" for port in taken.values())
+        raise ConfigError(
+            f"{ports} {'is' if len(taken) == 1 else 'are'} taken by another process; "
+            f"stop it or choose with {options}"
+        )
+
+
+def taken_ports(serving: ServingConfig) -> dict[str, int]:
+    """The ports of a deployment that somebody listens on, by their fields' names."""
+    ports = {"http_port": serving.http_port, "grpc_port": serving.grpc_port}
+    return {name: port for name, port in ports.items() if not _is_port_free(serving.host, port)}
+
+
+def describe_layout(deployment: DeploymentConfig) -> str:
+    """The layout in words.
+
+    Example:
+        "split, 1 attention + 2 expert shards"
+    """
+    layout = deployment.layout
+    if layout.layout.value == "single":
+        return "single, one shard with both roles"
+    if layout.layout.value == "colocated":
+        return f"colocated, {layout.world_size()} shards with both roles"
+    experts = layout.num_expert_shards
+    return (
+        f"split, {layout.num_attention_shards} attention + {experts} expert "
+        f"{'shard' if experts == 1 else 'shards'}"
+    )
+
+
+def _is_port_free(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: an old connection in TIME_WAIT is no obstacle, a listener is.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

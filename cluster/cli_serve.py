@@ -1,0 +1,267 @@
+"""`ostro serve`: bring a deployment up, say where it answers, keep an eye on it, end it well."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from ostro.actors.errors import NotReadyError, ShardLostError
+from ostro.actors.fabric.messages import State
+from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.cli_deployment import (
+    GrpcPort,
+    HttpPort,
+    Model,
+    Overrides,
+    Source,
+    check_ports_free,
+    describe_layout,
+    read_deployment,
+    resolve_model,
+)
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
+from ostro.configs.model import ModelConfig
+
+_POLL_S = 3.0
+_HURRIED_DRAIN_S = 0.1
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_DEFAULT_GRPC = ("127.0.0.1", 9000)  # where `ostro chat` looks by itself
+
+
+class Cell(Protocol):
+    """What `launch.launch` gives back, as far as this command uses it."""
+
+    deployment: DeploymentConfig
+    stage_seconds: dict[str, float]
+
+    def state(self) -> State:
+        """The cell at this moment."""
+        ...
+
+    def stop(self) -> None:
+        """Drain, then end everything."""
+        ...
+
+
+OnProgress = Callable[[str, State | None], None]
+Launch = Callable[[DeploymentConfig, Path, OnProgress], Cell]
+
+
+@plain_errors()
+def serve(
+    source: Source = "laptop",
+    model: Model = None,
+    overrides: Overrides = None,
+    http_port: HttpPort = None,
+    grpc_port: GrpcPort = None,
+) -> None:
+    """Serve a model: on this machine, or on the Ray cluster that RAY_ADDRESS names.
+
+    Without arguments the embedded model answers from the CPU.
+    Ctrl-C lets running generations finish and ends everything;
+    a second Ctrl-C does not wait for them.
+
+    For example:
+
+    ostro serve
+    ostro serve laptop_single --model ~/models/small --http-port 8080
+    ostro serve 8xh200_split --set engine.max_context=65536
+    ostro serve my_deployment.yaml
+    """
+    console = make_console()
+    deployment = read_deployment(
+        source, overrides, model=model, http_port=http_port, grpc_port=grpc_port
+    )
+    check_ports_free(deployment.serving)
+    model_dir = resolve_model(deployment.model, console)
+    run(deployment, model_dir, console, _launch_on_ray)
+
+
+def run(
+    deployment: DeploymentConfig,
+    model_dir: Path,
+    console: Console,
+    launch: Launch,
+    poll_s: float = _POLL_S,
+) -> None:
+    """Launch, announce, watch until asked to stop, stop.
+
+    Raises:
+        ConfigError: From the launch or the checkpoint's config.
+        OstroError: From the launch or the checkpoint, or the router died while serving.
+        typer.Exit: Interrupted before it was ready.
+    """
+    from ostro.actors.model.weights import check_checkpoint
+    from ostro.cluster.cli_loading import loading_view
+
+    config = check_checkpoint(model_dir)
+    weight_bytes = _weight_bytes(deployment, config)
+    with _signals_interrupt():
+        try:
+            with loading_view(console, weight_bytes) as view:
+                cell = launch(deployment, model_dir, view)
+        except (KeyboardInterrupt, SystemExit):
+            console.print("interrupted before it was ready; nothing is left running")
+            raise typer.Exit(130) from None
+        try:
+            _take_signals()  # again: Ray has set a handler of its own
+            _announce(cell, model_dir, config, console)
+            _watch(cell, console, poll_s)
+        except KeyboardInterrupt:
+            drain_s = cell.deployment.serving.drain_timeout_s
+            console.print(
+                f"stopping; running generations may take {drain_s:g} s to finish, "
+                f"Ctrl-C again does not wait for them"
+            )
+        finally:
+            _stop(cell)
+            console.print("stopped")
+
+
+def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: OnProgress) -> Cell:
+    from ostro.cluster.ray_environment import prepare_environment
+
+    prepare_environment()
+    from ostro.cluster.launch import launch
+
+    try:
+        return launch(deployment, model_dir, on_progress)
+    except ConnectionError as error:
+        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if "RAY_ADDRESS" in os.environ else ""
+        raise NotReadyError(f"no connection to Ray {where}: {error}") from None
+
+
+def _weight_bytes(deployment: DeploymentConfig, config: ModelConfig) -> dict[int, int]:
+    from ostro.actors.model.device import choose_dtype, torch_dtype
+    from ostro.cluster.deployment_plan import plan_weights
+    from ostro.cluster.machine import local_device
+
+    device = local_device(deployment.layout.device)
+    dtype = choose_dtype(deployment.engine.dtype, device, config)
+    return plan_weights(deployment, config, torch_dtype(dtype))
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does; what was set before comes back at the end."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _take_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _take_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop(cell: Cell) -> None:
+    try:
+        cell.stop()
+    except KeyboardInterrupt:
+        serving = replace(cell.deployment.serving, drain_timeout_s=_HURRIED_DRAIN_S)
+        cell.deployment = replace(cell.deployment, serving=serving)
+        cell.stop()
+
+
+# ---- what is said
+
+
+def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console) -> None:
+    from ostro.cluster.model_card import make_card
+
+    deployment, serving = cell.deployment, cell.deployment.serving
+    name = make_card(model_dir, config, deployment, weight_dtype=config.dtype).name
+    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in cell.stage_seconds.items())
+    total_s = sum(cell.stage_seconds.values())
+    lines = {
+        "model": name,
+        "layout": describe_layout(deployment),
+        "HTTP": f"http://{_reachable(serving)}:{serving.http_port}/v1",
+        "gRPC": f"{_reachable(serving)}:{serving.grpc_port}",
+        "try": _curl_line(serving, name),
+        "or": _chat_line(serving),
+    }
+    console.print()
+    console.print(Text(f"Ostro is ready after {total_s:.1f} s", "bold green"), end="")
+    console.print(Text(f"  ({stages})", "dim"))
+    for title, text in lines.items():
+        console.print(Text.assemble((f"  {title:<8}", "bold"), text), soft_wrap=True)
+    console.print(Text("Ctrl-C stops it.", "dim"))
+
+
+def _reachable(serving: ServingConfig) -> str:
+    return "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
+
+
+def _curl_line(serving: ServingConfig, name: str) -> str:
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    url = f"http://{_reachable(serving)}:{serving.http_port}/v1/chat/completions"
+    return f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+def _chat_line(serving: ServingConfig) -> str:
+    address = (_reachable(serving), serving.grpc_port)
+    return "ostro chat" + ("" if address == _DEFAULT_GRPC else f" --url {address[0]}:{address[1]}")
+
+
+# ---- watching
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """What is worth a line when it changes."""
+
+    ready: bool
+    lost: tuple[str, ...]
+    epoch: int | None
+
+    def __str__(self) -> str:
+        if self.epoch is None:
+            return "the router does not answer"
+        lost = f": lost {', '.join(self.lost)}" if self.lost else ""
+        return f"{'ready' if self.ready else 'not ready'} in epoch {self.epoch}{lost}"
+
+
+def _watch(cell: Cell, console: Console, poll_s: float) -> None:
+    """Write a line whenever readiness changes; ends only by an exception."""
+    before: _Sight | None = None
+    while True:
+        sight = _look(cell)
+        if before is not None and sight != before:
+            style = "green" if sight.ready else "bold yellow"
+            console.print(Text(f"{time.strftime('%H:%M:%S')}  {sight}", style), soft_wrap=True)
+        before = sight
+        time.sleep(poll_s)
+
+
+def _look(cell: Cell) -> _Sight:
+    from ray.exceptions import ActorDiedError, RayError
+
+    try:
+        state = cell.state()
+    except ActorDiedError:
+        raise ShardLostError("the router died; see Ray's logs") from None
+    except (RayError, TimeoutError):
+        return _Sight(False, (), None)
+    lost = tuple(actor.actor_id for actor in state.actors if actor.state == "lost")
+    return _Sight(state.ready, lost, state.epoch)

@@ -1,0 +1,240 @@
+"""`ostro status`: the actors of a running cluster, its load, and how hot its experts are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import grpc
+import typer
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich import box
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ostro.cluster.cli_connection import (
+    CALL_TIMEOUT_S,
+    DEFAULT_URL,
+    Url,
+    named_error,
+    open_channel,
+)
+from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.cli_loading import STATE_STYLES
+from ostro.cluster.human_numbers import format_bytes
+from ostro.protos import cluster_pb2, cluster_pb2_grpc
+
+_BAR_WIDTH = 16
+_ID_CHARS = 8
+_BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # an eighth to a full block
+_NO_ROWS = "\u00b7"  # a middle dot
+_HEAT = ("blue", "blue", "cyan", "cyan", "green", "yellow", "dark_orange", "red")
+
+
+@plain_errors()
+def status(
+    url: Url = DEFAULT_URL,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+) -> None:
+    """Show a running cluster: actors, load, experts.
+
+    Exit code 0 if something answers, ready or not; 1 if nothing does.
+    """
+    picture = _look(url)
+    console = make_console()
+    if as_json:
+        console.print_json(data=picture.to_dict(), indent=2)
+        return
+    console.print(_headline(picture))
+    console.print(_actor_table(picture.cluster))
+    console.print(_load_line(picture.cluster.load))
+    _print_experts(picture.tokens, console)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One look at a cluster.
+
+    Attributes:
+        tokens: Tokens by shard and expert over all layers; a token that several copies may have
+            served counts for each of them in equal parts.
+    """
+
+    model: cluster_pb2.GetModelResponse
+    cluster: cluster_pb2.Cluster
+    tokens: dict[str, dict[int, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, named as in the protos; 64-bit numbers are texts, as JSON of protos is."""
+        return {
+            "model": _plain(self.model),
+            "cluster": _plain(self.cluster),
+            "expert_tokens": self.tokens,
+        }
+
+
+def sum_by_shard(
+    placements: Sequence[cluster_pb2.ExpertPlacement],
+) -> dict[str, dict[int, float]]:
+    """Tokens by shard and expert, over all layers."""
+    tokens: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for placement in placements:
+        for actor_id in placement.actor_ids:
+            share = placement.tokens / len(placement.actor_ids)
+            tokens[actor_id][placement.expert] += share
+    return {actor_id: dict(experts) for actor_id, experts in sorted(tokens.items())}
+
+
+def heat_strip(values: Sequence[float], highest: float, width: int) -> Text:
+    """One block a value, taller and hotter with its share of `highest`; a dot for 0.
+
+    Where there are more values than `width`, neighbours share a block, which shows the highest.
+    """
+    per_block = -(-len(values) // max(width, 1))
+    strip = Text()
+    for start in range(0, len(values), per_block):
+        value = max(values[start : start + per_block])
+        if value <= 0 or highest <= 0:
+            strip.append(_NO_ROWS, "dim")
+            continue
+        level = min(int(value / highest * len(_BLOCKS)), len(_BLOCKS) - 1)
+        strip.append(_BLOCKS[level], _HEAT[level])
+    return strip
+
+
+def _look(url: str) -> Picture:
+    with open_channel(url) as channel:
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+        try:
+            model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
+            answer = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise named_error(error, url) from None
+        return Picture(model, answer.cluster, sum_by_shard(_placements(stub)))
+
+
+def _placements(
+    stub: cluster_pb2_grpc.ClusterServiceStub,
+) -> Sequence[cluster_pb2.ExpertPlacement]:
+    """Empty where the cluster does not tell; the rest of the picture stands without them."""
+    request = cluster_pb2.GetExpertsRequest()
+    try:
+        placements: Sequence[cluster_pb2.ExpertPlacement] = stub.GetExperts(
+            request, timeout=CALL_TIMEOUT_S
+        ).placements
+    except grpc.RpcError:
+        return ()
+    return placements
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    return MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def _headline(picture: Picture) -> Text:
+    model, cluster = picture.model, picture.cluster
+    ready = ("ready", "bold green") if cluster.ready else ("not ready", "bold yellow")
+    return Text.assemble(
+        (model.id, "bold"),
+        "  ",
+        ready,
+        f"  epoch {cluster.epoch}  ",
+        (
+            f"{model.layers} layers, {model.experts_per_token} of {model.experts} experts per "
+            f"token, {model.max_context} tokens of context, {model.weight_dtype}",
+            "dim",
+        ),
+    )
+
+
+def _actor_table(cluster: cluster_pb2.Cluster) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column("actor", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    table.add_column("rank", justify="right")
+    for title in ("state", "node", "device"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("memory", min_width=_BAR_WIDTH)
+    table.add_column("", justify="right", no_wrap=True)
+    for actor in sorted(cluster.actors, key=lambda actor: (actor.role, actor.rank, actor.id)):
+        has_rank = actor.role in (cluster_pb2.ACTOR_ROLE_ATTENTION, cluster_pb2.ACTOR_ROLE_EXPERT)
+        table.add_row(
+            actor.id,
+            _word(cluster_pb2.ActorRole.Name(actor.role), "ACTOR_ROLE_"),
+            str(actor.rank) if has_rank else "",
+            _state(actor),
+            actor.node_id[:_ID_CHARS],
+            actor.device or "cpu",
+            _memory_bar(actor),
+            _memory_text(actor),
+        )
+    return table
+
+
+def _state(actor: cluster_pb2.Actor) -> Text:
+    word = _word(cluster_pb2.ActorState.Name(actor.state), "ACTOR_STATE_")
+    percent = f" {actor.load_progress:.0%}" if word == "loading" else ""
+    return Text(word + percent, STATE_STYLES.get(word, ""))
+
+
+def _word(name: str, prefix: str) -> str:
+    return name.removeprefix(prefix).lower()
+
+
+def _memory_bar(actor: cluster_pb2.Actor) -> ProgressBar | str:
+    total = actor.memory_total_bytes
+    if not total:
+        return ""
+    share = actor.memory_used_bytes / total
+    style = "red" if share > 0.95 else "cyan"
+    return ProgressBar(
+        total=1.0, completed=share, width=_BAR_WIDTH, complete_style=style, finished_style=style
+    )
+
+
+def _memory_text(actor: cluster_pb2.Actor) -> str:
+    if not actor.memory_total_bytes:
+        return ""
+    used, total = actor.memory_used_bytes, actor.memory_total_bytes
+    return f"{format_bytes(used)} of {format_bytes(total)}"
+
+
+def _load_line(load: cluster_pb2.Load) -> Text:
+    parts = [
+        f"{load.running} running, {load.waiting} waiting",
+        f"KV pages {load.kv_usage:.0%} used",
+        f"prefix hits {load.prefix_hit_rate:.0%}",
+        f"{load.tokens_per_second:.1f} tokens/s",
+    ]
+    if load.expert_imbalance:
+        parts.append(f"busiest expert shard {load.expert_imbalance:.2f} times the mean")
+    return Text.assemble(("load     ", "bold"), "   ".join(parts))
+
+
+def _print_experts(tokens: dict[str, dict[int, float]], console: Console) -> None:
+    if not tokens:
+        return
+    highest = max(max(experts.values(), default=0.0) for experts in tokens.values())
+    console.print(
+        Text.assemble(
+            ("experts  ", "bold"), ("one block an expert, by tokens over all layers", "dim")
+        )
+    )
+    label_width = max(len(actor_id) for actor_id in tokens)
+    total = sum(sum(experts.values()) for experts in tokens.values())
+    for actor_id, experts in tokens.items():
+        share = sum(experts.values()) / total if total else 0.0
+        values = [experts[expert] for expert in sorted(experts)]
+        width = console.width - label_width - 14
+        strip = heat_strip(values, highest, width)
+        console.print(
+            Text.assemble(f"  {actor_id:<{label_width}}  ", strip, f"  {share:.0%}"),
+            soft_wrap=True,
+        )

@@ -1,0 +1,28 @@
+"""Bytes and counts as people write them."""
+
+from __future__ import annotations
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for people.
+
+    Example:
+        1536 -> "1.5 KiB"; 2**40 -> "1024 GiB"
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.3g} {unit}" if num_bytes < 999.5 else f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.0f} GiB" if num_bytes >= 999.5 else f"{num_bytes:.3g} GiB"
+
+
+def format_count(count: int) -> str:
+    """A large number for people.
+
+    Example:
+        118_972_826_624 -> "119 B"
+    """
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)

@@ -1,0 +1,99 @@
+"""`ostro check`: a report about small checkpoints on this machine; nothing is started."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from checkpoints import make_tiny_checkpoint
+from typer.testing import CliRunner
+
+from ostro.cluster.cli import app
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model"), with_tokenizer=True)
+
+
+@pytest.fixture(autouse=True)
+def without_ray_address(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def ports(free_port) -> list[str]:
+    return ["--http-port", str(free_port()), "--grpc-port", str(free_port())]
+
+
+def check(model_dir: Path, *options: str):
+    return CliRunner().invoke(app, ["check", "--model", str(model_dir), *options])
+
+
+def test_check_tells_checkpoint_ranks_and_that_it_fits(model_dir, ports):
+    result = check(model_dir, *ports)
+    assert result.exit_code == 0, result.output
+    assert "Mistral4ForCausalLM, 3 layers, 4 of 16 experts per token" in result.stdout
+    assert "tensors in float32" in result.stdout
+    assert "complete" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]
+    assert [row[:3] for row in rows if row[0] in "12"] == [
+        ["1", "expert", "8"],
+        ["2", "expert", "8"],
+    ]
+    assert result.stdout.rstrip().endswith("It fits.")
+
+
+def test_check_obeys_set(model_dir, ports):
+    result = check(model_dir, *ports, "--set", "layout.num_expert_shards=3")
+    assert "split, 1 attention + 3 expert shards" in result.stdout
+
+
+def test_check_fails_where_a_port_is_taken(model_dir, free_port):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        taken = server.getsockname()[1]
+        options = ["--http-port", str(taken), "--grpc-port", str(free_port())]
+        result = check(model_dir, *options)
+    assert result.exit_code == 1
+    assert f"port {taken} on 127.0.0.1 is taken" in result.stdout
+
+
+def test_check_names_the_tensor_that_a_checkpoint_lacks(tmp_path, ports):
+    directory = make_tiny_checkpoint(tmp_path)
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    result = check(directory, *ports)
+    assert result.exit_code == 1
+    assert "truncated" in result.stdout
+
+
+def test_check_fails_where_the_memory_does_not_suffice(model_dir, ports):
+    result = check(model_dir, *ports, "--set", "engine.num_pages=100000000")
+    assert result.exit_code == 1
+    assert "lower engine.num_pages" in " ".join(result.stdout.split())
+
+
+def test_check_fails_for_a_preset_of_gpus_that_are_not_here(model_dir):
+    result = CliRunner().invoke(app, ["check", "multinode", "--model", str(model_dir)])
+    assert result.exit_code == 1
+    assert "16 ranks with a GPU each" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["labtop"], "did you mean laptop"),
+        (["--model", "/nowhere"], "no such checkpoint directory"),
+        (["--set", "layout.shards=3"], "layout.shards: unknown key"),
+        (["--http-port", "70000"], "must be in 1..65535"),
+    ],
+)
+def test_check_tells_bad_options_in_one_line(arguments, told):
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert told in result.stderr
+    assert result.stderr.count("\n") == 1

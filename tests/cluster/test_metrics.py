@@ -1,0 +1,141 @@
+"""What a replica counts, and what it tells of the cell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from scripted_frontend import (
+    FINISHED,
+    MODEL,
+    STARTED,
+    THOUGHTFUL,
+    ScriptedCell,
+    ScriptedFrontend,
+)
+
+from ostro.actors.errors import OverloadedError, ShardLostError
+from ostro.actors.fabric.messages import State
+from ostro.cluster.cell_metrics import expert_imbalance, expert_rows
+from ostro.cluster.generation import ChatGeneration, TextDelta
+from ostro.cluster.metrics import Metrics
+
+CHAT = ChatGeneration(messages=())
+
+
+def play(metrics: Metrics, *script, stop_after: int | None = None) -> ScriptedFrontend:
+    """Read a scripted generation through `metrics.watch`, or the first events of it."""
+
+    async def run() -> ScriptedFrontend:
+        frontend = ScriptedFrontend(*script)
+        async with contextlib.aclosing(metrics.watch(frontend.chat(CHAT))) as events:
+            num_read = 0
+            async for _ in events:
+                num_read += 1
+                if num_read == stop_after:
+                    break
+        return frontend
+
+    return asyncio.run(run())
+
+
+def value(metrics: Metrics, name: str, **labels) -> float | None:
+    return metrics.registry.get_sample_value("ostro_" + name, {"model_name": MODEL, **labels})
+
+
+def rendered(cell: ScriptedCell | None) -> str:
+    return asyncio.run(Metrics(MODEL).render(cell)).decode()
+
+
+def test_a_finished_generation_is_counted_and_timed():
+    metrics = Metrics(MODEL)
+    play(metrics, *THOUGHTFUL)
+    assert value(metrics, "request_success_total", finished_reason="stop") == 1
+    assert value(metrics, "time_to_first_token_seconds_sum") == 0.05
+    assert value(metrics, "time_to_first_answer_token_seconds_sum", effort="low") == 0.2
+    assert value(metrics, "e2e_request_latency_seconds_sum") == 0.5
+    assert value(metrics, "request_queue_time_seconds_sum") == 0.01
+    assert value(metrics, "inter_token_latency_seconds_count") == 3
+    assert value(metrics, "thinking_tokens_total", effort="low") == 5
+    assert value(metrics, "thinking_ended_total", by="model") == 1
+
+
+def test_a_reader_that_leaves_counts_as_disconnected_and_closes_the_generation():
+    metrics = Metrics(MODEL)
+    frontend = play(metrics, *THOUGHTFUL, stop_after=2)
+    assert frontend.num_closed == 1
+    assert value(metrics, "request_success_total", finished_reason="disconnected") == 1
+    assert value(metrics, "request_success_total", finished_reason="stop") is None
+
+
+def test_refusals_at_the_door_are_told_from_failures_later():
+    metrics = Metrics(MODEL)
+    with pytest.raises(OverloadedError):
+        play(metrics, OverloadedError("full"))
+    with pytest.raises(ShardLostError):
+        play(metrics, STARTED, ShardLostError("rank 1"))
+    assert value(metrics, "admission_rejections_total", reason="queue_full") == 1
+    assert value(metrics, "request_failure_total", code="queue_full") == 1
+    assert value(metrics, "request_failure_total", code="shard_lost") == 1
+    assert value(metrics, "admission_rejections_total", reason="shard_lost") is None
+    assert value(metrics, "request_success_total", finished_reason="disconnected") is None
+
+
+def test_no_text_reaches_the_metrics():
+    metrics = Metrics(MODEL)
+    play(metrics, STARTED, TextDelta(text="a secret word"), FINISHED)
+    assert "secret" not in asyncio.run(metrics.render(None)).decode()
+
+
+def test_the_cells_numbers_are_read_at_scrape_time():
+    lines = rendered(ScriptedCell()).splitlines()
+    for line in (
+        'ostro_cell_ready{model_name="tiny-small-4"} 1.0',
+        'ostro_num_requests_running{engine="0",model_name="tiny-small-4"} 2.0',
+        'ostro_num_requests_waiting{engine="0",model_name="tiny-small-4"} 1.0',
+        'ostro_kv_cache_usage_perc{engine="0",model_name="tiny-small-4"} 0.25',
+        'ostro_prompt_tokens_total{engine="0",model_name="tiny-small-4"} 40.0',
+        'ostro_generation_tokens_total{engine="0",model_name="tiny-small-4"} 50.0',
+        'ostro_prefix_cache_queries_total{engine="0",model_name="tiny-small-4"} 40.0',
+        'ostro_prefix_cache_hits_total{engine="0",model_name="tiny-small-4"} 10.0',
+        'ostro_num_preemptions_total{engine="0",model_name="tiny-small-4"} 3.0',
+        'ostro_expert_tokens_total{expert="0",model_name="tiny-small-4"} 10.0',
+        'ostro_steps_total{model_name="tiny-small-4"} 20.0',
+        'ostro_step_seconds_total{model_name="tiny-small-4",stage="attention"} 1.5',
+    ):
+        assert line in lines
+    assert any(line.startswith("ostro_actor_state{") and "attention-0" in line for line in lines)
+
+
+def test_a_cell_that_does_not_answer_leaves_its_numbers_out():
+    for text in (rendered(None), rendered(ScriptedCell(is_ready=False))):
+        assert 'ostro_cell_ready{model_name="tiny-small-4"} 0.0' in text
+        assert "ostro_num_requests_running" not in text
+
+
+def state(rows_LE, physical_to_logical, rank_of_physical) -> State:
+    return State(0, 0, True, [], {}, rows_LE, physical_to_logical, rank_of_physical, {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows_LE", "physical_to_logical", "rank_of_physical", "expected"),
+    [
+        ([[6, 2], [4, 0]], [0, 1], [1, 2], 10 / 6),
+        ([[5, 5]], [0, 1], [1, 2], 1.0),
+        ([[8, 2]], [0, 1, 0], [1, 2, 2], 6 / 5),  # a hot expert with a copy beside the cold one
+        ([[0, 0]], [0, 1], [1, 2], 0.0),
+        ([], [], [], 0.0),
+        ([], [0, 1], [1, 2], 0.0),
+    ],
+)
+def test_expert_imbalance_is_busiest_over_mean(
+    rows_LE, physical_to_logical, rank_of_physical, expected
+):
+    assert expert_imbalance(state(rows_LE, physical_to_logical, rank_of_physical)) == (
+        pytest.approx(expected)
+    )
+
+
+def test_expert_rows_sum_over_layers():
+    assert expert_rows(state([[6, 2], [4, 0]], [0, 1], [1, 2])) == [10, 2]

@@ -248,24 +248,22 @@ class AttentionEngine:
     def _deliver(self, events: list[TokenEvent], *, step: int | None) -> None:
         if not events and step is None:
             return
+        # The router first: a reader of the last token may use its request id again at once.
+        self._report_step(events, step)
         by_ingress: dict[str, list[TokenEvent]] = {}
         for event in events:
             ingress_id = self._ingress_of.get(event.request_id)
             if ingress_id is not None:
                 by_ingress.setdefault(ingress_id, []).append(event)
+            if event.finish_reason is not None:
+                self._ingress_of.pop(event.request_id, None)
         for ingress_id, of_ingress in by_ingress.items():
             message = StepEvents(self._parts.epoch, self._parts.rank, of_ingress)
             if not self._parts.tokens.send(ingress_id, message):
                 for event in of_ingress:
                     self._scheduler.cancel(event.request_id)
-        finished = [event.request_id for event in events if event.finish_reason is not None]
-        for request_id in finished:
-            self._ingress_of.pop(request_id, None)
-        self._report_step(events, finished, step)
 
-    def _report_step(
-        self, events: list[TokenEvent], finished: list[str], step: int | None
-    ) -> None:
+    def _report_step(self, events: list[TokenEvent], step: int | None) -> None:
         added, dropped = self._scheduler.cache_changes()
         load = self._scheduler.load()
         self._send(
@@ -274,7 +272,7 @@ class AttentionEngine:
                 rank=self._parts.rank,
                 step=step,
                 outputs=[(event.request_id, event.token_ids) for event in events],
-                finished=finished,
+                finished=[event.request_id for event in events if event.finish_reason],
                 load=ShardLoad(**{name: getattr(load, name) for name in ShardLoad.__struct_fields__}),
                 cached_pages=added,
                 dropped_pages=dropped,

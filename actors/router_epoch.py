@@ -50,7 +50,7 @@ class RouterEpoch:
         self.number = number
         self.serving = False
         self.num_steps = 0
-        self.loads: dict[int, ShardLoad] = {}
+        self.loads = {rank: ShardLoad() for rank in layout.attention_ranks()}
         self.token_addresses: dict[int, str] = {}
         self._layout = layout
         self._placement = placement

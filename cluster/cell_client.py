@@ -84,7 +84,7 @@ class CellClient:
                 task.cancel()
         if self._router is not None:
             self._router.close()
-        self._fail(list(self._inboxes), NotReadyError("the ingress is closing"))
+        self._fail(list(self._inboxes), lambda: NotReadyError("the ingress is closing"))
 
     @property
     def ready(self) -> bool:
@@ -166,8 +166,10 @@ class CellClient:
             except (ConnectionError, TimeoutError, OSError, OstroError) as error:
                 logger.info("the router cannot be reached: %s", error)
             self._router = None
-            lost = ShardLostError("the router was lost; try again", retry_after_s=5)
-            self._fail(list(self._inboxes), lost)
+            self._fail(
+                list(self._inboxes),
+                lambda: ShardLostError("the router was lost; try again", retry_after_s=5),
+            )
             await asyncio.sleep(_REDIAL_PAUSE_S)
 
     async def _talk_to_router(self) -> None:
@@ -190,7 +192,7 @@ class CellClient:
                     inbox.rank = rank
                     inbox.queue.put_nowait(message)
             case Rejected():
-                self._fail([message.request_id], _error_of(message))
+                self._fail([message.request_id], lambda: _error_of(message))
             case State() | ControlDone():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():
@@ -222,7 +224,9 @@ class CellClient:
                 logger.info("the token stream of rank %d ended: %s", rank, error)
             self._streaming.discard(rank)
             here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
-            self._fail(here, ShardLostError(f"attention shard {rank} was lost", retry_after_s=5))
+            self._fail(
+                here, lambda: ShardLostError(f"attention-{rank} was lost", retry_after_s=5)
+            )
             await asyncio.sleep(_REDIAL_PAUSE_S)
 
     async def _read_stream(self, rank: int, address: str, epoch: int) -> None:
@@ -242,11 +246,12 @@ class CellClient:
             if inbox is not None:
                 inbox.queue.put_nowait(event)
 
-    def _fail(self, request_ids: list[str], error: OstroError) -> None:
+    def _fail(self, request_ids: list[str], error: Callable[[], OstroError]) -> None:
+        """End requests, each with an error of its own: a raised one carries its traceback."""
         for request_id in request_ids:
             inbox = self._inboxes.get(request_id)
             if inbox is not None:
-                inbox.queue.put_nowait(error)
+                inbox.queue.put_nowait(error())
 
 
 async def _next(

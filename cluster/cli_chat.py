@@ -82,10 +82,14 @@ def chat(
     with open_channel(url) as channel:
         conversation = Conversation(channel, url, options)
         if not question:
-            screen.note(f"{_greeting(channel, url)}; /help tells what else there is")
+            screen.note(f"{_greeting(channel, url, effort)}; /help tells what else there is")
             converse(conversation, screen, _line_reader(screen))
             return
-        turn = conversation.ask(question, screen.show)
+        try:
+            turn = conversation.ask(question, screen.show)
+        except OstroError as error:
+            screen.error(error.message)
+            raise typer.Exit(1) from None
         screen.end(turn)
         if turn.is_cancelled:
             raise typer.Exit(130)
@@ -127,11 +131,7 @@ class Screen:
         elif self._last != "\n":
             self._answers.out("")
         self._last = "\n"
-        if turn.is_cancelled:
-            kept = "" if turn.answer else "; the question is forgotten"
-            self.note(f"cancelled{kept}")
-        elif self._is_terminal:
-            self.note(turn.summary())
+        self.note("cancelled" if turn.is_cancelled else turn.summary())
 
     def note(self, text: str) -> None:
         """A line of ours, for people only."""
@@ -157,10 +157,7 @@ def converse(
     """Ask line by line until `read_line` gives None or a line says /quit."""
     for line in _lines(read_line):
         if not line.startswith("/"):
-            try:
-                screen.end(conversation.ask(line, screen.show))
-            except OstroError as error:
-                screen.error(error.message)
+            _ask(conversation, screen, line)
             continue
         command, _, argument = line.partition(" ")
         match command:
@@ -173,6 +170,17 @@ def converse(
                 _set_effort(conversation, screen, argument.strip())
             case _:
                 screen.note(_HELP)
+
+
+def _ask(conversation: Conversation, screen: Screen, question: str) -> None:
+    try:
+        turn = conversation.ask(question, screen.show)
+    except OstroError as error:
+        screen.error(error.message)
+        return
+    screen.end(turn)
+    if not turn.answer:
+        screen.note("no answer came, so this question is forgotten")
 
 
 def _lines(read_line: Callable[[], str | None]) -> Iterator[str]:
@@ -224,13 +232,13 @@ def _make_screen(show_thinking: bool | None) -> Screen:  # noqa: FBT001  three v
     return Screen(answers, thinking, is_terminal=answers.is_terminal)
 
 
-def _greeting(channel: grpc.Channel, url: str) -> str:
+def _greeting(channel: grpc.Channel, url: str, effort: str | None) -> str:
     stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
     try:
         model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.RpcError as error:
         raise named_error(error, url) from None
-    return f"{model.id}, effort {effort_name(model.default_effort)} unless told otherwise"
+    return f"{model.id}, effort {effort or effort_name(model.default_effort)}"
 
 
 def _check_effort(effort: str | None) -> str | None:

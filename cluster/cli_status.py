@@ -214,7 +214,7 @@ def _load_line(load: cluster_pb2.Load) -> Text:
         f"{load.tokens_per_second:.1f} tokens/s",
     ]
     if load.expert_imbalance:
-        parts.append(f"busiest expert shard {load.expert_imbalance:.2f} times the mean")
+        parts.append(f"expert imbalance {load.expert_imbalance:.2f}")
     return Text.assemble(("load     ", "bold"), "   ".join(parts))
 
 

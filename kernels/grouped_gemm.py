@@ -25,12 +25,19 @@ def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate_AF).mul_(up_AF)
 
 
+def count_pairs(expert_RK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many pairs have no local expert, then how many each expert has; int64 [1 + E]."""
+    return torch.bincount(expert_RK.flatten() + 1, minlength=num_experts + 1)
+
+
 def expert_mlp(
     rows_RD: torch.Tensor,
     expert_RK: torch.Tensor,
     weight_RK: torch.Tensor,
     gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
     down_EDF: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run every row through its local experts and add up the weighted results.
 
@@ -41,6 +48,7 @@ def expert_mlp(
         gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert. Stacked, or one
             plain or packed weight per expert.
         down_EDF: Second matrix of each expert, likewise.
+        counts: What `count_pairs` says, if the caller has it already.
 
     Returns:
         out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
@@ -48,12 +56,13 @@ def expert_mlp(
     Example:
         with D = F = E = 1, gate 1, up 2, down 3, row [1.] of weight 0.5: 0.5 * 3 * silu(1) * 2.
     """
-    num_experts = len(gate_up_EHD)
-    flat_A = expert_RK.flatten()
-    order_A = torch.argsort(flat_A, stable=True)
-    counts = torch.bincount(flat_A + 1, minlength=num_experts + 1).tolist()
-    y_AD = _sorted_mlp(rows_RD, order_A, expert_RK.shape[1], counts, gate_up_EHD, down_EDF)
-    place_RK = _places(order_A, counts[0]).view(expert_RK.shape)
+    if counts is None:
+        counts = count_pairs(expert_RK, len(gate_up_EHD))
+    num_absent, *num_pairs_E = counts.tolist()
+    order_A = torch.argsort(expert_RK.flatten(), stable=True)
+    row_A = torch.div(order_A[num_absent:], expert_RK.shape[1], rounding_mode="floor")
+    y_AD = _sorted_mlp(rows_RD, row_A, num_pairs_E, gate_up_EHD, down_EDF)
+    place_RK = _places(order_A, num_absent).view(expert_RK.shape)
     return _weighted_sum(y_AD, place_RK, weight_RK)
 
 
@@ -75,21 +84,16 @@ def expert_mlp_reference(
 
 def _sorted_mlp(
     rows_RD: torch.Tensor,
-    order_A: torch.Tensor,
-    num_chosen: int,
-    counts: list[int],
+    row_A: torch.Tensor,
+    num_pairs_E: list[int],
     gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
     down_EDF: torch.Tensor | Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """Unweighted results in sorted order, with one more row of zeros at the end.
-
-    `counts` starts with the number of absent pairs, which sort first, then goes by expert.
-    """
+    """Unweighted results of the pairs in sorted order, and one more row of zeros at the end."""
     zeros_1D = rows_RD.new_zeros(1, rows_RD.shape[1])
-    slices = _hit_slices(counts[1:])
+    slices = _hit_slices(num_pairs_E)
     if not slices:
         return zeros_1D
-    row_A = torch.div(order_A[counts[0] :], num_chosen, rounding_mode="floor")
     x_AD = rows_RD.index_select(0, row_A)
     gate_up = [linear(x_AD[start:stop], gate_up_EHD[e]) for e, start, stop in slices]
     hidden_AF = swiglu(torch.cat(gate_up))
@@ -97,11 +101,11 @@ def _sorted_mlp(
     return torch.cat([*down, zeros_1D])
 
 
-def _hit_slices(counts_E: list[int]) -> list[tuple[int, int, int]]:
+def _hit_slices(num_pairs_E: list[int]) -> list[tuple[int, int, int]]:
     """(expert, start, stop) of each hit expert's pairs [start, stop) in sorted order."""
     slices = []
     start = 0
-    for expert, count in enumerate(counts_E):
+    for expert, count in enumerate(num_pairs_E):
         if count:
             slices.append((expert, start, start + count))
             start += count

@@ -15,7 +15,7 @@ from ostro.actors.errors import TransportError
 from ostro.actors.fabric.links import Lane, Moment, Pending
 from ostro.actors.fabric.local_exchange import ExchangeCounters, RowExperts
 from ostro.actors.fabric.messages import StepPlan
-from ostro.actors.fabric.parcels import Parcel, add_replies, count_rows, reply_parts
+from ostro.actors.fabric.parcels import Parcel, count_rows, reply_parts
 from ostro.actors.fabric.transport import ExpertServer
 from ostro.actors.fabric.wiring import Wiring, check_size
 
@@ -50,6 +50,7 @@ class ColocatedExchange:
         if not all(self._tokens_M[: self._num_full]):
             raise TransportError(f"step {plan.step}: empty micro-batches must come last")
 
+    @torch.inference_mode()
     def dispatch(
         self,
         layer: int,
@@ -79,6 +80,7 @@ class ColocatedExchange:
         self.counters.num_rows += count_rows(others)
         self.counters.dispatch_s += time.perf_counter() - began_s
 
+    @torch.inference_mode()
     def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
         """Serve the micro-batch for all ranks, then [T, D] float32: the sums for our own rows.
 
@@ -87,15 +89,16 @@ class ColocatedExchange:
         """
         num_tokens = self._tokens_M[micro_batch]
         if not num_tokens:  # served already, after the last full one
-            return add_replies([], 0, self._wiring.layout)
+            return self._packer.unpack([], 0)
         parcels, replies = self._shipments.pop(micro_batch)
         self._answer(layer, micro_batch, parcels, replies)
-        total_TD = add_replies(parcels, num_tokens, self._wiring.layout)
+        total_TD = self._packer.unpack(parcels, num_tokens)
         if micro_batch == self._num_full - 1:
             for empty in range(self._num_full, len(self._tokens_M)):
                 self._server.serve(layer, empty)
         return total_TD
 
+    @torch.inference_mode()
     def serve_all(self, num_layers: int) -> None:
         """Serve a whole step in which this rank has no rows of its own."""
         self._server.serve_all(num_layers)
@@ -110,9 +113,10 @@ class ColocatedExchange:
         own = next(parcel for parcel in parcels if parcel.rank == self._rank)
         others = [parcel for parcel in parcels if parcel.rank != self._rank]
         receives = reply_parts(others) if self._links.batched else ()
-        own_RD, received = self._server.answer(layer, micro_batch, own.message, receives)
-        if own_RD is not None:
-            own.reply_RD = own_RD
+        own_rows = own.load.message if own.load else None
+        own_RD, received = self._server.answer(layer, micro_batch, own_rows, receives)
+        if own.load is not None and own_RD is not None:
+            own.load.reply_RD = own_RD
         began_s = time.perf_counter()
         self._links.wait(replies or received, Moment(self._plan.step, layer))
         self.counters.wait_s += time.perf_counter() - began_s

@@ -27,6 +27,7 @@ class ExpertMap:
         # A row of `_physical_EX` repeats its copies, so that X turns serve every count.
         padded = [copies + copies[:1] * (most - len(copies)) for copies in replicas]
         self._physical_EX = _table([*padded, (NOWHERE,) * most], device)
+        self._only_E = self._physical_EX[:, 0].contiguous()
         self._num_copies_E = _table([*(len(copies) for copies in replicas), 1], device)
         self._rank_of = _table([*placement.rank_of_physical, NOWHERE], device)
         slots = placement.local_slots(rank)
@@ -42,7 +43,7 @@ class ExpertMap:
     def to_physical(self, expert_TK: torch.Tensor) -> torch.Tensor:
         """Physical ids of logical ones; copies take turns by token, starting at the rank's own."""
         if not self._has_copies:
-            return self._physical_EX[:, 0][expert_TK]
+            return self._only_E[expert_TK]
         turn_T = torch.arange(
             self._first_turn, self._first_turn + len(expert_TK), device=expert_TK.device
         )

@@ -80,6 +80,8 @@ class Links:
         Raises:
             TransportError: A connection is broken already.
         """
+        if not sends and not receives:
+            return []
         backend = self.group.replies if lane is Lane.REPLIES else self.group.rows
         if self.batched:
             return self._post_batch(backend, sends, receives)
@@ -124,8 +126,6 @@ class Links:
     def _post_batch(
         self, backend: Any, sends: Sequence[Part], receives: Sequence[Part]
     ) -> list[Pending]:
-        if not sends and not receives:
-            return []
         backend._start_coalescing()
         for peer, tensor in sends:
             backend.send([tensor], peer, 0)

@@ -28,22 +28,33 @@ from ostro.actors.fabric.row_codec import (
 
 
 @dataclass(slots=True)
+class Load:
+    """Rows for one expert rank.
+
+    Attributes:
+        message: The rows.
+        token_R: The token of each row; None if rows are all tokens in order.
+        reply_RD: Where the answer comes in, one row for each sent.
+    """
+
+    message: RowMessage
+    token_R: torch.Tensor | None
+    reply_RD: torch.Tensor
+
+
+@dataclass(slots=True)
 class Parcel:
-    """What goes to one expert rank, and where its answer belongs.
+    """What goes to one expert rank.
 
     Attributes:
         rank: The expert rank.
         announcement: Bytes of the sparse header; None in dense mode.
-        message: The rows; None if no token needs this rank.
-        token_R: The token of each row; None if rows are all tokens in order.
-        reply_RD: Where the answer comes in; of the same length as the rows.
+        load: None if no token needs this rank.
     """
 
     rank: int
     announcement: torch.Tensor | None
-    message: RowMessage | None
-    token_R: torch.Tensor | None
-    reply_RD: torch.Tensor | None
+    load: Load | None
 
 
 class RowPacker:
@@ -80,6 +91,22 @@ class RowPacker:
             return self._pack_sparse(header, x_TD, physical_TK, weight_TK)
         return self._pack_dense(header, x_TD, physical_TK, weight_TK)
 
+    def unpack(self, parcels: Sequence[Parcel], num_tokens: int) -> torch.Tensor:
+        """[T, D] float32, new: each token's answers, added in rank order."""
+        loads = [parcel.load for parcel in parcels if parcel.load is not None]
+        if loads and loads[0].token_R is None:
+            total_TD = loads[0].reply_RD.to(torch.float32, copy=True)
+            for load in loads[1:]:
+                total_TD += load.reply_RD
+            return total_TD
+        total_TD = torch.zeros(
+            num_tokens, self._layout.hidden_size, dtype=torch.float32, device=self._device
+        )
+        for load in loads:
+            if load.token_R is not None:
+                total_TD.index_add_(0, load.token_R, load.reply_RD.float())
+        return total_TD
+
     def _pack_dense(
         self,
         header: Header,
@@ -87,14 +114,15 @@ class RowPacker:
         physical_TK: torch.Tensor,
         weight_TK: torch.Tensor,
     ) -> list[Parcel]:
-        message = self._message(header.micro_batch, None, len(x_TD))
+        micro_batch = header.micro_batch
+        message = self._message(micro_batch, None, len(x_TD))
         message.rows_RD.copy_(x_TD)
         message.expert_RK.copy_(physical_TK)
         message.weight_RK.copy_(weight_TK)
-        if not message.message.is_cuda:  # there it would cost a copy from the host per layer
-            header.write(message.message)
+        if not message.raw.is_cuda:  # there it would cost a copy from the host per layer
+            header.write(message.raw)
         return [
-            Parcel(rank, None, message, None, self._reply(header.micro_batch, rank, len(x_TD)))
+            Parcel(rank, None, Load(message, None, self._reply(micro_batch, rank, len(x_TD))))
             for rank in self._expert_ranks
         ]
 
@@ -110,14 +138,14 @@ class RowPacker:
         for rank in self._expert_ranks:
             token_R = (rank_TK == rank).any(dim=1).nonzero().flatten()
             num_rows = len(token_R)
-            parcel = Parcel(rank, self._announce(header, rank, num_rows), None, token_R, None)
+            parcel = Parcel(rank, self._announce(header, rank, num_rows), None)
             if num_rows:
                 message = self._message(header.micro_batch, rank, num_rows)
                 torch.index_select(x_TD, 0, token_R, out=message.rows_RD)
                 message.expert_RK.copy_(physical_TK[token_R])
                 torch.index_select(weight_TK, 0, token_R, out=message.weight_RK)
-                parcel.message = message
-                parcel.reply_RD = self._reply(header.micro_batch, rank, num_rows)
+                reply_RD = self._reply(header.micro_batch, rank, num_rows)
+                parcel.load = Load(message, token_R, reply_RD)
             parcels.append(parcel)
         return parcels
 
@@ -143,23 +171,9 @@ class RowPacker:
         return self._replies[key].take(num_rows)
 
 
-def add_replies(parcels: Sequence[Parcel], num_tokens: int, layout: RowLayout) -> torch.Tensor:
-    """[T, D] float32: each token's rows, added in rank order."""
-    device = next((p.reply_RD.device for p in parcels if p.reply_RD is not None), None)
-    total_TD = torch.zeros(num_tokens, layout.hidden_size, dtype=torch.float32, device=device)
-    for parcel in parcels:
-        if parcel.reply_RD is None:
-            continue
-        if parcel.token_R is None:
-            total_TD += parcel.reply_RD
-        else:
-            total_TD.index_add_(0, parcel.token_R, parcel.reply_RD.float())
-    return total_TD
-
-
 def row_parts(parcels: Sequence[Parcel]) -> list[Part]:
     """What to send on the row lane."""
-    return [Part(p.rank, p.message.message) for p in parcels if p.message is not None]
+    return [Part(p.rank, p.load.message.raw) for p in parcels if p.load is not None]
 
 
 def announcement_parts(parcels: Sequence[Parcel]) -> list[Part]:
@@ -169,9 +183,9 @@ def announcement_parts(parcels: Sequence[Parcel]) -> list[Part]:
 
 def reply_parts(parcels: Sequence[Parcel]) -> list[Part]:
     """What to receive on the reply lane."""
-    return [Part(p.rank, p.reply_RD) for p in parcels if p.reply_RD is not None]
+    return [Part(p.rank, p.load.reply_RD) for p in parcels if p.load is not None]
 
 
 def count_rows(parcels: Sequence[Parcel]) -> int:
     """Rows that travel."""
-    return sum(len(p.message.rows_RD) for p in parcels if p.message is not None)
+    return sum(len(p.load.message.rows_RD) for p in parcels if p.load is not None)

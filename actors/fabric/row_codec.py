@@ -103,7 +103,7 @@ def check_header(message: torch.Tensor, expected: Header, sender: int) -> None:
 class RowMessage:
     """A message's bytes and the tensors that lie in them."""
 
-    message: torch.Tensor
+    raw: torch.Tensor
     expert_RK: torch.Tensor
     weight_RK: torch.Tensor
     rows_RD: torch.Tensor
@@ -135,7 +135,7 @@ class RowBuffer:
         ids_end = HEADER_BYTES + num_rows * num_experts * _ID_BYTES
         weights_end = ids_end + num_rows * num_experts * _WEIGHT_BYTES
         return RowMessage(
-            message=message,
+            raw=message,
             expert_RK=message[HEADER_BYTES:ids_end].view(torch.int32).view(num_rows, num_experts),
             weight_RK=message[ids_end:weights_end].view(torch.float32).view(num_rows, num_experts),
             rows_RD=message[weights_end:]

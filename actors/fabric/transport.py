@@ -11,6 +11,7 @@ Everybody follows the step's plan: it says how many rows each attention rank has
 micro-batch; one with none sends nothing and is not waited for. Serving goes layer by layer, within
 a layer by micro-batch. Rows carry the epoch, step and layer they belong to, and a message of
 another one is refused; on CUDA only sparse headers do, since reading one there stops the host.
+Memory that is used again is made in inference mode, so everything that touches it runs in it.
 
 Shape letters: T tokens of a micro-batch, R rows at an expert rank, K experts per token, D hidden
 size, A attention ranks, M micro-batches.
@@ -29,7 +30,6 @@ from ostro.actors.fabric.local_exchange import ExchangeCounters, RowExperts
 from ostro.actors.fabric.messages import StepPlan
 from ostro.actors.fabric.parcels import (
     Parcel,
-    add_replies,
     announcement_parts,
     count_rows,
     reply_parts,
@@ -73,6 +73,7 @@ class PairExchange:
         self._plan = plan
         self._tokens_M = self._wiring.tokens_of(plan, self._wiring.group.rank)
 
+    @torch.inference_mode()
     def dispatch(
         self,
         layer: int,
@@ -100,6 +101,7 @@ class PairExchange:
         self.counters.num_rows += count_rows(parcels)
         self.counters.dispatch_s += time.perf_counter() - began_s
 
+    @torch.inference_mode()
     def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
         """[T, D] float32: the sums that came back, added in rank order; the caller's to keep.
 
@@ -115,7 +117,7 @@ class PairExchange:
         self._links.wait(replies, self._moment)
         self._links.wait(shipment.sends, self._moment)
         self.counters.wait_s += time.perf_counter() - began_s
-        return add_replies(shipment.parcels, shipment.num_tokens, self._wiring.layout)
+        return self._packer.unpack(shipment.parcels, shipment.num_tokens)
 
     def end_step(self) -> None:
         """On CUDA, wait for the device under the deadline; call it before reading a result.
@@ -168,6 +170,7 @@ class ExpertServer:
             for micro_batch in range(len(plan.tokens_AM[0]))
         ]
 
+    @torch.inference_mode()
     def serve_all(self, num_layers: int) -> None:
         """Serve a whole step, then wait until its answers are out."""
         for layer in range(num_layers):
@@ -175,6 +178,7 @@ class ExpertServer:
                 self.serve(layer, micro_batch)
         self.end_step()
 
+    @torch.inference_mode()
     def serve(self, layer: int, micro_batch: int) -> None:
         """Receive a micro-batch, compute it, send its answers.
 
@@ -198,7 +202,7 @@ class ExpertServer:
         if self._plan.sparse:
             sources, sends = self._take_counts(layer, micro_batch, parcels)
         arrivals = [(rank, self._buffer(micro_batch, rank, size)) for rank, size in sources]
-        receives = [Part(rank, rows.message) for rank, rows in arrivals]
+        receives = [Part(rank, rows.raw) for rank, rows in arrivals]
         pending = self._links.post(Lane.ROWS, sends=row_parts(parcels), receives=receives)
         self._intakes[micro_batch] = _Intake(arrivals, pending + sends)
 
@@ -276,7 +280,7 @@ class ExpertServer:
             return
         for rank, rows in arrivals:
             expected = self._header(layer, micro_batch, len(rows.rows_RD))
-            check_header(rows.message, expected, rank)
+            check_header(rows.raw, expected, rank)
 
     def _compute(self, layer: int, micro_batch: int, messages: list[RowMessage]) -> torch.Tensor:
         rows = messages[0]

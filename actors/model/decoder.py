@@ -82,7 +82,7 @@ class Decoder:
     """
 
     def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
-        """On CPU the linear weights are repacked: drop `weights` afterwards to free their memory."""
+        """On CPU linear weights are repacked: drop `weights` afterwards to free their memory."""
         self._config = config
         self._weights = _packed(weights)
         self._attention = Attention(config, self._weights, cache)

@@ -9,7 +9,7 @@ import torch
 
 from ostro.actors.model.weights import ExpertWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.grouped_gemm import expert_mlp
+from ostro.kernels.grouped_gemm import count_pairs, expert_mlp
 from ostro.kernels.linear import pack_linear
 
 
@@ -41,10 +41,15 @@ class LocalExperts:
         Returns:
             out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
         """
-        slots_A = expert_RK.flatten() + 1  # slot 0 counts what is not here
-        self._rows_LE[layer] += torch.bincount(slots_A, minlength=self._num_local + 1)
+        counts = count_pairs(expert_RK, self._num_local)
+        self._rows_LE[layer] += counts
         return expert_mlp(
-            rows_RD, expert_RK, weight_RK, self._gate_up_LE[layer], self._down_LE[layer]
+            rows_RD,
+            expert_RK,
+            weight_RK,
+            self._gate_up_LE[layer],
+            self._down_LE[layer],
+            counts=counts,
         )
 
     def take_counts(self) -> list[list[int]]:

@@ -141,41 +141,6 @@ def enter(ranks, cell, **fields: Any) -> int:
     return epoch
 
 
-@pytest.mark.parametrize(
-    ("cell", "victim", "witnesses"),
-    [(SPLIT_1X2, 1, [0]), (SPLIT_2X1, 0, [2]), (COLOCATED_2, 1, [0])],
-    ids=["expert shard", "attention shard", "colocated shard"],
-)
-def test_killed_rank_is_named_by_those_who_waited_for_it(ranks, cell, victim, witnesses):
-    enter(ranks, cell)
-    size = 2 if cell is COLOCATED_2 else 3
-    others = [rank for rank in range(size) if rank != victim]
-    for rank in range(size):
-        ranks.tell(rank, "steps_until_error", tokens_AM=[[2]] * cell[1])
-    time.sleep(0.2)  # some steps go by
-    killed_s = time.monotonic()
-    ranks.stop(victim, signal.SIGKILL)
-    errors = ranks.errors(others)
-    assert time.monotonic() - killed_s < 10.0  # far below the deadline of 20 s
-    for rank in witnesses:
-        assert errors[rank].peer == victim
-        assert f"rank {victim} (" in str(errors[rank])
-        assert "closed its connection in step" in str(errors[rank])
-    # The rest learn it from those who left.
-    assert all(error.peer in {victim, *others} for error in errors.values())
-
-
-@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-def test_stopped_rank_is_named_when_the_deadline_passes(ranks, sparse):
-    enter(ranks, SPLIT_1X1, sparse=sparse, timeout_s=0.5)
-    ranks.stop(1, signal.SIGSTOP)
-    ranks.tell(0, "step", index=7, tokens_AM=[[2]])
-    error = ranks.errors([0])[0]
-    assert error.peer == 1
-    assert str(error) == "rank 1 (expert shard) did not answer within 0.5 s in step 7, layer 0"
-    ranks.stop(1, signal.SIGKILL)
-
-
 def test_server_names_an_attention_rank_that_sends_nothing(ranks):
     enter(ranks, SPLIT_2X1, timeout_s=0.5)
     ranks.tell(2, "step", index=3, tokens_AM=[[1], [0]])
@@ -224,3 +189,41 @@ def test_abort_from_another_thread_ends_a_wait(ranks):
     message, taken_s = ranks.answer(0)
     assert "has left epoch" in message
     assert taken_s < 10.0
+
+
+# ---- these cost a process each, and stand last
+
+
+@pytest.mark.parametrize(
+    ("cell", "victim", "witnesses"),
+    [(SPLIT_1X2, 1, [0]), (SPLIT_2X1, 0, [2]), (COLOCATED_2, 1, [0])],
+    ids=["expert shard", "attention shard", "colocated shard"],
+)
+def test_killed_rank_is_named_by_those_who_waited_for_it(ranks, cell, victim, witnesses):
+    enter(ranks, cell)
+    size = 2 if cell is COLOCATED_2 else 3
+    others = [rank for rank in range(size) if rank != victim]
+    for rank in range(size):
+        ranks.tell(rank, "steps_until_error", tokens_AM=[[2]] * cell[1])
+    time.sleep(0.2)  # some steps go by
+    killed_s = time.monotonic()
+    ranks.stop(victim, signal.SIGKILL)
+    errors = ranks.errors(others)
+    assert time.monotonic() - killed_s < 10.0  # far below the deadline of 20 s
+    for rank in witnesses:
+        assert errors[rank].peer == victim
+        assert f"rank {victim} (" in str(errors[rank])
+        assert "closed its connection in step" in str(errors[rank])
+    # The rest learn it from those who left.
+    assert all(error.peer in {victim, *others} for error in errors.values())
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_stopped_rank_is_named_when_the_deadline_passes(ranks, sparse):
+    enter(ranks, SPLIT_1X1, sparse=sparse, timeout_s=0.5)
+    ranks.stop(1, signal.SIGSTOP)
+    ranks.tell(0, "step", index=7, tokens_AM=[[2]])
+    error = ranks.errors([0])[0]
+    assert error.peer == 1
+    assert str(error) == "rank 1 (expert shard) did not answer within 0.5 s in step 7, layer 0"
+    ranks.stop(1, signal.SIGKILL)

@@ -273,7 +273,9 @@ class AttentionEngine:
                 step=step,
                 outputs=[(event.request_id, event.token_ids) for event in events],
                 finished=[event.request_id for event in events if event.finish_reason],
-                load=ShardLoad(**{name: getattr(load, name) for name in ShardLoad.__struct_fields__}),
+                load=ShardLoad(
+                    **{name: getattr(load, name) for name in ShardLoad.__struct_fields__}
+                ),
                 cached_pages=added,
                 dropped_pages=dropped,
                 seconds={**self._parts.decoder.seconds, **self._host_seconds},

@@ -25,7 +25,6 @@ class ExpertShard(RankActor):
 
     def __init__(self, *, host: str, node_id: str) -> None:
         super().__init__("expert", host=host, node_id=node_id)
-        self._experts: LocalExperts | None = None
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
@@ -44,7 +43,6 @@ class ExpertShard(RankActor):
     def _make_engine(
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
     ) -> tuple[Engine, str | None]:
-        assert self._experts is not None, "start() comes before join()"
         server = ExpertServer(self._wiring(spec, self._config), self._experts.forward)
         parts = ExpertParts(
             rank=spec.rank,

@@ -1,16 +1,16 @@
-"""What the router tells a rank, and what a rank tells about itself: small values that Ray carries."""
+"""What the router tells a rank and a rank tells of itself: small values that Ray carries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 from ostro.actors.fabric.placement import Placement
 from ostro.configs.deployment import DeploymentConfig
 
 
-class RankState(str, Enum):
+class RankState(StrEnum):
     """Where a rank stands."""
 
     STARTING = "starting"

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
+from ostro.actors.errors import NotReadyError
 from ostro.actors.fabric.channel import SyncConnection
 from ostro.actors.fabric.epoch import EpochGroup, Membership, join, leave
 from ostro.actors.fabric.messages import RankHello
@@ -63,10 +64,12 @@ class RankActor(ABC):
         Raises:
             TransportError: A peer did not come in time; the message names it.
         """
-        assert self._spec is not None, "start() comes before join()"
+        spec = self._spec
+        if spec is None:
+            raise NotReadyError("start() comes before join()")
+        layout = spec.deployment.layout
         self.leave()
         began_s = time.perf_counter()
-        spec, layout = self._spec, self._spec.deployment.layout
         if layout.world_size() > 1:
             membership = Membership(
                 epoch=epoch.epoch,
@@ -104,7 +107,8 @@ class RankActor(ABC):
 
     def _wiring(self, spec: RankSpec, config: ModelConfig) -> Wiring:
         """What this rank's transport must know of the epoch."""
-        assert self._group is not None, "a cell of one rank has no wiring"
+        if self._group is None:
+            raise NotReadyError("a cell of one rank has no wiring")
         return Wiring(
             group=self._group,
             attention_ranks=list(spec.deployment.layout.attention_ranks()),

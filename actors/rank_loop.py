@@ -69,7 +69,8 @@ class RankLoop:
             self._fail(error.peer, error.message)
         except ChannelError:
             logger.info("rank %d: the router closed epoch %d", self.rank, self.epoch)
-        except Exception as error:  # noqa: BLE001  the thread's last line: tell the router, then end
+        except Exception as error:
+            # The thread's last line: nothing else would tell the router.
             logger.exception("rank %d: the engine failed", self.rank)
             self._fail(self.rank, f"{type(error).__name__}: {error}")
         finally:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ostro.actors.cell_requests import CellRequests, LiveRequest
+from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
 from ostro.actors.fabric.epoch import host_store
@@ -49,6 +53,15 @@ _WATCH_EVERY_S = 1.0
 _STEP_GRACE_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What all epochs of a cell stand on."""
+
+    placement: Placement
+    store: dist.TCPStore  # type: ignore[name-defined]
+    address: str
+
+
 class Router:
     """Conducts one cell.
 
@@ -76,9 +89,7 @@ class Router:
         self._host = host
         self._secret = secret
         self._server = AsyncServer(listen_address, secret, self._on_connection)
-        self._address: str | None = None
-        self._store: object | None = None
-        self._placement: Placement | None = None
+        self._ground: _Ground | None = None
         self._rows_LE: list[list[int]] = []
         self._epoch: RouterEpoch | None = None
         self._epoch_number = -1
@@ -98,30 +109,23 @@ class Router:
             ShardLostError: A rank did not start or join in time; the message names it.
         """
         async with self._starting:
-            if self._address is None:
-                config = check_checkpoint(Path(self._model_dir))
-                layout = self._deployment.layout
-                self._placement = initial_placement(
-                    config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
-                )
-                self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
-                self._store = host_store(self._host)
-                self._address = await self._server.start()
+            if self._ground is None:
+                self._ground = await self._lay_ground()
                 self._spawn(self._watch())
-            await self._begin_epoch()
+            await self._begin_epoch(self._ground)
 
     async def address(self) -> str:
         """Where ranks and ingress replicas connect."""
-        if self._address is None:
+        if self._ground is None:
             raise NotReadyError("the router has not been started; call start() first")
-        return self._address
+        return self._ground.address
 
     async def drain(self, timeout_s: float) -> int:
         """Take no new requests and wait for the running ones; how many were left at the end."""
         self._draining = True
         self._tell_members()
         deadline_s = time.monotonic() + timeout_s
-        while len(self._requests) and time.monotonic() < deadline_s:
+        while len(self._requests) and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         return len(self._requests)
 
@@ -141,7 +145,7 @@ class Router:
     async def state(self, tag: int = 0) -> State:
         """The cell at this moment; ranks that do not answer are shown as lost."""
         await self._refresh_health()
-        epoch, placement = self._epoch, self._placement
+        epoch, placement = self._epoch, self._ground.placement if self._ground else None
         return State(
             tag=tag,
             epoch=max(self._epoch_number, 0),
@@ -161,16 +165,27 @@ class Router:
 
     # ---- epochs
 
-    async def _begin_epoch(self) -> None:
-        assert self._placement is not None and self._address is not None
+    async def _lay_ground(self) -> _Ground:
+        config = await asyncio.to_thread(check_checkpoint, Path(self._model_dir))
+        layout = self._deployment.layout
+        placement = initial_placement(
+            config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
+        )
+        self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
+        return _Ground(placement, host_store(self._host), await self._server.start())
+
+    async def _begin_epoch(self, ground: _Ground) -> None:
         timeouts = self._deployment.layout
-        await self._of_all("start", timeouts.shard_start_timeout_s, self._rank_spec)
+        await _all(
+            peer.start(self._rank_spec(rank, ground), timeout_s=timeouts.shard_start_timeout_s)
+            for rank, peer in enumerate(self._peers)
+        )
         self._epoch_number += 1
         self._requests = self._no_requests()
         self._epoch = RouterEpoch(
             self._deployment.layout,
             number=self._epoch_number,
-            placement=self._placement,
+            placement=ground.placement,
             rows_LE=self._rows_LE,
             requests=self._requests,
             on_failure=self._on_failure,
@@ -178,33 +193,21 @@ class Router:
         spec = EpochSpec(
             epoch=self._epoch_number,
             store_host=self._host,
-            store_port=self._store.port,  # type: ignore[union-attr]
-            router_address=self._address,
+            store_port=ground.store.port,
+            router_address=ground.address,
             secret=self._secret,
         )
-        await self._of_all("join", timeouts.join_timeout_s, lambda _rank: spec)
+        await _all(peer.join(spec, timeout_s=timeouts.join_timeout_s) for peer in self._peers)
         await self._epoch.all_here(timeouts.join_timeout_s)
         logger.info("epoch %d serves on %d ranks", self._epoch_number, len(self._peers))
         self._tell_members()
 
-    async def _of_all(self, call: str, timeout_s: float, argument: object) -> None:
-        async def one(rank: int, peer: Peer) -> None:
-            await getattr(peer, call)(argument(rank), timeout_s=timeout_s)  # type: ignore[operator]
-
-        results = await asyncio.gather(
-            *(one(rank, peer) for rank, peer in enumerate(self._peers)), return_exceptions=True
-        )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    def _rank_spec(self, rank: int) -> RankSpec:
-        assert self._placement is not None
+    def _rank_spec(self, rank: int, ground: _Ground) -> RankSpec:
         return RankSpec(
             rank=rank,
             model_dir=self._model_dir,
             deployment=self._deployment,
-            placement=self._placement,
+            placement=ground.placement,
             device=self._device,
             dtype=self._dtype,
         )
@@ -229,8 +232,8 @@ class Router:
                 for rank in lost:
                     await self._restart_if_silent(rank)
                 async with self._starting:
-                    if not (self._epoch and self._epoch.serving):
-                        await self._begin_epoch()
+                    if self._ground and not (self._epoch and self._epoch.serving):
+                        await self._begin_epoch(self._ground)
             except OstroError as error:
                 logger.warning("epoch %d did not form: %s", self._epoch_number, error)
                 continue
@@ -288,16 +291,16 @@ class Router:
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
         connection.send(await self.state(tag))
 
-    def _submit(self, ingress_id: str, request: object) -> None:
+    def _submit(self, ingress_id: str, request: GenerationRequest) -> None:
         try:
             if not self._ready or self._epoch is None:
                 why = "draining" if self._draining else "loading or being mended"
                 raise NotReadyError(f"the cell is {why}; try again", retry_after_s=5)
-            live = self._requests.place(request, ingress_id)  # type: ignore[arg-type]
+            live = self._requests.place(request, ingress_id)
         except OstroError as error:
-            self._reject(ingress_id, request.request_id, error)  # type: ignore[attr-defined]
+            self._reject(ingress_id, request.request_id, error)
             return
-        self._epoch.send(live.rank, Assign(self._epoch.number, request, ingress_id))  # type: ignore[arg-type]
+        self._epoch.send(live.rank, Assign(self._epoch.number, request, ingress_id))
         self._ingresses[ingress_id].send(Accepted(live.request_id, live.rank))
 
     def _reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
@@ -370,7 +373,14 @@ class Router:
             started_at_s=health.started_at_s if health else 0.0,
         )
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type, var-annotated]
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _all(calls: Iterable[Coroutine[None, None, None]]) -> None:
+    """Wait for every call, then raise the first error."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -57,9 +57,7 @@ class RouterEpoch:
         self._rows_LE = rows_LE
         self._requests = requests
         self._on_failure = on_failure
-        self._conductor = Conductor(
-            layout, epoch=number, placement_version=placement.version
-        )
+        self._conductor = Conductor(layout, epoch=number, placement_version=placement.version)
         self._connections: dict[int, AsyncConnection] = {}
         self._seconds: dict[int, dict[str, float]] = {}
         self._here = asyncio.Event()

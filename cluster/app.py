@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 
 from ostro.actors.errors import NotReadyError
 from ostro.cluster.cell_client import CellClient
@@ -85,10 +86,9 @@ class Ingress(GrpcMethods):
     async def _find_router(self) -> str:
         try:
             router = ray.get_actor(self._spec.router_name, namespace=self._spec.namespace)
-            address: str = await router.address.remote()
-        except (ValueError, ray.exceptions.RayError) as error:
+            return str(await router.address.remote())
+        except (ValueError, RayError) as error:
             raise NotReadyError(f"the router cannot be found: {type(error).__name__}") from None
-        return address
 
 
 def build_app(spec: IngressSpec) -> Any:

@@ -44,7 +44,7 @@ def checkpoint(
 
 
 @app.command()
-def engine(
+def engine(  # noqa: PLR0913  each is an option
     model: _Model,
     layout: Annotated[
         list[str], typer.Option(help="single, colocated:N or split:A:E; repeat to compare.")

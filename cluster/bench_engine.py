@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import ray
@@ -61,7 +62,7 @@ class DecodeSample:
 
 
 def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
-    """ "single", "colocated:N" or "split:A:E".
+    """A layout from "single", "colocated:N" or "split:A:E".
 
     Raises:
         ConfigError: It is none of these.
@@ -115,14 +116,14 @@ async def connect_client(cluster: RunningCluster, name: str) -> CellClient:
     client = CellClient(find_router, cluster.secret, ingress_id=name, submit_timeout_s=30.0)
     client.start()
     async with asyncio.timeout(_READY_TIMEOUT_S):
-        while not client.ready:
+        while not client.ready:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return client
 
 
 def prompts(workload: Workload, vocab_size: int, seed: int) -> list[list[int]]:
     """Seeded random prompts, the same for every subject of a round."""
-    draw = random.Random(seed)  # noqa: S311  benchmark input
+    draw = random.Random(seed)
     return [
         [draw.randrange(_FIRST_TOKEN_ID, vocab_size) for _ in range(workload.prompt_tokens)]
         for _ in range(workload.batch)
@@ -144,7 +145,7 @@ async def run_workload(
     after = await client.state()
     all_decode_s = max(times[0] for times in arrivals)
     steady = [time_s for time_s in arrivals[0] if time_s >= all_decode_s]
-    gaps = [later - earlier for earlier, later in zip(steady, steady[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(steady)]
     return DecodeSample(
         step_s=statistics.median(gaps),
         first_token_s=statistics.median(times[0] - began_s for times in arrivals),
@@ -198,7 +199,7 @@ class TransformersEngine:
                 out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
                 times.append(time.perf_counter())
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in pairwise(times)]
         return DecodeSample(statistics.median(gaps), times[0] - began_s, {}, workload.new_tokens)
 
 

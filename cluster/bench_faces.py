@@ -137,22 +137,24 @@ def measure_faces(
     """First-token time and throughput of the bare engine, HTTP and gRPC at each concurrency."""
     cluster = launch(deployment, model)
     try:
-        return asyncio.run(_measure(cluster, model, concurrencies, workload, rounds, note))
+        name = deployment.served_name or model.resolve().name
+        vocab_size = load_model_config(model).vocab_size
+        return asyncio.run(
+            _measure(cluster, (name, vocab_size), concurrencies, workload, rounds, note)
+        )
     finally:
         cluster.stop()
 
 
 async def _measure(
     cluster: RunningCluster,
-    model: Path,
+    served: tuple[str, int],
     concurrencies: Sequence[int],
     workload: Workload,
     rounds: int,
     note: Callable[[str], None],
 ) -> list[Figure]:
-    serving = cluster.deployment.serving
-    name = cluster.deployment.served_name or model.resolve().name
-    vocab_size = load_model_config(model).vocab_size
+    serving, (name, vocab_size) = cluster.deployment.serving, served
     client = await connect_client(cluster, "bench")
     taken: dict[tuple[str, int], list[FaceSample]] = {}
     url = f"http://127.0.0.1:{serving.http_port}"
@@ -177,7 +179,10 @@ async def _measure(
                     note(f"round {turn} of {rounds}, {face}, concurrency {concurrency}")
                     token_ids = prompts(size, vocab_size, hash((turn, concurrency, face)))
                     sample = await closed_loop(
-                        generate, f"{turn}-{concurrency}", concurrency, token_ids,
+                        generate,
+                        f"{turn}-{concurrency}",
+                        concurrency,
+                        token_ids,
                         workload.new_tokens,
                     )
                     if turn:  # the first round warms up

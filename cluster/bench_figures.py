@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 import torch
+from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)

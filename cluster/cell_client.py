@@ -138,7 +138,8 @@ class CellClient:
     async def state(self) -> State:
         """See `generation.Cell.state`."""
         state = await self._ask(AskState)
-        assert isinstance(state, State)
+        if not isinstance(state, State):
+            raise NotReadyError(f"the router answered with {type(state).__name__}")
         return state
 
     async def _ask(self, make: Callable[[int], Message]) -> State | ControlDone:
@@ -224,9 +225,7 @@ class CellClient:
                 logger.info("the token stream of rank %d ended: %s", rank, error)
             self._streaming.discard(rank)
             here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
-            self._fail(
-                here, lambda: ShardLostError(f"attention-{rank} was lost", retry_after_s=5)
-            )
+            self._fail(here, lambda: ShardLostError(f"attention-{rank} was lost", retry_after_s=5))
             await asyncio.sleep(_REDIAL_PAUSE_S)
 
     async def _read_stream(self, rank: int, address: str, epoch: int) -> None:

@@ -233,7 +233,7 @@ def _make_screen(show_thinking: bool | None) -> Screen:  # noqa: FBT001  three v
 
 
 def _greeting(channel: grpc.Channel, url: str, effort: str | None) -> str:
-    stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
     try:
         model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
     except grpc.RpcError as error:

@@ -54,15 +54,15 @@ def read_deployment(
         ConfigError: As `load_deployment`, or a port out of range.
     """
     deployment = load_deployment(source, overrides or ())
-    ports = {
-        name: port
-        for name, port in (("http_port", http_port), ("grpc_port", grpc_port))
-        if port is not None
-    }
+    serving = deployment.serving
     return replace(
         deployment,
         model=deployment.model if model is None else model,
-        serving=replace(deployment.serving, **ports),
+        serving=replace(
+            serving,
+            http_port=serving.http_port if http_port is None else http_port,
+            grpc_port=serving.grpc_port if grpc_port is None else grpc_port,
+        ),
     )
 
 

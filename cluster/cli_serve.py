@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -15,9 +17,10 @@ from typing import Protocol
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.text import Text
 
-from ostro.actors.errors import NotReadyError, ShardLostError
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_deployment import (
@@ -36,6 +39,8 @@ from ostro.configs.model import ModelConfig
 
 _POLL_S = 3.0
 _HURRIED_DRAIN_S = 0.1
+_RAY_CHARS = 400  # of an error of Ray's
+_RAY_LOGS = "/tmp/ray/session_latest/logs"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _DEFAULT_GRPC = ("127.0.0.1", 9000)  # where `ostro chat` looks by itself
 
@@ -86,6 +91,10 @@ def serve(
     )
     check_ports_free(deployment.serving)
     model_dir = resolve_model(deployment.model, console)
+    logging.basicConfig(
+        level=logging.WARNING,
+        handlers=[RichHandler(console=make_console(stderr=True), show_path=False)],
+    )
     run(deployment, model_dir, console, _launch_on_ray)
 
 
@@ -134,13 +143,19 @@ def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: O
     from ostro.cluster.ray_environment import prepare_environment
 
     prepare_environment()
+    from ray.exceptions import RayError
+
     from ostro.cluster.launch import launch
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the view tells the same
     try:
         return launch(deployment, model_dir, on_progress)
     except ConnectionError as error:
         where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if "RAY_ADDRESS" in os.environ else ""
         raise NotReadyError(f"no connection to Ray {where}: {error}") from None
+    except RayError as error:
+        told = " ".join(str(error).split())[:_RAY_CHARS]
+        raise OstroError(f"Ray failed: {type(error).__name__}: {told}; see {_RAY_LOGS}") from error
 
 
 def _weight_bytes(deployment: DeploymentConfig, config: ModelConfig) -> dict[int, int]:
@@ -175,12 +190,14 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _stop(cell: Cell) -> None:
-    try:
-        cell.stop()
-    except KeyboardInterrupt:
-        serving = replace(cell.deployment.serving, drain_timeout_s=_HURRIED_DRAIN_S)
-        cell.deployment = replace(cell.deployment, serving=serving)
-        cell.stop()
+    # Ray tells on stdout that its own actors are being killed; warnings of ours go to stderr.
+    with redirect_stdout(io.StringIO()):
+        try:
+            cell.stop()
+        except KeyboardInterrupt:
+            serving = replace(cell.deployment.serving, drain_timeout_s=_HURRIED_DRAIN_S)
+            cell.deployment = replace(cell.deployment, serving=serving)
+            cell.stop()
 
 
 # ---- what is said

@@ -109,7 +109,7 @@ def heat_strip(values: Sequence[float], highest: float, width: int) -> Text:
 
 def _look(url: str) -> Picture:
     with open_channel(url) as channel:
-        stub = cluster_pb2_grpc.ClusterServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
         try:
             model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
             answer = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=CALL_TIMEOUT_S)

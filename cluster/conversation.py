@@ -5,7 +5,6 @@ Knows no terminal: text goes to a callback as it comes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,8 +42,9 @@ class Turn:
     """What one question brought.
 
     Attributes:
-        first_s: Seconds to the first text; None if none came.
         effort: What the server made of the asked effort.
+        first_s: Seconds to the first token; None if none came.
+        total_s: Seconds to the last. Both are the server's, which no burst on the way can bend.
     """
 
     thinking: str = ""
@@ -87,7 +87,7 @@ class Conversation:
     """The turns so far, thinking included, and the way to the next one."""
 
     def __init__(self, channel: grpc.Channel, url: str, options: ChatOptions) -> None:
-        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
         self._url = url
         self.options = options
         self._messages: list[generation_pb2.Message] = []
@@ -115,17 +115,16 @@ class Conversation:
         return turn
 
     def _stream(self, messages: list[generation_pb2.Message], show: Show) -> Turn:
-        turn, began_s = Turn(), time.perf_counter()
+        turn = Turn()
         call = self._stub.StreamChat(self._request(messages))
         try:
             for event in call:
-                self._take(event, turn, show, began_s)
+                _take(event, turn, show)
         except KeyboardInterrupt:
             call.cancel()
             turn.is_cancelled = True
         except grpc.RpcError as error:
             raise named_error(error, self._url) from None
-        turn.total_s = time.perf_counter() - began_s
         return turn
 
     def _request(self, messages: list[generation_pb2.Message]) -> generation_pb2.StreamChatRequest:
@@ -142,31 +141,28 @@ class Conversation:
             conversation=generation_pb2.Conversation(messages=messages), options=options
         )
 
-    def _take(
-        self,
-        event: generation_pb2.StreamChatResponse,
-        turn: Turn,
-        show: Show,
-        began_s: float,
-    ) -> None:
-        match event.WhichOneof("event"):
-            case "started":
-                turn.effort = effort_name(event.started.reasoning.effort)
-            case "delta":
-                if turn.first_s is None:
-                    turn.first_s = time.perf_counter() - began_s
-                is_thinking = event.delta.channel == generation_pb2.CHANNEL_THINKING
-                if is_thinking:
-                    turn.thinking += event.delta.text
-                else:
-                    turn.answer += event.delta.text
-                show(event.delta.text, is_thinking)
-            case "finish":
-                turn.finish = event.finish
-            case "ended":
-                turn.usage = event.ended.usage
-            case "failure":
-                raise OstroError(event.failure.message, code=event.failure.reason.lower())
+
+def _take(event: generation_pb2.StreamChatResponse, turn: Turn, show: Show) -> None:
+    match event.WhichOneof("event"):
+        case "started":
+            turn.effort = effort_name(event.started.reasoning.effort)
+        case "delta":
+            is_thinking = event.delta.channel == generation_pb2.CHANNEL_THINKING
+            if is_thinking:
+                turn.thinking += event.delta.text
+            else:
+                turn.answer += event.delta.text
+            show(event.delta.text, is_thinking)
+        case "finish":
+            turn.finish = event.finish
+        case "ended":
+            timing = event.ended.timing
+            turn.usage = event.ended.usage
+            turn.total_s = timing.total.ToMicroseconds() / 1e6
+            if timing.HasField("first_token"):
+                turn.first_s = timing.first_token.ToMicroseconds() / 1e6
+        case "failure":
+            raise OstroError(event.failure.message, code=event.failure.reason.lower())
 
 
 def effort_name(value: generation_pb2.ReasoningEffort) -> str:

@@ -185,7 +185,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasoningReport:
-    """What became of the thinking; `ended_by` is "model", "budget", "caller" or None (none, or still open)."""
+    """What became of the thinking.
+
+    `ended_by` is "model", "budget" or "caller"; None if there was none or it is still open.
+    """
 
     effort: str
     budget_tokens: int | None
@@ -308,5 +311,9 @@ class FrontendLike(Protocol):
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens shown. Raises InvalidRequestError for ids out of range."""
+        """Text of token ids, special tokens shown.
+
+        Raises:
+            InvalidRequestError: An id is out of range.
+        """
         ...

@@ -64,8 +64,10 @@ class StreamedAnswer(Response):
             except Exception as error:
                 if not self._is_open:
                     raise
-                logger.exception("a stream failed after it began")
-                await self._write(send, self._writer.failure(public_error(error)))
+                told = public_error(error)
+                if told is not error:
+                    logger.exception("a stream failed after it began")
+                await self._write(send, self._writer.failure(told))
         await self._write(send, DONE, more=False)
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
@@ -143,7 +145,8 @@ async def _while_connected(
     finally:
         working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        # Shielded: a server that cancels us again must not cut the generation's own cleaning up.
+        await asyncio.shield(asyncio.gather(working, leaving, return_exceptions=True))
 
 
 async def _disconnect(receive: Receive) -> None:

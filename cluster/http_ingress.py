@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 
 import msgspec
 from fastapi import FastAPI
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _PREFIXES = ("", "/mistral")
 _MISTRAL_AGENT = "mistral-client-"
-_METRICS_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 
 
 def build_http_app(
@@ -164,7 +164,7 @@ class _Routes:
             cell = self._get_frontend().cell
         except NotReadyError:
             cell = None
-        return Response(await self._metrics.render(cell), media_type=_METRICS_TYPE)
+        return Response(await self._metrics.render(cell), media_type=CONTENT_TYPE_LATEST)
 
     async def _read(self, request: Request, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         return await read_body(request, kind, max_bytes=self._serving.max_body_bytes)

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def launch(
         router, ranks, group, socket_dir = cell
         started = router.start.remote()
         if with_ingress:
-            with _stage("ingress", seconds, on_progress):
+            with _stage("ingress", seconds, on_progress), _ray_errors("the ingress"):
                 _start_ingress(deployment, model_dir, secret, dtype)
         with _stage("load", seconds, on_progress):
             _wait_started(router, started, on_progress)
@@ -144,9 +144,7 @@ def launch(
         if owns_ray:
             ray.shutdown()
         raise
-    return RunningCluster(
-        deployment, router, ranks, group, socket_dir, secret, owns_ray, seconds
-    )
+    return RunningCluster(deployment, router, ranks, group, socket_dir, secret, owns_ray, seconds)
 
 
 @contextmanager
@@ -157,12 +155,23 @@ def _stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Ite
     seconds[name] = time.perf_counter() - began_s
 
 
+@contextmanager
+def _ray_errors(what: str) -> Iterator[None]:
+    """Ray's own failures as one of ours, with the way to more."""
+    try:
+        yield
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ShardLostError(f"{what} could not be started: {first}; see Ray's logs") from error
+
+
 def _connect(layout: LayoutConfig) -> bool:
     """Connect to `RAY_ADDRESS`, or start Ray here; whether it was started."""
-    quiet = {"log_to_driver": False, "logging_level": "warning", "namespace": NAMESPACE}
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
+        )
         return False
     if ray.is_initialized():
         return False
@@ -171,8 +180,9 @@ def _connect(layout: LayoutConfig) -> bool:
         num_cpus=max(os.cpu_count() or 1, layout.world_size()),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        **quiet,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     return True
 
@@ -202,9 +212,11 @@ def _make_actors(
     _refuse_second_cell()
     layout = deployment.layout
     group = _make_group(layout, device, nodes)
-    homes = _homes(group, nodes)
-    socket_dir = tempfile.mkdtemp(prefix="ostro-")
     one_node = len(nodes) == 1
+    homes = _homes(group, nodes)
+    if one_node:  # nothing of ours needs to leave the machine
+        homes = [replace(home, address="127.0.0.1") for home in homes]
+    socket_dir = tempfile.mkdtemp(prefix="ostro-")
     ranks, peers = [], []
     for rank in range(layout.world_size()):
         name, actor = _make_rank(
@@ -258,10 +270,11 @@ def _make_rank(
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
         "runtime_env": {"env_vars": _thread_environment(deployment)},
     }
-    maker = ray.remote(concurrency_groups={"control": 2})(
-        AttentionShard if is_attention else ExpertShard
+    # Ray's stubs do not know this argument.
+    make: Any = ray.remote(concurrency_groups={"control": 2})  # type: ignore[call-overload]
+    return name, make(AttentionShard if is_attention else ExpertShard).options(**options).remote(
+        **arguments
     )
-    return name, maker.options(**options).remote(**arguments)
 
 
 def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:
@@ -278,7 +291,7 @@ def _address(home: Node, socket_dir: str | None, name: str) -> str:
 
 def _make_group(layout: LayoutConfig, device: str, nodes: list[Node]) -> PlacementGroup:
     wanted = request_group(layout, device, nodes)
-    group = placement_group(
+    group: PlacementGroup = placement_group(
         wanted.bundles,
         strategy=None if wanted.topology else "PACK",
         name="ostro-cell",
@@ -319,9 +332,7 @@ def _start_ingress(
     serve.start(
         proxy_location="EveryNode",
         http_options=HTTPOptions(host=serving.host, port=serving.http_port),
-        grpc_options=gRPCOptions(
-            port=serving.grpc_port, grpc_servicer_functions=list(SERVICERS)
-        ),
+        grpc_options=gRPCOptions(port=serving.grpc_port, grpc_servicer_functions=list(SERVICERS)),
     )
     spec = IngressSpec(
         deployment=deployment,
@@ -355,7 +366,7 @@ def _wait_ready(deployment: DeploymentConfig) -> None:
     deadline_s = time.monotonic() + _INGRESS_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
-            with urllib.request.urlopen(url, timeout=2.0):  # noqa: S310  our own address
+            with urllib.request.urlopen(url, timeout=2.0):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_S / 2)
@@ -363,7 +374,7 @@ def _wait_ready(deployment: DeploymentConfig) -> None:
 
 
 def _local(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host  # noqa: S104  a comparison
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 def _end_cell(router: Any, ranks: list[Any], group: PlacementGroup, socket_dir: str) -> None:

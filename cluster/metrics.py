@@ -77,7 +77,7 @@ class Metrics:
                         self._record(event)
                     begun = begun or isinstance(event, Started)
                     yield event
-        except OstroError as error:
+        except Exception as error:
             ended = True
             self._record_failure(error, begun=begun)
             raise
@@ -108,8 +108,9 @@ class Metrics:
         if report.ended_by is not None:
             self._thinking_ended.labels(name, report.ended_by).inc()
 
-    def _record_failure(self, error: OstroError, *, begun: bool) -> None:
-        self._failed.labels(self._model_name, error.code).inc()
+    def _record_failure(self, error: Exception, *, begun: bool) -> None:
+        code = error.code if isinstance(error, OstroError) else OstroError.code
+        self._failed.labels(self._model_name, code).inc()
         if not begun and isinstance(error, (OverloadedError, NotReadyError)):
             self._rejected.labels(self._model_name, error.code).inc()
 

@@ -1,7 +1,7 @@
 """Which nodes the ranks of a cell go to: by role label and NVLink domain. Pure functions.
 
-A node says its role with the label `ostro.role` ("attention" or "expert") and its NVLink domain with
-Ray's `ray.io/gpu-domain`; where no node has a label, it is not asked for.
+A node says its role with the label `ostro.role` ("attention" or "expert") and its NVLink domain
+with Ray's `ray.io/gpu-domain`; where no node has a label, it is not asked for.
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ _FIXED = {
     # Our own drain has ended by the time Serve stops; its 30 s of grace would only be waited for.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+    # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     # A dead node is noticed in 1.3 s instead of 14 s.
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",

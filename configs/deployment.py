@@ -6,7 +6,7 @@ Plain data: no torch, no Ray. `configs.load` reads it from YAML; errors name the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from ostro.configs.errors import ConfigError
 
@@ -19,7 +19,7 @@ def _at_least(config: object, name: str, lowest: int) -> None:
         raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")
 
 
-class Layout(str, Enum):
+class Layout(StrEnum):
     """Which ranks hold which role."""
 
     SINGLE = "single"
@@ -27,7 +27,7 @@ class Layout(str, Enum):
     SPLIT = "split"
 
 
-class DispatchMode(str, Enum):
+class DispatchMode(StrEnum):
     """How rows travel: fixed shapes, exact counts, or chosen per step."""
 
     AUTO = "auto"
@@ -116,16 +116,17 @@ class EngineConfig:
     Attributes:
         page_size: Slots (tokens) per page.
         num_pages: Pages of the latent cache; None sizes it from `cache_memory_bytes`.
-        cache_memory_bytes: Bytes for the latent cache of a shard, used when `num_pages` is None; None
+        cache_memory_bytes: Bytes for the latent cache of a shard if `num_pages` is None; None
             takes `gpu_memory_fraction` of what is free after the weights (CPU: 512 MiB).
         gpu_memory_fraction: Share of a GPU's memory that weights and cache may fill.
         max_tokens_per_step: Token budget of one step.
         max_running_requests: Requests that advance in one step, at most.
-        max_waiting_requests: Requests that may wait at one shard, at most; more are refused with 429.
+        max_waiting_requests: Requests that may wait at one shard; more are refused with 429.
         max_waiting_tokens: Prompt tokens that may wait at one shard, at most.
         max_context: Longest prompt plus output in tokens; None takes the checkpoint's.
         prefix_cache: Whether full pages are shared between requests.
-        dtype: "auto" (float32 or bfloat16, found by a probe on CPU; bfloat16 on CUDA), "float32", "bfloat16".
+        dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA; on CPU where it is native and the
+            model is large enough to gain from it.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
     """
 
@@ -170,8 +171,8 @@ class EffortConfig:
     """What the server makes of one reasoning effort.
 
     Attributes:
-        prompt_value: The value written into the prompt, unless the tokenizer declares the effort itself.
-        budget_tokens: Thinking tokens before the close is forced; None is unlimited, 0 forbids thinking.
+        prompt_value: What the prompt says, unless the tokenizer declares the effort itself.
+        budget_tokens: Thinking tokens before the close is forced; None for no limit, 0 for none.
         soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
         scheduling_class: Lower runs earlier when requests wait.
         temperature: Default temperature.

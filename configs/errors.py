@@ -2,4 +2,4 @@
 
 
 class ConfigError(ValueError):
-    """A deployment or model description that cannot be served; the text names the field and the way out."""
+    """What is described cannot be served; the text names the field and the way out."""

@@ -114,17 +114,17 @@ def sample_reference(logits_V: torch.Tensor, draw: Draw) -> int:
     if draw.top_k:
         ranked = ranked[: draw.top_k]
     cutoff = max(ranked[-1], draw.min_p)
-    mass = 0.0
+    mass, needed = 0.0, draw.top_p * sum(ranked)
     for weight in ranked:
         mass += weight
-        if mass >= draw.top_p * sum(ranked):
+        if mass >= needed:
             cutoff = max(cutoff, weight)
             break
     kept = [weight if weight >= cutoff else 0.0 for weight in weights]
-    mass = 0.0
+    mass, target = 0.0, draw.uniform * sum(kept)
     for token, weight in enumerate(kept):
         mass += weight
-        if mass > draw.uniform * sum(kept):
+        if mass > target:
             return token
     return max(token for token, weight in enumerate(kept) if weight)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +39,8 @@ def compile_protos(directory: Path) -> None:
             raise RuntimeError(f"protoc failed on {names} in {directory}")
         for generated in Path(scratch, "ostro", "v1").iterdir():
             text = generated.read_text().replace("from ostro.v1 import", "from ostro.protos import")
+            # The module that messages are pickled under, between Serve's proxy and a replica.
+            text = re.sub(r"'ostro\.v1\.(\w+_pb2)'", r"'ostro.protos.\1'", text)
             (directory / generated.name).write_text(text)
 
 

@@ -6,7 +6,7 @@ The wire types are msgspec structs, so the step plane and the token path carry t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum, auto
+from enum import Enum, StrEnum, auto
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -107,7 +107,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     scheduling_class: int = 0
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a generation ended."""
 
     STOP = "stop"

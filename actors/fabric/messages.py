@@ -20,7 +20,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 # ---- a shard to the router
 
 
-class RankHello(_Message):
+class RankHello(_Message, frozen=True):
     """First message of a rank on its step connection.
 
     Attributes:
@@ -47,7 +47,7 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
     prefix_hits_tokens: int = 0
 
 
-class Proposal(_Message):
+class Proposal(_Message, frozen=True):
     """An attention shard wants to run `num_tokens` tokens in its next step."""
 
     epoch: int
@@ -55,7 +55,7 @@ class Proposal(_Message):
     num_tokens: int
 
 
-class StepDone(_Message):
+class StepDone(_Message, frozen=True):
     """An attention shard finished a step, or ended requests between steps.
 
     Attributes:
@@ -78,7 +78,7 @@ class StepDone(_Message):
     seconds: dict[str, float]
 
 
-class ExpertCounts(_Message):
+class ExpertCounts(_Message, frozen=True):
     """Rows that a rank's physical experts computed since its last report, layer by layer."""
 
     epoch: int
@@ -87,7 +87,7 @@ class ExpertCounts(_Message):
     seconds: dict[str, float]
 
 
-class RankFailed(_Message):
+class RankFailed(_Message, frozen=True):
     """A rank could not finish a step; `suspect` is the peer that it waited for, if known."""
 
     epoch: int
@@ -99,7 +99,7 @@ class RankFailed(_Message):
 # ---- the router to a shard
 
 
-class StepPlan(_Message):
+class StepPlan(_Message, frozen=True):
     """One step of the whole cell, the same text for every rank.
 
     Attributes:
@@ -116,7 +116,7 @@ class StepPlan(_Message):
     placement_version: int
 
 
-class Assign(_Message):
+class Assign(_Message, frozen=True):
     """Serve this request and send its tokens to that ingress."""
 
     epoch: int
@@ -124,21 +124,21 @@ class Assign(_Message):
     ingress_id: str
 
 
-class Cancel(_Message):
+class Cancel(_Message, frozen=True):
     """Stop a request and free its pages; unknown ids are ignored."""
 
     epoch: int
     request_id: str
 
 
-class EndThinking(_Message):
+class EndThinking(_Message, frozen=True):
     """Close a request's thinking at its next step."""
 
     epoch: int
     request_id: str
 
 
-class AbortEpoch(_Message):
+class AbortEpoch(_Message, frozen=True):
     """Leave the epoch: stop waiting for peers, drop its process group."""
 
     epoch: int
@@ -148,33 +148,33 @@ class AbortEpoch(_Message):
 # ---- an ingress to the router
 
 
-class IngressHello(_Message):
+class IngressHello(_Message, frozen=True):
     """First message of an ingress replica."""
 
     ingress_id: str
 
 
-class Submit(_Message):
+class Submit(_Message, frozen=True):
     """Serve this request."""
 
     request: GenerationRequest
 
 
-class CancelGeneration(_Message):
+class CancelGeneration(_Message, frozen=True):
     """Stop a request, whoever submitted it."""
 
     tag: int
     request_id: str
 
 
-class EndThinkingGeneration(_Message):
+class EndThinkingGeneration(_Message, frozen=True):
     """Close a request's thinking, whoever submitted it."""
 
     tag: int
     request_id: str
 
 
-class AskState(_Message):
+class AskState(_Message, frozen=True):
     """Ask for the cell's state."""
 
     tag: int
@@ -183,7 +183,7 @@ class AskState(_Message):
 # ---- the router to an ingress
 
 
-class Members(_Message):
+class Members(_Message, frozen=True):
     """Where attention shards offer their token streams, by rank; sent at hello and on change."""
 
     epoch: int
@@ -191,14 +191,14 @@ class Members(_Message):
     token_addresses: dict[int, str]
 
 
-class Accepted(_Message):
+class Accepted(_Message, frozen=True):
     """A request was placed."""
 
     request_id: str
     rank: int
 
 
-class Rejected(_Message):
+class Rejected(_Message, frozen=True):
     """A request was refused, or failed after it was accepted; `error` names an OstroError class."""
 
     request_id: str
@@ -209,7 +209,7 @@ class Rejected(_Message):
     retry_after_s: float | None = None
 
 
-class ControlDone(_Message):
+class ControlDone(_Message, frozen=True):
     """Answer to CancelGeneration and EndThinkingGeneration."""
 
     tag: int
@@ -231,7 +231,7 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
     started_at_s: float
 
 
-class State(_Message):
+class State(_Message, frozen=True):
     """The cell at this moment.
 
     Attributes:
@@ -255,7 +255,7 @@ class State(_Message):
 # ---- an attention shard to an ingress
 
 
-class StepEvents(_Message):
+class StepEvents(_Message, frozen=True):
     """All that one step brought to one ingress's requests."""
 
     epoch: int
@@ -297,7 +297,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """msgpack bytes to a message.
+    """A message from msgpack bytes.
 
     Raises:
         msgspec.DecodeError: The bytes are no message of this version.

@@ -34,7 +34,7 @@ def choose_dtype(requested: str, device: str, config: ModelConfig) -> str:
 
 
 def num_threads(deployment: DeploymentConfig) -> int:
-    """torch threads of a CPU rank: all cores alone, one where ranks share the cores.
+    """Threads of torch on a CPU rank: all cores alone, one where ranks share the cores.
 
     Ranks in lock step with two threads each were 20 times slower than with one.
     """

@@ -17,9 +17,9 @@ class LocalExperts:
     """Runs rows through the experts of this shard. Stateless but for its counters."""
 
     def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
-        """On CPU the weights are repacked: drop `weights` afterwards to free their memory."""
-        self._gate_up_LE = [_packed(layer.gate_up) for layer in weights.layers]
-        self._down_LE = [_packed(layer.down) for layer in weights.layers]
+        """Takes `weights` over: where they are repacked, their own memory is freed on the way."""
+        self._gate_up_LE = [_take_over(layer.gate_up) for layer in weights.layers]
+        self._down_LE = [_take_over(layer.down) for layer in weights.layers]
         self._num_local = len(weights.local_to_logical)
         device = weights.layers[0].gate_up.device
         self._rows_LE = torch.zeros(
@@ -59,5 +59,12 @@ class LocalExperts:
         return rows_LE
 
 
-def _packed(weight_EOI: torch.Tensor) -> list[torch.Tensor]:
-    return [pack_linear(weight_OI) for weight_OI in weight_EOI]
+def _take_over(weight_EOI: torch.Tensor) -> list[torch.Tensor]:
+    """Each expert's weight as `linear` reads it fastest; a repacked stack is emptied.
+
+    Tensor by tensor, so that a shard never holds its experts twice.
+    """
+    packed = [pack_linear(weight_OI) for weight_OI in weight_EOI]
+    if packed and packed[0].is_mkldnn:
+        weight_EOI.set_(weight_EOI.new_empty(0).untyped_storage())
+    return packed

@@ -104,9 +104,7 @@ def test_a_stopped_rank_fails_the_step_within_its_deadline(pool, model_dir):
 def test_a_failed_epoch_frees_all_of_its_requests(pool, model_dir):
     async def run():
         async with local_cell(pool, deployment(), model_dir) as cell:
-            streams = [
-                asyncio.create_task(cell.generate(request(f"v{i}", 3000))) for i in range(6)
-            ]
+            streams = [asyncio.create_task(cell.generate(request(f"v{i}", 3000))) for i in range(6)]
             while (await cell.client.state()).loads[0].num_running < 6:
                 await asyncio.sleep(0.02)
             cell.peers[1].kill()

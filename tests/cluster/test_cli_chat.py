@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from grpc_thread import serve_in_thread
 from rich.console import Console
 from typer.testing import CliRunner
@@ -35,11 +36,14 @@ def script(*deltas: Event, reason: int = generation_pb2.FINISH_REASON_STOP) -> l
     )
     reasoning = generation_pb2.ReasoningOptions(effort=generation_pb2.REASONING_EFFORT_LOW)
     usage = generation_pb2.Usage(prompt_tokens=7, completion_tokens=5, thinking_tokens=2)
+    timing = generation_pb2.Timing(
+        first_token=Duration(nanos=250_000_000), total=Duration(seconds=2, nanos=250_000_000)
+    )
     return [
         Event(started=generation_pb2.Started(model="fake", reasoning=reasoning)),
         *deltas,
         Event(finish=generation_pb2.Finish(reason=reason, report=report)),
-        Event(ended=generation_pb2.Ended(usage=usage)),
+        Event(ended=generation_pb2.Ended(usage=usage, timing=timing)),
     ]
 
 
@@ -247,8 +251,10 @@ def test_conversation_does_not_keep_a_turn_without_an_answer(cluster, conversati
 def test_turn_summary_tells_tokens_thinking_and_effort(cluster, conversation):
     cluster.scripts.append(THOUGHTFUL)
     summary = conversation.ask("Hi", ignore).summary()
-    assert summary.startswith("7 prompt + 5 tokens, 2 thinking, cut by its budget, effort low, ")
-    assert "tok/s" in summary
+    assert summary == (
+        "7 prompt + 5 tokens, 2 thinking, cut by its budget, effort low, "
+        "2.0 tok/s, first after 0.25 s"
+    )
 
 
 def test_converse_obeys_commands_and_outlives_errors(cluster, conversation):

@@ -88,8 +88,14 @@ def deployment(shape, mode=(DispatchMode.AUTO, 1, 0), **engine):
             step_timeout_s=60.0,
         ),
         engine=EngineConfig(
-            **{"page_size": 8, "num_pages": 64, "max_tokens_per_step": 32,
-               "max_running_requests": 16, "num_threads": 1, **engine}
+            **{
+                "page_size": 8,
+                "num_pages": 64,
+                "max_tokens_per_step": 32,
+                "max_running_requests": 16,
+                "num_threads": 1,
+                **engine,
+            }
         ),
     )
 

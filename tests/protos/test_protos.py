@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,11 @@ def test_the_build_hook_compiles_into_our_package(tmp_path):
     stub = (tmp_path / "cluster_pb2_grpc.py").read_text()
     assert "from ostro.protos import cluster_pb2" in stub
     assert (tmp_path / "generation_pb2.pyi").exists()
+
+
+def test_messages_can_be_pickled():
+    request = generation_pb2.ChatRequest(model="m")
+    assert pickle.loads(pickle.dumps(request)) == request
 
 
 def test_method_names_are_unique_over_all_services():

@@ -295,4 +295,4 @@ class RandomLives(RuleBasedStateMachine):
 
 
 TestRandomLives = RandomLives.TestCase
-TestRandomLives.settings = settings(settings.default, max_examples=150, stateful_step_count=40)
+TestRandomLives.settings = settings(settings.default, max_examples=100, stateful_step_count=40)

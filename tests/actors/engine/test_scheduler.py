@@ -287,14 +287,17 @@ def test_preempted_request_keeps_the_token_that_was_on_its_way() -> None:
 
 
 def test_preempted_request_does_not_run_again_while_its_token_is_on_its_way() -> None:
-    scheduler = _scheduler(num_pages=5)
-    _add(scheduler, make_request("old", [5, 6, 7, 8], max_tokens=5))
-    young = _add(scheduler, make_request("young", [8, 7, 6, 5], max_tokens=5))
-    _plan(scheduler)
-    _plan(scheduler)
-    scheduler.cancel("old")
-    assert scheduler.schedule() is None
-    assert young.num_in_flight == 1
+    scheduler = _scheduler(num_pages=6)
+    _add(scheduler, make_request("brief", [5, 6, 7, 8], max_tokens=1))
+    _add(scheduler, make_request("old", [6, 7, 8], max_tokens=5))
+    _add(scheduler, make_request("young", [7, 8], max_tokens=5))
+    first, second, third = _plan(scheduler), _plan(scheduler), _plan(scheduler)
+    assert third.preempted == ["young"]
+    _complete(scheduler, first)
+    assert scheduler.load().num_free_pages == 3
+    assert _parts(_plan(scheduler)) == [("old", 5, 1)]
+    _complete(scheduler, second)
+    assert _parts(_plan(scheduler)) == [("old", 6, 1), ("young", 0, 4)]
 
 
 def test_request_waits_for_pages_that_a_finished_one_is_about_to_free() -> None:
@@ -310,13 +313,21 @@ def test_request_waits_for_pages_that_a_finished_one_is_about_to_free() -> None:
     assert _parts(_plan(scheduler)) == [("a", 12, 1)]
 
 
-def test_request_starts_only_when_there_are_pages_for_all_of_it() -> None:
-    scheduler = _scheduler(num_pages=6, max_tokens_per_step=4, max_running_requests=4)
-    _add(scheduler, make_request("a", range(5, 13), max_tokens=1))
-    _add(scheduler, make_request("b", range(15, 21), max_tokens=1))
+def test_request_starts_only_when_there_are_pages_for_it_beside_those_that_started() -> None:
+    scheduler = _scheduler(num_pages=4)
+    _add(scheduler, make_request("a", [5, 6, 7, 8]))
+    _add(scheduler, make_request("b", [8, 7, 6, 5]))
     assert _parts(_plan(scheduler)) == [("a", 0, 4)]
-    assert _parts(_plan(scheduler)) == [("a", 4, 4)]
-    assert scheduler.schedule() is None
+
+
+def test_request_that_waits_for_pages_is_not_overtaken() -> None:
+    scheduler = _scheduler(num_pages=4)
+    _add(scheduler, make_request("a", [5, 6, 7]))
+    _add(scheduler, make_request("large", range(20, 26)))
+    _add(scheduler, make_request("small", [8]))
+    assert _parts(_plan(scheduler)) == [("a", 0, 3)]
+    scheduler.cancel("large")
+    assert _parts(_plan(scheduler)) == [("a", 3, 1), ("small", 0, 1)]
 
 
 def test_request_that_outgrows_all_pages_alone_fails() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from model_rig import ModelRig, load_oracle, make_progress, oracle_logits, relative_error
 
+from ostro.actors.engine.request import SamplingParams
 from ostro.actors.model import attention
+from ostro.actors.model.sampler import Sampler, SamplingRow
 
 TOLERANCE = 1e-4
 NEAR_8192 = 8192 - 40
@@ -129,6 +131,35 @@ def test_greedy_tokens_equal_generate(directory: Path, oracle: Any) -> None:
         for request, token in zip(requests, rig.step(entries).argmax(-1).tolist(), strict=True):
             request.output_token_ids.append(token)
     assert [request.output_token_ids for request in requests] == expected
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+def test_sampled_tokens_do_not_depend_on_the_rest_of_the_batch(
+    directory: Path, num_micro_batches: int
+) -> None:
+    def sampled(companions: list[int]) -> list[int]:
+        rig = ModelRig(directory, num_micro_batches=num_micro_batches, num_expert_shards=2)
+        sampler = Sampler(rig.config.vocab_size)
+        params = SamplingParams(temperature=1.0, top_p=0.95, seed=11)
+        requests = [
+            make_progress(str(i), some_tokens(length, seed=i), sampling=params)
+            for i, length in enumerate(companions)
+        ]
+        mine = make_progress("mine", some_tokens(9, seed=99), sampling=params)
+        requests.insert(len(requests) // 2, mine)
+        for _ in range(12):
+            counts = [min(r.num_tokens - r.num_computed_tokens, 16) for r in requests]
+            entries = [rig.entry(r, n) for r, n in zip(requests, counts, strict=True)]
+            drawing = [entry.progress for entry in entries if entry.samples]
+            rows = [SamplingRow(progress=r, position=r.num_tokens) for r in drawing]
+            for r, token in zip(drawing, sampler.sample(rig.step(entries), rows), strict=True):
+                r.output_token_ids.append(token.token_id)
+        return mine.output_token_ids
+
+    alone = sampled([])
+    assert len(set(alone)) > 6
+    assert sampled([3, 40, 17, 80]) == alone
+    assert sampled([1, 1, 1, 1, 1, 1, 1]) == alone
 
 
 def test_only_the_last_token_of_a_finished_chunk_is_sampled(directory: Path) -> None:

@@ -12,6 +12,7 @@ from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.weights import load_expert_weights
 from ostro.configs.model import ModelConfig, load_model_config
+from ostro.kernels.linear import pack_linear
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +56,27 @@ def test_counts_are_rows_by_layer_and_local_expert_since_last_asked(directory: P
     experts.forward(2, rows_RD[:0], expert_RK[:0], torch.ones(0, 4))
     assert experts.take_counts() == [[1, 2], [0, 0], [1, 1]]
     assert experts.take_counts() == [[0, 0]] * 3
+
+
+def test_repacked_experts_give_the_same_rows_and_free_the_stack(
+    tmp_path: Path,
+) -> None:
+    directory = checkpoints.make_tiny_checkpoint(
+        tmp_path, num_experts=4, num_layers=1, hidden_size=256, expert_hidden_size=256
+    )
+    config = load_model_config(directory)
+    reader = CheckpointReader(directory)
+    everything = [0, 1, 2, 3]
+    stacks = [
+        load_expert_weights(reader, config, everything, device="cpu", dtype=dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    rows_RD, expert_RK, weight_RK = some_rows(config, 5)
+    found_RD = LocalExperts(config, stacks[0]).forward(0, rows_RD.bfloat16(), expert_RK, weight_RK)
+    exact_RD = LocalExperts(config, stacks[1]).forward(0, rows_RD, expert_RK, weight_RK)
+    torch.testing.assert_close(
+        found_RD.float(), exact_RD, rtol=0.05, atol=0.05 * exact_RD.abs().max().item()
+    )
+    packs = pack_linear(torch.ones(256, 256, dtype=torch.bfloat16)).is_mkldnn
+    freed = stacks[0].layers[0].gate_up.numel() == 0
+    assert freed == packs

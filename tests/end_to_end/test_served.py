@@ -1,0 +1,409 @@
+"""What a user sees: `ostro serve` in a process of its own, talked to by real clients."""
+
+import base64
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import grpc
+import httpx
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
+from mistralai.client import Mistral
+
+from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+pytestmark = pytest.mark.cluster
+
+START_TIMEOUT_S = 240
+HIGH = generation_pb2.REASONING_EFFORT_HIGH
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Served:
+    """A running `ostro serve`."""
+
+    def __init__(self, model_dir: Path, log: Path) -> None:
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.grpc_address = f"127.0.0.1:{self.grpc_port}"
+        self.log = log
+        self.process = subprocess.Popen(
+            [
+                Path(sys.executable).with_name("ostro"),
+                "serve",
+                "laptop",
+                "--model",
+                str(model_dir),
+                "--http-port",
+                str(self.http_port),
+                "--grpc-port",
+                str(self.grpc_port),
+                "--set",
+                "served_name=tiny",
+                "--set",
+                "serving.max_body_bytes=1048576",
+                "--set",
+                "reasoning.efforts.low.budget_tokens=12",
+                "--set",
+                "layout.num_micro_batches=2",
+            ],
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                if httpx.get(f"{self.url}/ready", timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise AssertionError(self.log.read_text())
+
+    def children(self) -> set[int]:
+        """Every process of its session."""
+        found = set()
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self._started(entry):
+                    found.add(int(entry.name))
+            except (OSError, ValueError, IndexError):
+                continue
+        return found
+
+    def _started(self, entry: Path) -> bool:
+        mark = f"{self.http_port}".encode()
+        environment = (entry / "environ").read_bytes()
+        return (
+            b"RAY_AUTH_TOKEN=" in environment
+            and int(entry.name) != os.getpid()
+            and (mark in (entry / "cmdline").read_bytes() or self._descends(entry))
+        )
+
+    def _descends(self, entry: Path) -> bool:
+        pid = int(entry.name)
+        while pid > 1:
+            if pid == self.process.pid:
+                return True
+            pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        return False
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    model_dir = tmp_path_factory.mktemp("tiny")
+    checkpoints.make_tiny_checkpoint(model_dir, num_layers=2, with_tokenizer=True)
+    served = Served(model_dir, tmp_path_factory.mktemp("log") / "serve.log")
+    try:
+        served.wait_ready()
+        yield served
+    finally:
+        served.process.send_signal(signal.SIGINT)
+        try:
+            served.process.wait(120)
+        finally:
+            served.process.kill()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
+    )
+
+
+@pytest.fixture(scope="module")
+def channel(served):
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        yield channel
+
+
+def ask(text="What is 2 + 2?"):
+    return [{"role": "user", "content": text}]
+
+
+def conversation(text="What is 2 + 2?"):
+    part = generation_pb2.Part(text=text)
+    message = generation_pb2.Message(role=generation_pb2.ROLE_USER, parts=[part])
+    return generation_pb2.Conversation(messages=[message])
+
+
+def options(max_tokens, **fields):
+    stopping = generation_pb2.StoppingOptions(max_tokens=max_tokens, ignore_eos=True)
+    sampling = generation_pb2.SamplingOptions(temperature=0)
+    return generation_pb2.GenerationOptions(stopping=stopping, sampling=sampling, **fields)
+
+
+def test_start_says_where_it_answers(served):
+    text = served.log.read_text()
+    assert f":{served.http_port}" in text
+    assert f":{served.grpc_port}" in text
+    assert "curl" in text
+
+
+def test_openai_client_gets_the_same_answer_whole_and_streamed(client):
+    settings = {"model": "tiny", "messages": ask(), "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**settings)
+    text, usage = "", None
+    for chunk in client.chat.completions.create(
+        **settings, stream=True, stream_options={"include_usage": True}
+    ):
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+        usage = chunk.usage or usage
+    assert text == whole.choices[0].message.content
+    assert whole.usage.completion_tokens == usage.completion_tokens
+    assert whole.choices[0].finish_reason in ("stop", "length")
+
+
+def test_mistral_client_gets_an_answer_whole_and_streamed(served):
+    client = Mistral(api_key="none", server_url=served.url)
+    settings = {"model": "tiny", "messages": ask(), "temperature": 0, "max_tokens": 16}
+    whole = client.chat.complete(**settings)
+    text = "".join(
+        event.data.choices[0].delta.content or "" for event in client.chat.stream(**settings)
+    )
+    assert text == (whole.choices[0].message.content or "")
+    assert client.models.list().data[0].id == "tiny"
+
+
+def test_grpc_and_http_give_the_same_tokens(served, channel):
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    request = generation_pb2.StreamChatRequest(
+        conversation=conversation(), options=options(20, return_token_ids=True)
+    )
+    events = list(stub.StreamChat(request, timeout=60))
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds[0] == "started"
+    assert kinds[-2:] == ["finish", "ended"]
+    over_grpc = [token for event in events for token in event.delta.token_ids]
+    body = {
+        "model": "tiny",
+        "messages": ask(),
+        "temperature": 0,
+        "max_tokens": 20,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert len(over_grpc) == 20
+    assert answer["choices"][0]["token_ids"] == over_grpc
+
+
+def test_grpc_unary_chat_reports_usage_and_finish(channel):
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    request = generation_pb2.ChatRequest(conversation=conversation(), options=options(9))
+    answer = stub.Chat(request, timeout=60)
+    assert answer.usage.completion_tokens == 9
+    assert answer.choices[0].finish.reason == generation_pb2.FINISH_REASON_LENGTH
+
+
+def test_grpc_continues_token_ids_and_text(channel):
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    ids = stub.Tokenize(generation_pb2.TokenizeRequest(text="Hello there"), timeout=30).token_ids
+    back = stub.Detokenize(generation_pb2.DetokenizeRequest(token_ids=ids[1:]), timeout=30)
+    assert back.text == "Hello there"
+    request = generation_pb2.StreamGenerateRequest(
+        tokens=generation_pb2.Tokens(ids=ids), options=options(5, return_token_ids=True)
+    )
+    events = list(stub.StreamGenerate(request, timeout=60))
+    assert sum(len(event.delta.token_ids) for event in events) == 5
+
+
+def test_grpc_describes_model_and_cluster(channel):
+    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+    model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=30)
+    assert (model.id, model.experts, model.experts_per_token) == ("tiny", 16, 4)
+    cluster = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=30).cluster
+    assert cluster.ready
+    roles = sorted(cluster_pb2.ActorRole.Name(actor.role) for actor in cluster.actors)
+    assert [role for role in roles if role.endswith(("ATTENTION", "EXPERT"))] == [
+        "ACTOR_ROLE_ATTENTION",
+        "ACTOR_ROLE_EXPERT",
+        "ACTOR_ROLE_EXPERT",
+    ]
+
+
+def test_grpc_health_and_reflection_answer(channel):
+    health = health_pb2_grpc.HealthStub(channel)
+    assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == (
+        health_pb2.HealthCheckResponse.SERVING
+    )
+    services = ProtoReflectionDescriptorDatabase(channel).get_services()
+    assert "ostro.v1.GenerationService" in services
+
+
+def test_a_thinking_budget_is_enforced_and_echoed(served, channel):
+    """Thinking is opened by a prefix, since a random model does not open it by itself."""
+    thinking = generation_pb2.Part(thinking=generation_pb2.Thinking(text="Well,", closed=False))
+    messages = [
+        *conversation().messages,
+        generation_pb2.Message(role=generation_pb2.ROLE_ASSISTANT, parts=[thinking], prefix=True),
+    ]
+    request = generation_pb2.ChatRequest(
+        conversation=generation_pb2.Conversation(messages=messages),
+        options=options(
+            80, reasoning=generation_pb2.ReasoningOptions(effort=HIGH, max_thinking_tokens=10)
+        ),
+    )
+    answer = generation_pb2_grpc.GenerationServiceStub(channel).Chat(request, timeout=60)
+    report = answer.choices[0].reasoning
+    ended_by = generation_pb2.ReasoningReport
+    assert report.ended_by in (ended_by.ENDED_BY_BUDGET, ended_by.ENDED_BY_MODEL)
+    assert 0 < report.thinking_tokens <= 80
+    assert answer.usage.thinking_tokens == report.thinking_tokens
+
+
+@pytest.mark.parametrize(("effort", "budget"), [("none", 0), ("low", 12), ("high", None)])
+def test_the_answer_echoes_what_was_made_of_the_effort(served, effort, budget):
+    body = {"model": "tiny", "messages": ask(), "max_tokens": 4, "reasoning_effort": effort}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert answer["reasoning"]["effort"] == effort
+    assert answer["reasoning"]["budget"] == budget
+
+
+BAD_INPUT = [
+    ({"reasoning_effort": "ultra"}, "reasoning_effort"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": ask("word " * 40_000)}, "messages"),
+    ({"model": "gpt-5"}, "model"),
+    ({"top_p": 0}, "top_p"),
+    ({"n": 3}, "n"),
+    ({"logit_bias": {"999999": 1}}, "logit_bias"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), BAD_INPUT, ids=[str(i) for i in range(len(BAD_INPUT))]
+)
+def test_bad_input_gets_4xx_with_the_fields_name(served, change, field):
+    body = {"model": "tiny", "messages": ask(), "max_tokens": 4, **change}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60)
+    assert 400 <= answer.status_code < 500
+    assert field in json.dumps(answer.json()["error"])
+
+
+def test_broken_bytes_and_huge_bodies_are_refused_and_serving_goes_on(served):
+    url = f"{served.url}/v1/chat/completions"
+    headers = {"content-type": "application/json"}
+    assert httpx.post(url, content=b'{"a": "\xff\xfe', headers=headers).status_code in (400, 422)
+    assert (
+        httpx.post(url, content=b"x" * 10_000_000, headers=headers, timeout=60).status_code == 413
+    )
+    assert httpx.post(url, content=b"", headers=headers).status_code in (400, 422)
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_grpc_bad_input_is_invalid_argument_with_the_fields_name(channel):
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    request = generation_pb2.ChatRequest(
+        conversation=conversation(),
+        options=generation_pb2.GenerationOptions(
+            sampling=generation_pb2.SamplingOptions(temperature=-3)
+        ),
+    )
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Chat(request, timeout=30)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "temperature" in refused.value.details()
+
+
+def test_leaving_a_stream_frees_its_pages(served, channel):
+    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+    body = {
+        "model": "tiny",
+        "messages": ask(),
+        "max_tokens": 20_000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data:"):
+            pass
+        assert stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=30).cluster.load.running
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        load = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=30).cluster.load
+        if not load.running:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the abandoned generation still runs")
+
+
+def test_a_running_generation_can_be_cancelled_from_another_connection(served, channel):
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    request = generation_pb2.StreamChatRequest(
+        conversation=conversation(), options=options(20_000), request_id="to-cancel"
+    )
+    stream = stub.StreamChat(request, timeout=120)
+    assert next(stream).WhichOneof("event") == "started"
+    control = {"id": "to-cancel", "action": "cancel"}
+    answer = httpx.post(f"{served.url}/v1/chat/completions/control", json=control, timeout=30)
+    assert answer.status_code == 200
+    finishes = [event.finish for event in stream if event.WhichOneof("event") == "finish"]
+    assert [finish.reason for finish in finishes] == [generation_pb2.FINISH_REASON_CANCELLED]
+
+
+def test_metrics_tell_requests_and_the_cell_and_no_text(served):
+    body = {"model": "tiny", "messages": ask("a secret wombat"), "max_tokens": 4}
+    httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+    text = httpx.get(f"{served.url}/metrics", timeout=30).text
+    for name in (
+        "ostro_num_requests_running",
+        "ostro_kv_cache_usage_perc",
+        "ostro_time_to_first_token_seconds_bucket",
+        "ostro_request_success_total",
+    ):
+        assert name in text
+    assert "wombat" not in text
+
+
+def test_images_get_a_clear_refusal(served):
+    pixel = base64.b64encode(b"not an image").decode()
+    part = {"type": "image_url", "image_url": f"data:image/png;base64,{pixel}"}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+    assert answer.status_code == 400
+    assert re.search("image", answer.text)
+
+
+def test_an_interrupt_ends_every_process(tmp_path):
+    checkpoints.make_tiny_checkpoint(tmp_path, num_layers=2, with_tokenizer=True)
+    served = Served(tmp_path, tmp_path / "serve.log")
+    try:
+        served.wait_ready()
+        family = served.children()
+        assert len(family) > 5
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(120) == 0, served.log.read_text()
+        deadline = time.monotonic() + 30
+        while left := {pid for pid in family if Path(f"/proc/{pid}").exists()}:
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.2)
+    finally:
+        served.process.kill()

@@ -24,9 +24,9 @@ from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
 
 SERVICERS = (
-    "ostro.protos.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
-    "ostro.protos.cluster_pb2_grpc.add_ClusterServiceServicer_to_server",
-    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+    "ostro.cluster.grpc_services.add_generation_service",
+    "ostro.cluster.grpc_services.add_cluster_service",
+    "ostro.cluster.grpc_services.add_health_service",
 )
 _DRAIN_POLL_S = 2.0
 

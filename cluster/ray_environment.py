@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
+from pathlib import Path
 
 _FIXED = {
     # HAProxy in front of the replicas: 6 to 12 times the requests of Serve's Python proxy.
@@ -25,6 +27,8 @@ _FIXED = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_initial_delay_ms": "500",
+    # Serve's own limit is 2 GiB; no prompt is that long.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -38,6 +42,10 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # HAProxy by way of `ostro.cluster.haproxy`, which says why.
+    haproxy = Path(sys.executable).with_name("ostro-haproxy")
+    if haproxy.exists():
+        os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
     for name in _SIDE_PORTS:
         os.environ.setdefault(name, str(_free_port()))
 

@@ -313,6 +313,24 @@ def test_request_waits_for_pages_that_a_finished_one_is_about_to_free() -> None:
     assert _parts(_plan(scheduler)) == [("a", 12, 1)]
 
 
+def test_older_prefill_keeps_what_it_has_until_a_younger_decode_yields() -> None:
+    scheduler = _scheduler(num_pages=4, max_tokens_per_step=3, max_running_requests=2)
+    _add(scheduler, make_request("old", range(20, 26), scheduling_class=1))
+    _add(scheduler, make_request("young", [5], max_tokens=9))
+    steps = []
+    for _ in range(5):
+        steps.append(_plan(scheduler))
+        _complete(scheduler, steps[-1])
+    assert [_parts(step) for step in steps] == [
+        [("young", 0, 1), ("old", 0, 2)],
+        [("young", 1, 1), ("old", 2, 2)],
+        [("young", 2, 1)],
+        [("young", 3, 1)],
+        [("old", 4, 2)],
+    ]
+    assert [step.preempted for step in steps] == [[], [], [], [], ["young"]]
+
+
 def test_request_starts_only_when_there_are_pages_for_it_beside_those_that_started() -> None:
     scheduler = _scheduler(num_pages=4)
     _add(scheduler, make_request("a", [5, 6, 7, 8]))

@@ -17,7 +17,6 @@ import pytest
 
 _SCRIPT = Path(__file__).with_name("rank_process.py")
 _ANSWER_TIMEOUT_S = 60.0
-_MAX_RANKS = 5
 
 
 class RankError(Exception):
@@ -71,6 +70,7 @@ class RankPool:
     def answer(self, rank: int) -> Any:
         """What the last command returned; raises RankError for the rank's TransportError."""
         if not self._connections[rank].poll(_ANSWER_TIMEOUT_S):
+            self._give_up()
             raise TimeoutError(f"rank {rank} did not answer the test")
         kind, value = self._connections[rank].recv()
         if kind == "error":
@@ -105,12 +105,17 @@ class RankPool:
             self._processes[rank].wait(10)
 
     def close(self) -> None:
+        self._give_up()
+        self._listener.close()
+
+    def _give_up(self) -> None:
+        """End every process; a later test starts new ones."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
             process.kill()
             process.wait(10)
-        self._listener.close()
+        self._connections, self._processes = [], []
 
 
 @pytest.fixture(scope="session")

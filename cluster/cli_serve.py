@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -55,8 +55,8 @@ class Cell(Protocol):
         """The cell at this moment."""
         ...
 
-    def stop(self) -> None:
-        """Drain, then end everything."""
+    def stop(self, drain_s: float | None = None) -> None:
+        """Drain for a while, then end everything."""
         ...
 
 
@@ -195,9 +195,7 @@ def _stop(cell: Cell) -> None:
         try:
             cell.stop()
         except KeyboardInterrupt:
-            serving = replace(cell.deployment.serving, drain_timeout_s=_HURRIED_DRAIN_S)
-            cell.deployment = replace(cell.deployment, serving=serving)
-            cell.stop()
+            cell.stop(_HURRIED_DRAIN_S)
 
 
 # ---- what is said

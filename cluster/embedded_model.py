@@ -21,6 +21,7 @@ from ostro.actors.model.random_checkpoint import EMBEDDED, write_random_checkpoi
 from ostro.actors.model.weights import check_checkpoint
 from ostro.configs.errors import ConfigError
 
+_NAME = "ostro-embedded"  # a model is served under its directory's name
 _SEED = 0
 _FORMAT = 1  # raise when the files change while dimensions and seed do not
 _NUM_SPECIAL = 64
@@ -70,11 +71,11 @@ def ensure_embedded_model(cache_dir: Path | None = None) -> Path:
         cache_dir: Holds one directory per version; None is `ostro` under `XDG_CACHE_HOME`.
     """
     parent = default_cache_dir() if cache_dir is None else cache_dir
-    target = parent / f"embedded-{_version()}"
+    target = parent / _version() / _NAME
     if _is_whole(target):
         return target
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".making-", dir=parent) as scratch:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=target.parent) as scratch:
         made = Path(scratch) / "made"
         write_random_checkpoint(made, EMBEDDED, _SEED)
         write_tekken(made / "tekken.json", EMBEDDED.vocab_size)

@@ -12,17 +12,14 @@ import secrets
 import shutil
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import serve
-from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group,
@@ -32,14 +29,15 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ostro.actors.attention_shard import AttentionShard
-from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
+from ostro.actors.errors import OstroError, ShardLostError
 from ostro.actors.expert_shard import ExpertShard
 from ostro.actors.fabric.messages import State
 from ostro.actors.model.device import choose_dtype, num_threads
 from ostro.actors.router import Router
-from ostro.cluster.app import SERVICERS, IngressSpec, build_app
+from ostro.cluster.app import IngressSpec
 from ostro.cluster.node_placement import Node, request_group, resolve_device
 from ostro.cluster.peers import RayPeer
+from ostro.cluster.serve_ingress import start_ingress, stop_ingress, wait_ready
 from ostro.configs.deployment import DeploymentConfig, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
@@ -48,10 +46,8 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "ostro"
 ROUTER_NAME = "ostro-router"
-_APP_NAME = "ostro"
 _GROUP_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 30.0
-_INGRESS_TIMEOUT_S = 120.0
 _POLL_S = 0.2
 _OBJECT_STORE_BYTES = 80 * 2**20
 
@@ -80,14 +76,18 @@ class RunningCluster:
         state: State = ray.get(self.router.state.remote(), timeout=_CALL_TIMEOUT_S)
         return state
 
-    def stop(self) -> None:
-        """Finish running requests for a while, then end everything that was started."""
-        drain_s = self.deployment.serving.drain_timeout_s
+    def stop(self, drain_s: float | None = None) -> None:
+        """End everything that was started, once running requests have had time to finish.
+
+        Args:
+            drain_s: How long they may take; None is the deployment's `drain_timeout_s`.
+        """
+        drain_s = self.deployment.serving.drain_timeout_s if drain_s is None else drain_s
         try:
             ray.get(self.router.drain.remote(drain_s), timeout=drain_s + _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("the router could not be drained: %s", type(error).__name__)
-        serve.shutdown()
+        stop_ingress()
         _end_cell(self.router, self.ranks, self.group, self.socket_dir)
         if self.owns_ray:
             ray.shutdown()
@@ -128,18 +128,25 @@ def launch(
         with _stage("actors", seconds, on_progress):
             cell = _make_actors(deployment, model_dir, nodes, device, dtype, secret)
         router, ranks, group, socket_dir = cell
-        started = router.start.remote()
-        if with_ingress:
-            with _stage("ingress", seconds, on_progress), _ray_errors("the ingress"):
-                _start_ingress(deployment, model_dir, secret, dtype)
-        with _stage("load", seconds, on_progress):
+        spec = IngressSpec(
+            deployment=deployment,
+            model_dir=str(model_dir),
+            router_name=ROUTER_NAME,
+            namespace=NAMESPACE,
+            secret=secret,
+            dtype=dtype,
+        )
+        with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
+            started = router.start.remote()
+            opened = pool.submit(start_ingress, spec) if with_ingress else None
             _wait_started(router, started, on_progress)
-        if with_ingress:
+        if opened is not None:
             with _stage("answer", seconds, on_progress):
-                _wait_ready(deployment)
+                opened.result()
+                wait_ready(deployment.serving)
     except BaseException:
         if cell is not None:
-            serve.shutdown()
+            stop_ingress()
             _end_cell(*cell)
         if owns_ray:
             ray.shutdown()
@@ -153,16 +160,6 @@ def _stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Ite
     began_s = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - began_s
-
-
-@contextmanager
-def _ray_errors(what: str) -> Iterator[None]:
-    """Ray's own failures as one of ours, with the way to more."""
-    try:
-        yield
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        first = str(error).strip().split("\n", 1)[0]
-        raise ShardLostError(f"{what} could not be started: {first}; see Ray's logs") from error
 
 
 def _connect(layout: LayoutConfig) -> bool:
@@ -325,26 +322,6 @@ def _refuse_second_cell() -> None:
     )
 
 
-def _start_ingress(
-    deployment: DeploymentConfig, model_dir: Path, secret: bytes, dtype: str
-) -> None:
-    serving = deployment.serving
-    serve.start(
-        proxy_location="EveryNode",
-        http_options=HTTPOptions(host=serving.host, port=serving.http_port),
-        grpc_options=gRPCOptions(port=serving.grpc_port, grpc_servicer_functions=list(SERVICERS)),
-    )
-    spec = IngressSpec(
-        deployment=deployment,
-        model_dir=str(model_dir),
-        router_name=ROUTER_NAME,
-        namespace=NAMESPACE,
-        secret=secret,
-        dtype=dtype,
-    )
-    serve.run(build_app(spec), name=_APP_NAME, route_prefix="/")
-
-
 def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
     while True:
         done, _ = ray.wait([started], timeout=_POLL_S)
@@ -359,22 +336,6 @@ def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
     except ray.exceptions.RayActorError:
         raise ShardLostError("the router died while it started; see Ray's logs") from None
     on_progress("load", ray.get(router.state.remote(), timeout=_CALL_TIMEOUT_S))
-
-
-def _wait_ready(deployment: DeploymentConfig) -> None:
-    url = f"http://{_local(deployment.serving.host)}:{deployment.serving.http_port}/ready"
-    deadline_s = time.monotonic() + _INGRESS_TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        try:
-            with urllib.request.urlopen(url, timeout=2.0):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(_POLL_S / 2)
-    raise NotReadyError(f"the ingress did not answer on {url} within {_INGRESS_TIMEOUT_S:.0f} s")
-
-
-def _local(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
 
 
 def _end_cell(router: Any, ranks: list[Any], group: PlacementGroup, socket_dir: str) -> None:

@@ -33,6 +33,8 @@ _FIXED = {
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_RANGE = 199
+_TRIES = 20
 _SIDE_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 
 
@@ -48,10 +50,32 @@ def prepare_environment() -> None:
         os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
     for name in _SIDE_PORTS:
         os.environ.setdefault(name, str(_free_port()))
+    for face in ("HTTP", "GRPC"):
+        first = _free_range()
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{face}_PORT", str(first))
+        os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{face}_PORT", str(first + _RANGE))
 
 
 def _has_token() -> bool:
     return "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+
+
+def _free_range() -> int:
+    """First port of a range for replicas' own listeners.
+
+    Serve takes the same ports in every cluster and does not mind that another one on this machine
+    has them: their calls would get mixed up.
+    """
+    for _ in range(_TRIES):
+        first = 20_000 + secrets.randbelow(50) * (_RANGE + 1)
+        if all(_is_free(port) for port in range(first, first + 3)):
+            return first
+    return first
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def _free_port() -> int:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ostro.actors.engine.request import RequestState
 from ostro.actors.engine.step import ScheduledRequest
 from ostro.kernels.mla_decode import DecodeBucket, plan_decode
+
+_NO_TOKEN = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,8 @@ def _known_tokens(span: _Span) -> Iterator[int]:
         token_id = token_ids[index]
         if token_id is None:
             token_id = span.entry.progress.token_at(span.entry.start + index)
+        if token_id is None and span.entry.progress.state is RequestState.FINISHED:
+            token_id = _NO_TOKEN  # cancelled after it was planned; its result is dropped
         if token_id is None:
             raise RuntimeError(f"token {span.entry.start + index} of a request is not sampled yet")
         yield token_id

@@ -1,4 +1,4 @@
-"""Real processes are killed or stopped: the failure is named, nothing hangs, the cell mends itself."""
+"""Real processes are killed or stopped: the failure is named, and the cell mends itself."""
 
 import asyncio
 import signal

@@ -45,7 +45,7 @@ def test_embedded_model_is_a_checkpoint_like_any_other(
 
 def test_embedded_model_is_made_once(directory: Path) -> None:
     before = (directory / "model.safetensors").stat()
-    assert ensure_embedded_model(directory.parent) == directory
+    assert ensure_embedded_model(directory.parents[1]) == directory
     assert (directory / "model.safetensors").stat() == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 

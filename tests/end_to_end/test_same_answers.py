@@ -1,4 +1,4 @@
-"""The same answers from every layout: real processes, router and token streams, against transformers."""
+"""The same answers from every layout: real processes and token streams, against transformers."""
 
 import asyncio
 import random
@@ -6,7 +6,7 @@ import random
 import checkpoints
 import pytest
 from local_cell import ProcessPool, local_cell
-from oracle import Oracle
+from model_rig import load_oracle, oracle_greedy
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
 from ostro.configs.deployment import (
@@ -66,9 +66,9 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(model_dir):
     """(prompt, greedy tokens, log probabilities) of several requests."""
-    oracle, draw = Oracle(model_dir), random.Random(5)
+    oracle, draw = load_oracle(model_dir), random.Random(5)
     prompts = [[draw.randrange(100, 1000) for _ in range(length)] for length in PROMPT_LENGTHS]
-    return [(prompt, *oracle.greedy(prompt, NUM_NEW)) for prompt in prompts]
+    return [(prompt, *oracle_greedy(oracle, prompt, NUM_NEW)) for prompt in prompts]
 
 
 def deployment(shape, mode=(DispatchMode.AUTO, 1, 0), **engine):

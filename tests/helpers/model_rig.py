@@ -185,6 +185,21 @@ def load_oracle(directory: Path) -> Any:
     return oracle
 
 
+@torch.inference_mode()
+def oracle_greedy(
+    oracle: Any, prompt: Sequence[int], num_tokens: int
+) -> tuple[list[int], torch.Tensor]:
+    """(greedy tokens, log probabilities [num_tokens, V] of each step)."""
+    ids, cache, tokens, logprobs = torch.tensor([list(prompt)]), None, [], []
+    for _ in range(num_tokens):
+        out = oracle(ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logprobs.append(out.logits[0, -1].log_softmax(-1))
+        tokens.append(int(logprobs[-1].argmax()))
+        ids = torch.tensor([[tokens[-1]]])
+    return tokens, torch.stack(logprobs)
+
+
 @torch.no_grad()
 def oracle_logits(oracle: Any, tokens: Sequence[int], position_offset: int = 0) -> torch.Tensor:
     """Logits after every token, [T, V]."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_rig import make_progress
 
+from ostro.actors.engine.request import RequestState
 from ostro.actors.engine.step import ScheduledRequest
 from ostro.actors.model.batch import Batch, build_batches, split_evenly
 
@@ -118,3 +119,12 @@ def test_position_offset_moves_positions_but_not_slots() -> None:
     assert batch.positions_T.tolist() == [8193, 8194]
     assert batch.slots_T.tolist() == [13, 14]
     assert batch.prefill_spans[0].start == 1
+
+
+def test_a_token_that_a_cancelled_request_will_never_know_is_filled_in() -> None:
+    planned = entry(4, 1, [0, 9], unknown=True)
+    with pytest.raises(RuntimeError, match="not sampled yet"):
+        build([planned])
+    planned.progress.move_to(RequestState.FINISHED)
+    (batch,) = build([planned])
+    assert batch.num_tokens == 1

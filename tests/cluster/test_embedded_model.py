@@ -79,7 +79,7 @@ def test_embedded_model_survives_being_made_by_many_at_once(tmp_path: Path) -> N
     assert len(set(made)) == 1
     assert len(made) == 4
     check_checkpoint(made[0])
-    assert [path.name for path in tmp_path.iterdir()] == [made[0].name]
+    assert list(made[0].parent.iterdir()) == [made[0]]
 
 
 def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

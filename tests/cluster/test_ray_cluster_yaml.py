@@ -212,13 +212,14 @@ def _write_program(path: Path, body: str) -> None:
 
 
 def _product_environment(monkeypatch) -> dict[str, str]:
-    """What `ostro serve` wants to find; ports are chosen per process."""
+    """What `ostro serve` wants to find; ports are chosen and paths found by each process."""
     wanted: dict[str, str] = {"RAY_AUTH_TOKEN": "elsewhere"}
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", wanted)
         prepare_environment()
     del wanted["RAY_AUTH_TOKEN"]
-    return {name: value for name, value in wanted.items() if not name.endswith("_PORT")}
+    own = ("_PORT", "_PATH")
+    return {name: value for name, value in wanted.items() if not name.endswith(own)}
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
@@ -232,6 +233,8 @@ def test_node_starts_ray_in_the_environment_it_needs(
     wanted = _product_environment(monkeypatch)
     wanted |= {"RAY_enable_autoscaler_v2": "1", "FI_PROVIDER": "efa"}
     assert {name: environment.get(name) for name in wanted} == wanted
+    programs = tmp_path / "home" / "ostro" / "venv" / "bin"
+    assert environment["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(programs / "ostro-haproxy")
     token = Path(environment["RAY_AUTH_TOKEN_PATH"])
     assert token.read_text() == "secret"
     assert token.stat().st_mode & 0o077 == 0

@@ -44,7 +44,11 @@ class Served:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         self.log = log
-        self.process = subprocess.Popen(
+        with log.open("wb") as output:
+            self.process = self._start(model_dir, output)
+
+    def _start(self, model_dir: Path, output) -> subprocess.Popen:
+        return subprocess.Popen(
             [
                 Path(sys.executable).with_name("ostro"),
                 "serve",
@@ -64,7 +68,7 @@ class Served:
                 "--set",
                 "layout.num_micro_batches=2",
             ],
-            stdout=log.open("wb"),
+            stdout=output,
             stderr=subprocess.STDOUT,
             env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
             start_new_session=True,

@@ -11,6 +11,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from multiprocessing.connection import Client
 from typing import Any
 
@@ -47,6 +49,54 @@ class AffineExperts:
 def echo(layer, rows_RD, expert_RK, weight_RK):
     """Experts that cost nothing, to measure what is left."""
     return rows_RD
+
+
+class OrderedBackend:
+    """NCCL's order of things on top of Gloo: a stand-in for the one part that needs GPUs.
+
+    A batch starts when the one before it is over, and is over when its peers took all it sends.
+    """
+
+    def __init__(self, gloo: Any) -> None:
+        self._gloo = gloo
+        self._batch: list[tuple[bool, torch.Tensor, int]] = []
+        self._stream = ThreadPoolExecutor(max_workers=1)
+
+    def _start_coalescing(self) -> None:
+        self._batch = []
+
+    def send(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self._batch.append((True, tensors[0], peer))
+
+    def recv(self, tensors: list[torch.Tensor], peer: int, tag: int) -> None:
+        self._batch.append((False, tensors[0], peer))
+
+    def _end_coalescing(self) -> OrderedWork:
+        return OrderedWork(self._stream.submit(self._run, self._batch))
+
+    def close(self) -> Any:
+        """The Gloo backend again, all batches over."""
+        self._stream.shutdown(wait=True)
+        return self._gloo
+
+    def _run(self, batch: list[tuple[bool, torch.Tensor, int]]) -> None:
+        deadline, taken = timedelta(seconds=20), torch.zeros(1, dtype=torch.uint8)
+        sends = [self._gloo.send([tensor], peer, 0) for is_send, tensor, peer in batch if is_send]
+        acks = [self._gloo.recv([taken.clone()], peer, 1) for is_send, _, peer in batch if is_send]
+        for is_send, tensor, peer in batch:
+            if not is_send:
+                self._gloo.recv([tensor], peer, 0).wait(deadline)
+                acks.append(self._gloo.send([taken], peer, 1))
+        for work in sends + acks:
+            work.wait(deadline)
+
+
+class OrderedWork:
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        self._future.result()
 
 
 class Cell:
@@ -93,8 +143,28 @@ class Cell:
             self.exchange = ExpertServer(wiring, experts)
         else:
             self.exchange = PairExchange(wiring)
+        if case.get("ordered"):
+            self._use_ordered_batches(store_port)
         alone = initial_placement(case["num_experts"], [0])
         self.reference = LocalExchange(AffineExperts(alone, 0), alone)
+
+    def _use_ordered_batches(self, store_port: int) -> None:
+        """Replace both lanes by backends of their own, as there are on CUDA."""
+        second = join(
+            Membership(
+                epoch=10**6 + self.epoch,
+                rank=self.rank,
+                world_size=self.group.world_size,
+                store_host="127.0.0.1",
+                store_port=store_port,
+                timeout_s=20.0,
+            ),
+            "cpu",
+            host="127.0.0.1",
+        )
+        self.group._backends = [OrderedBackend(self.group.rows), OrderedBackend(second.replies)]
+        self.exchange._links.batched = True
+        self.exchange._links.finish = lambda moment: None
 
     def plan(self, step: int, tokens_AM: list[list[int]]) -> StepPlan:
         return StepPlan(self.epoch, step, self.case["sparse"], tokens_AM, 0)
@@ -149,6 +219,8 @@ def run_case(case, rank, epoch, store_port):
     for step, tokens_AM in enumerate(case["steps"]):
         worst = max(worst, cell.run_step(cell.plan(step, tokens_AM)))
     num_rows = cell.exchange.counters.num_rows
+    if case.get("ordered"):
+        cell.group._backends = [backend.close() for backend in cell.group._backends]
     leave(cell.group)
     return worst, num_rows
 

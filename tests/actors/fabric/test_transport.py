@@ -86,6 +86,18 @@ def test_exchange_agrees_with_the_local_one(ranks, cell, sparse, num_micro_batch
     assert max(worst for worst, _ in answers) < 1e-5
 
 
+@pytest.mark.parametrize("num_micro_batches", [1, 2])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("cell", [SPLIT_1X2, SPLIT_3X2, COLOCATED_2, COLOCATED_3], ids=name)
+def test_exchange_in_ordered_batches_agrees_and_never_waits_in_a_circle(
+    ranks, cell, sparse, num_micro_batches
+):
+    steps = uneven_steps(cell[1], num_micro_batches)
+    case = make_case(cell, sparse=sparse, ordered=True, steps=steps)
+    answers = ranks.run_in_epoch(world_size(case), "run_case", case=case)
+    assert max(worst for worst, _ in answers) < 1e-5
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_exchange_carries_bfloat16(ranks, sparse):
     case = make_case(SPLIT_1X2, sparse=sparse, dtype="bfloat16", steps=[[[5]], [[1]]])

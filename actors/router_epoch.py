@@ -26,7 +26,10 @@ from ostro.configs.deployment import LayoutConfig
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_S = 0.2  # a killed rank's peers fail within 14 ms; its own silence is the better witness
+# A killed rank's own connection closes at once. Where a rank hangs, those that wait for it reach
+# their deadlines one after another, and the first to complain may not be the one that waits for it.
+_SETTLE_S = 0.2
+_SETTLE_ROUNDS = 5
 
 OnFailure = Callable[["RouterEpoch", Sequence[int], str], None]
 
@@ -179,9 +182,14 @@ class RouterEpoch:
             self._settling = asyncio.get_running_loop().create_task(self._settle())
 
     async def _settle(self) -> None:
-        await asyncio.sleep(_SETTLE_S)
+        for _ in range(_SETTLE_ROUNDS):
+            await asyncio.sleep(_SETTLE_S)
+            if self._fell_silent:
+                break
         if self._closed:
             return
-        lost = sorted(set(self._fell_silent)) or [self._accused[0][0]]
+        # A rank that could still complain is alive: it was waiting for the one that is lost.
+        mute = [rank for rank, _ in self._accused if rank not in self._explained]
+        lost = sorted(set(self._fell_silent)) or mute[:1] or [self._accused[0][0]]
         reason = next((why for rank, why in self._accused if rank in lost), self._accused[0][1])
         self._on_failure(self, lost, reason)

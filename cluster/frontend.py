@@ -50,7 +50,11 @@ _LONG_PROMPT = 8192  # characters; above it (about 1 ms of work) tokenizing leav
 _ERRORS: dict[str, type[OstroError]] = {
     kind.code: kind
     for kind in (DeadlineError, NotReadyError, OverloadedError, ShardLostError, TransportError)
-} | {"kv_exhausted": InvalidRequestError}  # this request alone needs more pages than there are
+} | {
+    # This request alone needs more than the shard's cache holds.
+    "kv_exhausted": InvalidRequestError,
+    "context_length_exceeded": InvalidRequestError,
+}
 
 
 class Frontend:

@@ -22,12 +22,18 @@ def make_card(
     Args:
         model_dir: Gives the name if the deployment has none.
         model_config: What its config.json says.
-        deployment: May bound the context.
+        deployment: May bound the context, also by the size of the cache.
         weight_dtype: What the shards hold the weights in, for example "bfloat16".
         kv_dtype: What the latent cache is held in; None if in `weight_dtype`.
     """
     config = model_config
-    max_context = min(config.max_context, deployment.engine.max_context or config.max_context)
+    engine = deployment.engine
+    bounds = [config.max_context]
+    if engine.max_context is not None:
+        bounds.append(engine.max_context)
+    if engine.num_pages is not None:  # one request alone may fill the cache
+        bounds.append(engine.num_pages * engine.page_size)
+    max_context = min(bounds)
     return ModelCard(
         name=deployment.served_name or model_dir.resolve().name,
         description=(

@@ -49,11 +49,10 @@ def request_group(layout: LayoutConfig, device: str, nodes: Sequence[Node]) -> G
     _check_enough(bundle, layout.world_size(), nodes)
     roles = {node.labels.get(ROLE_LABEL) for node in nodes}
     selectors = [_selector(rank, layout, roles) for rank in range(layout.world_size())]
-    has_domains = device == "cuda" and any(DOMAIN_LABEL in node.labels for node in nodes)
     return GroupRequest(
         bundles=[dict(bundle) for _ in range(layout.world_size())],
         label_selectors=selectors,
-        topology={DOMAIN_LABEL: "STRICT_PACK"} if has_domains else None,
+        topology={DOMAIN_LABEL: "STRICT_PACK"} if _fits_a_domain(layout, nodes) else None,
     )
 
 
@@ -62,6 +61,16 @@ def resolve_device(requested: str, nodes: Sequence[Node]) -> str:
     if requested != "auto":
         return requested
     return "cuda" if any(node.resources.get("GPU", 0) >= 1 for node in nodes) else "cpu"
+
+
+def _fits_a_domain(layout: LayoutConfig, nodes: Sequence[Node]) -> bool:
+    """Whether one NVLink domain has a GPU for every rank; else the cell spans domains."""
+    gpus: dict[str, float] = {}
+    for node in nodes:
+        if DOMAIN_LABEL in node.labels:
+            domain = node.labels[DOMAIN_LABEL]
+            gpus[domain] = gpus.get(domain, 0.0) + node.resources.get("GPU", 0.0)
+    return max(gpus.values(), default=0.0) >= layout.world_size()
 
 
 def _selector(rank: int, layout: LayoutConfig, roles: set[str | None]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The environment that Ray and Ray Serve read when they are imported; set it before that.
 
-On a cluster that runs already, these must be in the environment of every node's `ray start`
-(`ray_cluster.yaml` exports them).
+On a cluster that runs already, these must be in the environment of every node's `ray start`;
+`ray_cluster.yaml` exports them, and tuned node health checks with them. A single machine goes
+without those: its only node must not be declared dead for being busy.
 """
 
 from __future__ import annotations
@@ -22,11 +23,6 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    # A dead node is noticed in 1.3 s instead of 14 s.
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_initial_delay_ms": "500",
     # Serve's own limit is 2 GiB; no prompt is that long.
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",

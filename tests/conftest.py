@@ -25,7 +25,6 @@ os.environ.update(
     OMP_PROC_BIND="false",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
-    RAY_health_check_timeout_ms="10000",  # a busy machine answers late and is not dead
 )
 os.environ.pop("RAY_ADDRESS", None)
 prepare_environment()

@@ -239,7 +239,7 @@ def wait_for_device(device: torch.device, timeout_s: float) -> bool:
 
     A stream that waits for a dead peer never ends, and neither would `synchronize()`.
     """
-    reached: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    reached: Any = torch.cuda.Event()
     reached.record(torch.cuda.current_stream(device))
     deadline = time.monotonic() + timeout_s
     while not reached.query():

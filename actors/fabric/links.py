@@ -5,8 +5,8 @@ The two backends differ in how a wait ends:
     Gloo  a message is sent or received on its own; a wait blocks the thread, and names its peer.
     NCCL  one batch of sends and receives is one device operation; a wait orders the current
           stream behind it and returns at once, so nothing here blocks in a step. A dead peer
-          shows in `finish`, which cannot name it. Written with care, never run: no test here has
-          a GPU.
+          shows in `finish`, which cannot name it. Tests run this path with a stand-in that keeps
+          NCCL's order on top of Gloo; the calls into NCCL itself have not been run.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -12,6 +13,8 @@ from ostro.configs.model import ModelConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SMALL_HIDDEN = 512
+_M_TRIM_THRESHOLD = -1  # names of malloc.h
+_M_MMAP_THRESHOLD = -3
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -59,3 +62,16 @@ def prepare_device(device: str, deployment: DeploymentConfig) -> None:
         torch.cuda.set_device(0)
         return
     torch.set_num_threads(num_threads(deployment))
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, where the C library is glibc.
+
+    It gives large blocks back to the system at once, and a step's activations are then page-faulted
+    anew in every layer: 1,308 us instead of 74 us for a 1 MB temporary.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)

@@ -39,6 +39,11 @@ def test_request_group_keeps_a_cell_in_one_nvlink_domain():
     assert request_group(SPLIT, "cuda", nodes).topology == {DOMAIN_LABEL: "STRICT_PACK"}
 
 
+def test_request_group_lets_a_cell_span_domains_that_are_too_small_for_it():
+    nodes = [node(str(i), {DOMAIN_LABEL: f"rack-{i}"}, CPU=8, GPU=2) for i in range(2)]
+    assert request_group(SPLIT, "cuda", nodes).topology is None
+
+
 def test_request_group_asks_for_no_label_on_a_plain_laptop():
     group = request_group(SPLIT, "cpu", [node("1", CPU=8)])
     assert group.label_selectors == [{}, {}, {}]

@@ -27,6 +27,7 @@ from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generati
 pytestmark = pytest.mark.cluster
 
 START_TIMEOUT_S = 240
+THINK = 34  # [THINK] in the reduced tokenizer, as in Tekken
 HIGH = generation_pb2.REASONING_EFFORT_HIGH
 
 
@@ -70,7 +71,7 @@ class Served:
             ],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+            env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             start_new_session=True,
         )
 
@@ -84,6 +85,14 @@ class Served:
             except httpx.HTTPError:
                 time.sleep(0.2)
         raise AssertionError(self.log.read_text())
+
+    def wait_announced(self) -> str:
+        """Everything it said, once it has said where it answers."""
+        deadline = time.monotonic() + 60
+        while "curl" not in (text := self.log.read_text()):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.1)
+        return text
 
     def children(self) -> set[int]:
         """Every process of its session."""
@@ -160,7 +169,7 @@ def options(max_tokens, **fields):
 
 
 def test_start_says_where_it_answers(served):
-    text = served.log.read_text()
+    text = served.wait_announced()
     assert f":{served.http_port}" in text
     assert f":{served.grpc_port}" in text
     assert "curl" in text
@@ -259,23 +268,16 @@ def test_grpc_health_and_reflection_answer(channel):
 
 
 def test_a_thinking_budget_is_enforced_and_echoed(served, channel):
-    """Thinking is opened by a prefix, since a random model does not open it by itself."""
-    thinking = generation_pb2.Part(thinking=generation_pb2.Thinking(text="Well,", closed=False))
-    messages = [
-        *conversation().messages,
-        generation_pb2.Message(role=generation_pb2.ROLE_ASSISTANT, parts=[thinking], prefix=True),
-    ]
-    request = generation_pb2.ChatRequest(
-        conversation=generation_pb2.Conversation(messages=messages),
-        options=options(
-            80, reasoning=generation_pb2.ReasoningOptions(effort=HIGH, max_thinking_tokens=10)
-        ),
+    """A bias opens the thinking, since a random model does not open it by itself."""
+    settings = options(
+        60, reasoning=generation_pb2.ReasoningOptions(effort=HIGH, max_thinking_tokens=10)
     )
+    settings.sampling.logit_bias[THINK] = 100
+    request = generation_pb2.ChatRequest(conversation=conversation(), options=settings)
     answer = generation_pb2_grpc.GenerationServiceStub(channel).Chat(request, timeout=60)
     report = answer.choices[0].reasoning
-    ended_by = generation_pb2.ReasoningReport
-    assert report.ended_by in (ended_by.ENDED_BY_BUDGET, ended_by.ENDED_BY_MODEL)
-    assert 0 < report.thinking_tokens <= 80
+    assert report.ended_by == generation_pb2.ReasoningReport.ENDED_BY_BUDGET
+    assert 10 <= report.thinking_tokens < 50
     assert answer.usage.thinking_tokens == report.thinking_tokens
 
 
@@ -401,6 +403,7 @@ def test_an_interrupt_ends_every_process(tmp_path):
     served = Served(tmp_path, tmp_path / "serve.log")
     try:
         served.wait_ready()
+        served.wait_announced()
         family = served.children()
         assert len(family) > 5
         served.process.send_signal(signal.SIGINT)

@@ -36,8 +36,9 @@ coverage: $(VENV)/.test
 	$(BIN)/coverage report
 	$(BIN)/coverage report --include="*/actors/engine/*,*/configs/*" --fail-under=90
 
+# A short set; `ostro bench --help` has the rest.
 bench: $(VENV)/.runtime
-	$(BIN)/ostro bench $(ARGS)
+	$(BIN)/ostro bench quick
 
 # What ray_cluster.yaml installs on every node.
 wheel: $(BIN)/python

@@ -1,12 +1,12 @@
 """`ostro bench`: measure the engine and the faces, side by side in one run.
 
-Every command prints a table for people and, with `--json`, writes the same figures for machines.
+Tables are for people; `--json` writes the same figures for machines.
 Figures are medians over rounds that interleave what is compared, so a noisy machine hits all alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +14,16 @@ import typer
 from rich.console import Console
 
 from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
-from ostro.cluster.bench_figures import Figure, to_table, write_json
-from ostro.cluster.embedded_model import write_tekken
+from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
+from ostro.cluster.embedded_model import default_cache_dir, write_tekken
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.configs.load import load_deployment
 
-app = typer.Typer(help="Measure the engine and the faces, side by side.", no_args_is_help=True)
+app = typer.Typer(
+    help="Measure the engine and the faces, side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 _console = Console()
 
 _Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
@@ -55,9 +59,14 @@ def engine(  # noqa: PLR0913  each is an option
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "bfloat16",
     beside: Annotated[str, typer.Option(help="transformers, or nothing.")] = "",
     rounds: _Rounds = 3,
+    stages: Annotated[bool, typer.Option("--stages", help="Tell where each step goes.")] = False,
     json: _Json = None,
 ) -> None:
     """Decode and first-token speed of a cell without ingress."""
+    if beside and (beside != "transformers" or importlib.util.find_spec(beside) is None):
+        raise typer.BadParameter(
+            f"{beside!r}: only transformers, and it must be installed", param_hint="beside"
+        )
     prepare_environment()
     from ostro.cluster.bench_engine import Workload, measure_engine, parse_layout
 
@@ -73,10 +82,13 @@ def engine(  # noqa: PLR0913  each is an option
             workloads,
             rounds=rounds,
             dtype=dtype,
-            beside_transformers=beside == "transformers",
+            beside_transformers=bool(beside),
             note=status.update,
         )
-    _report("Engine", figures, f"ostro {layout[0]}", json, model=model.name, layouts=layout)
+    shown = [figure for figure in figures if stages or figure.unit != STAGE_UNIT]
+    _console.print(to_table("Engine", shown, anchor=f"ostro {layout[0]}"))
+    if json is not None:
+        write_json(json, figures, model=model.name, layouts=layout)
 
 
 @app.command()
@@ -104,12 +116,24 @@ def faces(
             rounds=rounds,
             note=status.update,
         )
-    _report("Faces", figures, BARE, json, model=model.name, preset=preset)
-
-
-def _report(
-    title: str, figures: Sequence[Figure], anchor: str, json: Path | None, **context: object
-) -> None:
-    _console.print(to_table(title, figures, anchor=anchor))
+    _console.print(to_table("Faces", figures, anchor=BARE))
     if json is not None:
-        write_json(json, figures, **context)
+        write_json(json, figures, model=model.name, preset=preset)
+
+
+@app.command()
+def quick() -> None:
+    """A short run of all of it on the mid checkpoint, which is made in the cache if need be."""
+    mid = default_cache_dir() / "mid"
+    if not (mid / "model.safetensors").exists():
+        checkpoint(mid)
+    _console.print(
+        "Engine: tokens per second of a batch that decodes together, and the time to its first\n"
+        "token, without HTTP or gRPC; one process beside one attention and two expert shards."
+    )
+    engine(mid, ["single", "split:1:2"], rounds=1)
+    _console.print(
+        "Faces: the same requests straight into the engine, over HTTP and over gRPC; what they\n"
+        "add to the first token, and how much of the throughput they keep."
+    )
+    faces(mid, rounds=1)

@@ -17,7 +17,7 @@ import torch
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams, TokenEvent
 from ostro.actors.model.device import torch_dtype
-from ostro.cluster.bench_figures import Figure
+from ostro.cluster.bench_figures import STAGE_UNIT, Figure
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.launch import RunningCluster, launch
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
@@ -276,4 +276,4 @@ def _figures(subject: str, workload: Workload, taken: Sequence[DecodeSample]) ->
         per_step = tuple(
             sample.seconds.get(stage, 0.0) / max(sample.num_steps, 1) * 1e3 for sample in taken
         )
-        yield Figure(subject, f"stage {stage} B={batch}", "ms/step", per_step)
+        yield Figure(subject, f"stage {stage} B={batch}", STAGE_UNIT, per_step)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+STAGE_UNIT = "ms/step"
+
 
 @dataclass(frozen=True, slots=True)
 class Figure:

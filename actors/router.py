@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 2.0
 _HEALTH_FRESH_S = 0.5
+_SILENT_TIMEOUT_S = 15.0
 _LEAVE_TIMEOUT_S = 10.0
 _MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _WATCH_EVERY_S = 1.0
@@ -222,15 +223,14 @@ class Router:
         epoch.close()
         self._tell_members()
         if not self._draining:
-            self._spawn(self._mend(list(lost)))
+            self._spawn(self._mend())
 
-    async def _mend(self, lost: list[int]) -> None:
+    async def _mend(self) -> None:
         """Form the next epoch, waiting longer after each attempt that fails."""
         for attempt in range(10_000):
             await asyncio.sleep(_MEND_PAUSE_S[min(attempt, len(_MEND_PAUSE_S) - 1)])
             try:
-                for rank in lost:
-                    await self._restart_if_silent(rank)
+                await _all(self._restart_if_silent(peer) for peer in self._peers)
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
@@ -239,11 +239,13 @@ class Router:
                 continue
             return
 
-    async def _restart_if_silent(self, rank: int) -> None:
+    async def _restart_if_silent(self, peer: Peer) -> None:
+        """End a rank that hangs; one that died comes back by itself and answers in time."""
         try:
-            await self._peers[rank].health(timeout_s=_HEALTH_TIMEOUT_S)
-        except ShardLostError:
-            await self._peers[rank].restart()
+            await peer.health(timeout_s=_SILENT_TIMEOUT_S)
+        except ShardLostError as error:
+            logger.warning("restarting %s: %s", peer.name, error)
+            await peer.restart()
 
     async def _watch(self) -> None:
         """Name the ranks that sit on a step for too long."""
@@ -376,7 +378,12 @@ class Router:
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a task of the router failed", exc_info=error)
 
 
 async def _all(calls: Iterable[Coroutine[None, None, None]]) -> None:

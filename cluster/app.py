@@ -19,6 +19,7 @@ from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.model_card import make_card
+from ostro.cluster.node_placement import HEAD_RESOURCE
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
@@ -91,8 +92,8 @@ class Ingress(GrpcMethods):
             raise NotReadyError(f"the router cannot be found: {type(error).__name__}") from None
 
 
-def build_app(spec: IngressSpec) -> Any:
-    """The Serve application of a deployment."""
+def build_app(spec: IngressSpec, *, on_head: bool) -> Any:
+    """The Serve application of a deployment; its replicas anywhere, or on the head node alone."""
     serving = spec.deployment.serving
     deployment = serve.deployment(
         name="ingress",
@@ -101,6 +102,6 @@ def build_app(spec: IngressSpec) -> Any:
         max_queued_requests=serving.max_ongoing_requests,
         graceful_shutdown_timeout_s=_DRAIN_POLL_S,
         graceful_shutdown_wait_loop_s=_DRAIN_POLL_S / 2,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001} if on_head else {}},
     )
     return deployment(serve.ingress()(Ingress)).bind(spec)

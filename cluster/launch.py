@@ -14,8 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,21 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ostro.actors.attention_shard import AttentionShard
 from ostro.actors.errors import OstroError, ShardLostError
-from ostro.actors.expert_shard import ExpertShard
 from ostro.actors.fabric.messages import State
 from ostro.actors.model.device import choose_dtype, num_threads
 from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.node_placement import Node, request_group, resolve_device
-from ostro.cluster.peers import RayPeer
-from ostro.cluster.serve_ingress import start_ingress, stop_ingress, wait_ready
+from ostro.cluster.peers import RayPeer, with_place
+from ostro.cluster.placed_shard import PlacedAttentionShard, PlacedExpertShard, listen_address
+from ostro.cluster.serve_ingress import (
+    clear_ingress,
+    reachable_host,
+    start_ingress,
+    stop_ingress,
+    wait_ready,
+)
 from ostro.configs.deployment import DeploymentConfig, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
@@ -46,9 +51,10 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "ostro"
 ROUTER_NAME = "ostro-router"
-_GROUP_TIMEOUT_S = 60.0
+_GROUP_TIMEOUT_S = 20.0
 _CALL_TIMEOUT_S = 30.0
 _POLL_S = 0.2
+_LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80 * 2**20
 
 OnProgress = Callable[[str, State | None], None]
@@ -59,16 +65,14 @@ class RunningCluster:
     """A cell that answers, and what must be ended with it.
 
     Attributes:
+        ending: Ends all that the launch started, the last first.
         stage_seconds: How long each stage of the launch took.
     """
 
     deployment: DeploymentConfig
     router: Any
-    ranks: list[Any]
-    group: PlacementGroup
-    socket_dir: str
     secret: bytes
-    owns_ray: bool
+    ending: ExitStack
     stage_seconds: dict[str, float] = field(default_factory=dict)
 
     def state(self) -> State:
@@ -87,10 +91,7 @@ class RunningCluster:
             ray.get(self.router.drain.remote(drain_s), timeout=drain_s + _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("the router could not be drained: %s", type(error).__name__)
-        stop_ingress()
-        _end_cell(self.router, self.ranks, self.group, self.socket_dir)
-        if self.owns_ray:
-            ray.shutdown()
+        self.ending.close()
 
 
 def launch(
@@ -102,7 +103,8 @@ def launch(
 ) -> RunningCluster:
     """Bring a deployment up and wait until it answers.
 
-    On an existing Ray cluster if `RAY_ADDRESS` names one, else on a fresh one on this machine.
+    On the Ray cluster that this process is connected to, else on the one that `RAY_ADDRESS` names,
+    else on a fresh one on this machine.
 
     Args:
         deployment: What to run.
@@ -111,47 +113,42 @@ def launch(
         with_ingress: Whether HTTP and gRPC are served; benchmarks of the engine go without.
 
     Raises:
-        ConfigError: The deployment does not fit the nodes or the checkpoint's config.
+        ConfigError: The deployment does not fit the nodes or the checkpoint's config, or the Ray
+            cluster serves something already.
         CheckpointError: The checkpoint cannot be served.
         ShardLostError: A rank did not start; the message names it.
     """
     seconds: dict[str, float] = {}
     config = load_model_config(model_dir)
-    with _stage("ray", seconds, on_progress):
-        owns_ray = _connect(deployment.layout)
-    cell: tuple[Any, list[Any], PlacementGroup, str] | None = None
-    try:
+    with ExitStack() as undo:
+        with _stage("ray", seconds, on_progress):
+            if _connect(deployment.layout):
+                undo.callback(ray.shutdown)
         nodes = _nodes()
+        _refuse_second_cell()
+        host = _prepare_ingress(deployment, nodes) if with_ingress else ""
         device = resolve_device(deployment.layout.device, nodes)
-        dtype = choose_dtype(deployment.engine.dtype, device, config)
-        secret = secrets.token_bytes(32)
-        with _stage("actors", seconds, on_progress):
-            cell = _make_actors(deployment, model_dir, nodes, device, dtype, secret)
-        router, ranks, group, socket_dir = cell
         spec = IngressSpec(
             deployment=deployment,
             model_dir=str(model_dir),
             router_name=ROUTER_NAME,
             namespace=NAMESPACE,
-            secret=secret,
-            dtype=dtype,
+            secret=secrets.token_bytes(32),
+            dtype=choose_dtype(deployment.engine.dtype, device, config),
         )
+        with _stage("actors", seconds, on_progress):
+            router = _make_actors(spec, nodes, device, undo)
         with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
             started = router.start.remote()
-            opened = pool.submit(start_ingress, spec) if with_ingress else None
+            if with_ingress:
+                undo.callback(stop_ingress)
+                opened = pool.submit(start_ingress, spec)
             _wait_started(router, started, on_progress)
-        if opened is not None:
+        if with_ingress:
             with _stage("answer", seconds, on_progress):
                 opened.result()
-                wait_ready(deployment.serving)
-    except BaseException:
-        if cell is not None:
-            stop_ingress()
-            _end_cell(*cell)
-        if owns_ray:
-            ray.shutdown()
-        raise
-    return RunningCluster(deployment, router, ranks, group, socket_dir, secret, owns_ray, seconds)
+                wait_ready(host, deployment.serving.http_port)
+        return RunningCluster(deployment, router, spec.secret, undo.pop_all(), seconds)
 
 
 @contextmanager
@@ -163,23 +160,26 @@ def _stage(name: str, seconds: dict[str, float], on_progress: OnProgress) -> Ite
 
 
 def _connect(layout: LayoutConfig) -> bool:
-    """Connect to `RAY_ADDRESS`, or start Ray here; whether it was started."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING
-        )
-        return False
+    """Connect to `RAY_ADDRESS`, or start Ray here; False if this process was connected."""
     if ray.is_initialized():
         return False
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: Ray Client cannot reach the shards' sockets; "
+            f"run on a node of the cluster, with RAY_ADDRESS=auto"
+        )
+    fresh: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, layout.world_size()),
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
     ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, layout.world_size()),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
+        address=address,
         namespace=NAMESPACE,
         log_to_driver=False,
         logging_level=logging.WARNING,
+        **(fresh if address == "local" else {}),
     )
     return True
 
@@ -197,34 +197,34 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _make_actors(
-    deployment: DeploymentConfig,
-    model_dir: Path,
-    nodes: list[Node],
-    device: str,
-    dtype: str,
-    secret: bytes,
-) -> tuple[Any, list[Any], PlacementGroup, str]:
-    """The router and every rank, placed and named; nothing is loaded yet."""
-    _refuse_second_cell()
-    layout = deployment.layout
+def _prepare_ingress(deployment: DeploymentConfig, nodes: list[Node]) -> str:
+    """Make way for HTTP and gRPC; the host at which this process will reach them."""
+    clear_ingress()
+    here = ray.get_runtime_context().get_node_id()
+    head = next(node for node in nodes if node.is_head())
+    return reachable_host(deployment.serving, None if head.node_id == here else head.address)
+
+
+def _make_actors(spec: IngressSpec, nodes: list[Node], device: str, undo: ExitStack) -> Any:
+    """Every rank and the router, placed and named; nothing is loaded yet."""
+    deployment, layout = spec.deployment, spec.deployment.layout
     group = _make_group(layout, device, nodes)
-    one_node = len(nodes) == 1
-    homes = _homes(group, nodes)
-    if one_node:  # nothing of ours needs to leave the machine
-        homes = [replace(home, address="127.0.0.1") for home in homes]
-    socket_dir = tempfile.mkdtemp(prefix="ostro-")
-    ranks, peers = [], []
+    undo.callback(remove_placement_group, group)
+    socket_dir = None
+    if len(nodes) == 1:
+        socket_dir = tempfile.mkdtemp(prefix="ostro-")
+        undo.callback(shutil.rmtree, socket_dir, ignore_errors=True)
+    peers = []
     for rank in range(layout.world_size()):
-        name, actor = _make_rank(
-            deployment, rank, group, homes[rank], device, socket_dir if one_node else None
-        )
-        ranks.append(actor)
+        name, actor = _make_rank(deployment, rank, group, device, socket_dir)
+        undo.callback(ray.kill, actor, no_restart=True)
         peers.append(RayPeer(name, actor))
+    host = _LOOPBACK if socket_dir else _address_of_first(group)
     router = (
         ray.remote(Router)
         .options(
             name=ROUTER_NAME,
+            namespace=NAMESPACE,
             num_cpus=0,
             max_restarts=0,
             max_concurrency=1000,
@@ -232,34 +232,31 @@ def _make_actors(
         )
         .remote(
             deployment,
-            str(model_dir),
+            spec.model_dir,
             peers,
             device=device,
-            dtype=dtype,
-            host=homes[0].address,
-            listen_address=_address(homes[0], socket_dir if one_node else None, "router"),
-            secret=secret,
+            dtype=spec.dtype,
+            host=host,
+            listen_address=listen_address(host, socket_dir, "router"),
+            secret=spec.secret,
         )
     )
-    return router, ranks, group, socket_dir
+    undo.callback(_end_router, router)
+    return router
 
 
 def _make_rank(
     deployment: DeploymentConfig,
     rank: int,
     group: PlacementGroup,
-    home: Node,
     device: str,
     socket_dir: str | None,
 ) -> tuple[str, Any]:
-    layout = deployment.layout
-    is_attention = rank in layout.attention_ranks()
+    is_attention = rank in deployment.layout.attention_ranks()
     name = f"ostro-{'attention' if is_attention else 'expert'}-{rank}"
-    arguments = {"host": home.address, "node_id": home.node_id}
-    if is_attention:
-        arguments["token_address"] = _address(home, socket_dir, f"tokens-{rank}")
     options = {
         "name": name,
+        "namespace": NAMESPACE,
         "num_cpus": 1,
         "num_gpus": 1 if device == "cuda" else 0,
         "max_restarts": -1,
@@ -269,9 +266,8 @@ def _make_rank(
     }
     # Ray's stubs do not know this argument.
     make: Any = ray.remote(concurrency_groups={"control": 2})  # type: ignore[call-overload]
-    return name, make(AttentionShard if is_attention else ExpertShard).options(**options).remote(
-        **arguments
-    )
+    shard = make(PlacedAttentionShard if is_attention else PlacedExpertShard)
+    return name, shard.options(**options).remote(name, socket_dir)
 
 
 def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:
@@ -279,11 +275,6 @@ def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:
     threads = num_threads(deployment)
     pinned = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if threads > 1 else {}
     return {"OMP_NUM_THREADS": str(threads), **pinned}
-
-
-def _address(home: Node, socket_dir: str | None, name: str) -> str:
-    """Unix sockets in a private folder on one node, TCP on the node's own address across nodes."""
-    return f"unix:{socket_dir}/{name}" if socket_dir else f"tcp:{home.address}:0"
 
 
 def _make_group(layout: LayoutConfig, device: str, nodes: list[Node]) -> PlacementGroup:
@@ -295,21 +286,37 @@ def _make_group(layout: LayoutConfig, device: str, nodes: list[Node]) -> Placeme
         bundle_label_selector=wanted.label_selectors if any(wanted.label_selectors) else None,
         topology_strategy=wanted.topology,
     )
-    if not group.wait(_GROUP_TIMEOUT_S):
-        state = placement_group_table(group)["stats"]["scheduling_state"]
+    try:
+        _wait_placed(group, wanted.bundles)
+    except BaseException:
         remove_placement_group(group)
-        raise ConfigError(
-            f"no nodes for {layout.num_attention_shards} attention and {layout.num_expert_shards} "
-            f"expert shards within {_GROUP_TIMEOUT_S:.0f} s ({state}); check labels "
-            f"`ostro.role`, NVLink domains and free resources with `ray status`"
-        )
+        raise
     return group
 
 
-def _homes(group: PlacementGroup, nodes: list[Node]) -> list[Node]:
-    by_id = {node.node_id: node for node in nodes}
-    placed = placement_group_table(group)["bundles_to_node_id"]
-    return [by_id[placed[bundle]] for bundle in sorted(placed)]
+def _wait_placed(group: PlacementGroup, bundles: list[dict[str, float]]) -> None:
+    """Wait for what others on the cluster may be about to free."""
+    deadline_s = time.monotonic() + _GROUP_TIMEOUT_S
+    while not group.wait(_POLL_S):
+        state = placement_group_table(group)["stats"]["scheduling_state"]
+        if state == "INFEASIBLE" or time.monotonic() > deadline_s:
+            break
+    else:
+        return
+    free = ray.available_resources()
+    each = " and ".join(f"{much:g} {name}" for name, much in bundles[0].items())
+    have = " and ".join(f"{free.get(name, 0):g} {name}" for name in bundles[0])
+    raise ConfigError(
+        f"no place for {len(bundles)} ranks with {each} each: the cluster is large enough, but "
+        f"{have} are free now ({state}); see `ray status` for what holds the rest, and check "
+        f"the nodes' labels"
+    )
+
+
+def _address_of_first(group: PlacementGroup) -> str:
+    """Address of the node that rank 0 and the router go to."""
+    node_id = placement_group_table(group)["bundles_to_node_id"][0]
+    return next(node.address for node in _nodes() if node.node_id == node_id)
 
 
 def _refuse_second_cell() -> None:
@@ -332,18 +339,17 @@ def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
         ray.get(started)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        raise cause if isinstance(cause, OstroError | ConfigError) else error from None
+        if isinstance(cause, OstroError | ConfigError):
+            raise with_place(cause, ROUTER_NAME, error.ip) from None
+        raise
     except ray.exceptions.RayActorError:
         raise ShardLostError("the router died while it started; see Ray's logs") from None
     on_progress("load", ray.get(router.state.remote(), timeout=_CALL_TIMEOUT_S))
 
 
-def _end_cell(router: Any, ranks: list[Any], group: PlacementGroup, socket_dir: str) -> None:
+def _end_router(router: Any) -> None:
     try:
         ray.get(router.stop.remote(), timeout=_CALL_TIMEOUT_S)
     except (ray.exceptions.RayError, TimeoutError) as error:
         logger.warning("the router did not stop: %s", type(error).__name__)
-    for actor in (router, *ranks):
-        ray.kill(actor, no_restart=True)
-    remove_placement_group(group)
-    shutil.rmtree(socket_dir, ignore_errors=True)
+    ray.kill(router, no_restart=True)

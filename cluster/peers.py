@@ -8,9 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from ostro.actors.errors import OstroError, ShardLostError
+from ostro.actors.errors import CheckpointError, OstroError, ShardLostError
 from ostro.actors.rank import EpochSpec, RankHealth, RankSpec
 from ostro.configs.errors import ConfigError
+
+_ACTORS = "ostro-"  # how the names of our actors begin
 
 
 class RayPeer:
@@ -48,17 +50,30 @@ class RayPeer:
         except TimeoutError:
             raise ShardLostError(f"{self.name} did not answer within {timeout_s:.0f} s") from None
         except RayTaskError as error:
-            raise _named(error.cause, self.name) from None
+            raise _named(error.cause, self.name, error.ip) from None
         except RayActorError:
             raise ShardLostError(f"{self.name} is not running") from None
+
+
+def with_place(
+    error: OstroError | ConfigError, actor_name: str, address: str
+) -> OstroError | ConfigError:
+    """Say where a file or device was wrong: it may be right on every other node."""
+    if not isinstance(error, CheckpointError | ConfigError) or str(error).startswith(_ACTORS):
+        return error
+    told = f"{actor_name} on {address}: {error}"
+    error.args = (told,)
+    if isinstance(error, CheckpointError):
+        error.message = told
+    return error
 
 
 async def _result(reference: Any) -> Any:
     return await reference
 
 
-def _named(cause: BaseException, name: str) -> Exception:
+def _named(cause: BaseException, name: str, address: str) -> Exception:
     """The rank's own error if it is one of ours, else one that names the rank."""
     if isinstance(cause, OstroError | ConfigError):
-        return cause
+        return with_place(cause, name, address)
     return ShardLostError(f"{name} failed: {type(cause).__name__}: {cause}")

@@ -26,20 +26,28 @@ _FIXED = {
     # Serve's own limit is 2 GiB; no prompt is that long.
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _RANGE = 199
 _TRIES = 20
-_SIDE_PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+_SIDE_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
 
 
 def prepare_environment() -> None:
     """Set what is not set already; a local cluster gets a fresh token that never touches a disk."""
     for name, value in _FIXED.items():
         os.environ.setdefault(name, value)
-    if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # A cluster that runs has a token or none; with one that it does not expect, it takes every
+    # actor's owner for dead.
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # HAProxy by way of `ostro.cluster.haproxy`, which says why.
     haproxy = Path(sys.executable).with_name("ostro-haproxy")
     if haproxy.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import time
 import urllib.error
 import urllib.request
@@ -15,39 +16,80 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 from ostro.actors.errors import NotReadyError
 from ostro.cluster.app import SERVICERS, IngressSpec, build_app
 from ostro.configs.deployment import ServingConfig
+from ostro.configs.errors import ConfigError
 
 _APP_NAME = "ostro"
 _READY_TIMEOUT_S = 120.0
 _POLL_S = 0.1
+_ANY = ("0.0.0.0", "::")
+
+
+def clear_ingress() -> None:
+    """Make sure that Ray Serve does not run: a running one keeps the ports it has.
+
+    Raises:
+        ConfigError: It runs somebody's applications.
+    """
+    status = serve.status()
+    others = sorted(set(status.applications) - {_APP_NAME})
+    if others:
+        raise ConfigError(
+            f"Ray Serve on this cluster runs {', '.join(others)} on ports of its own; "
+            f"end that with `serve shutdown`, or use another Ray cluster"
+        )
+    if status.proxies:  # left behind by a launch that was killed
+        serve.shutdown()
+
+
+def reachable_host(serving: ServingConfig, head_address: str | None) -> str:
+    """The host at which this process reaches the faces.
+
+    Args:
+        serving: Where the faces will open.
+        head_address: The head node's address; None if this process is on it.
+
+    Raises:
+        ConfigError: The faces would open on the head node's loopback, out of reach.
+    """
+    if serving.host in _ANY:
+        return head_address or "127.0.0.1"
+    if head_address is not None and _is_loopback(serving.host):
+        raise ConfigError(
+            f"serving.host={serving.host}: HTTP and gRPC would open for the head node "
+            f"{head_address} alone; run there, or set serving.host=0.0.0.0"
+        )
+    return serving.host
 
 
 def start_ingress(spec: IngressSpec) -> None:
     """Serve a cell over HTTP and gRPC; returns once the replicas run.
 
+    On any address: from the head and from every node with a replica. One address is one machine's,
+    and replicas listen where the faces do; then all of it is on the head.
+
     Raises:
         NotReadyError: Ray Serve did not come up.
     """
     serving = spec.deployment.serving
+    on_head = serving.host not in _ANY
     with _named_failure():
         serve.start(
-            proxy_location="EveryNode",
+            proxy_location="HeadOnly" if on_head else "EveryNode",
             http_options=HTTPOptions(host=serving.host, port=serving.http_port),
             grpc_options=gRPCOptions(
                 port=serving.grpc_port, grpc_servicer_functions=list(SERVICERS)
             ),
         )
-        serve.run(build_app(spec), name=_APP_NAME, route_prefix="/")
+        serve.run(build_app(spec, on_head=on_head), name=_APP_NAME, route_prefix="/")
 
 
-def wait_ready(serving: ServingConfig) -> None:
+def wait_ready(host: str, http_port: int) -> None:
     """Wait until the ingress says that the cell takes requests.
 
     Raises:
         NotReadyError: It did not in time.
     """
-    any_address = serving.host in ("0.0.0.0", "::")
-    host = "127.0.0.1" if any_address else serving.host
-    url = f"http://{host}:{serving.http_port}/ready"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{http_port}/ready"
     deadline_s = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
@@ -61,6 +103,13 @@ def wait_ready(serving: ServingConfig) -> None:
 def stop_ingress() -> None:
     """End Ray Serve; harmless if it does not run."""
     serve.shutdown()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @contextmanager

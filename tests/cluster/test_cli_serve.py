@@ -82,8 +82,8 @@ class FakeCell:
             self._story.pop(0)()
         return self._story.pop(0)
 
-    def stop(self) -> None:
-        self.drains_s.append(self.deployment.serving.drain_timeout_s)
+    def stop(self, drain_s: float | None = None) -> None:
+        self.drains_s.append(drain_s or self.deployment.serving.drain_timeout_s)
         if self._on_stop:
             self._on_stop.pop(0)()
 

@@ -1,0 +1,52 @@
+"""Shards that find out where they run: Ray may start one anew on another node.
+
+What `cluster.launch` makes actors of; `ostro.actors` knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import ray
+
+from ostro.actors.attention_shard import AttentionShard
+from ostro.actors.expert_shard import ExpertShard
+
+_LOOPBACK = "127.0.0.1"
+
+
+class PlacedAttentionShard(AttentionShard):
+    """An attention shard on the node that Ray chose.
+
+    Args:
+        name: The actor's name.
+        socket_dir: Where it offers its token stream on the cluster's only node; None for TCP.
+    """
+
+    def __init__(self, name: str, socket_dir: str | None) -> None:
+        host = _host(socket_dir)
+        super().__init__(
+            host=host, node_id=_node_id(), token_address=listen_address(host, socket_dir, name)
+        )
+
+
+class PlacedExpertShard(ExpertShard):
+    """An expert shard on the node that Ray chose; arguments as `PlacedAttentionShard`."""
+
+    def __init__(self, _name: str, socket_dir: str | None) -> None:
+        super().__init__(host=_host(socket_dir), node_id=_node_id())
+
+
+def listen_address(host: str, socket_dir: str | None, name: str) -> str:
+    """Unix sockets in a private folder on one node, TCP on the node's own address across nodes."""
+    if socket_dir is not None:
+        return f"unix:{socket_dir}/{name}"
+    return f"tcp:[{host}]:0" if ":" in host else f"tcp:{host}:0"
+
+
+def _host(socket_dir: str | None) -> str:
+    """On one node nothing of ours needs to leave the machine."""
+    return ray.util.get_node_ip_address() if socket_dir is None else _LOOPBACK
+
+
+def _node_id() -> str:
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id

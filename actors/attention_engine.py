@@ -27,6 +27,7 @@ from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledStep
 from ostro.actors.errors import OstroError, TransportError
 from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection, SyncServer
+from ostro.actors.fabric.local_exchange import ExchangeCounters
 from ostro.actors.fabric.messages import (
     AbortEpoch,
     Assign,
@@ -35,7 +36,6 @@ from ostro.actors.fabric.messages import (
     ExpertCounts,
     Message,
     Proposal,
-    ShardLoad,
     StepDone,
     StepEvents,
     StepPlan,
@@ -52,6 +52,8 @@ _REPORT_EVERY_S = 1.0
 
 class StepExchange(ExpertExchange, Protocol):
     """What the loop asks of a transport beyond what the decoder does."""
+
+    counters: ExchangeCounters
 
     def begin_step(self, plan: StepPlan) -> None:
         """Make ready for the rows of a plan."""
@@ -110,6 +112,9 @@ class AttentionEngine:
         """See `rank_loop.Engine`."""
         connection, has_work = self._parts.connection, self._has_work()
         message = connection.receive(timeout_s=0.0 if has_work else _IDLE_WAIT_S)
+        if message is None and not has_work and self._was_busy and self._scheduler.is_idle():
+            self._was_busy = False
+            self._scheduler.check_integrity()
         while message is not None:
             self._absorb(message)
             message = connection.receive(timeout_s=0.0)
@@ -123,8 +128,10 @@ class AttentionEngine:
             self._run_plan(self._plans.popleft())
 
     def _has_work(self) -> bool:
+        """Whether to go on without waiting for a message."""
         if self._parts.conducted:
-            return bool(self._plans)
+            may_propose = self._proposed is None and self._scheduler.has_work()
+            return bool(self._plans) or may_propose
         return self._scheduler.has_work()
 
     def _absorb(self, message: Message) -> None:
@@ -166,13 +173,7 @@ class AttentionEngine:
         num_tokens = self._proposed.num_tokens if self._proposed else 0
         if num_tokens or owed:
             self._send(Proposal(self._parts.epoch, self._parts.rank, num_tokens))
-        elif self._was_busy and self._scheduler.is_idle():
-            self._become_idle()
         self._host_seconds["plan"] += time.perf_counter() - began_s
-
-    def _become_idle(self) -> None:
-        self._was_busy = False
-        self._scheduler.check_integrity()
 
     def _run_plan(self, plan: StepPlan) -> None:
         if not any(plan.tokens_AM[self._parts.rank]):
@@ -190,8 +191,6 @@ class AttentionEngine:
         step = self._scheduler.schedule()
         self._host_seconds["plan"] += time.perf_counter() - began_s
         if step is None:
-            if self._was_busy and self._scheduler.is_idle():
-                self._become_idle()
             return
         tokens_M = split_evenly(step.num_tokens, 1)
         plan = StepPlan(self._parts.epoch, self._next_step, False, [tokens_M], 0)
@@ -248,7 +247,7 @@ class AttentionEngine:
     def _deliver(self, events: list[TokenEvent], *, step: int | None) -> None:
         if not events and step is None:
             return
-        # The router first: a reader of the last token may use its request id again at once.
+        # The router first, so that it knows of an end before a reader can act on it.
         self._report_step(events, step)
         by_ingress: dict[str, list[TokenEvent]] = {}
         for event in events:
@@ -265,7 +264,6 @@ class AttentionEngine:
 
     def _report_step(self, events: list[TokenEvent], step: int | None) -> None:
         added, dropped = self._scheduler.cache_changes()
-        load = self._scheduler.load()
         self._send(
             StepDone(
                 epoch=self._parts.epoch,
@@ -273,12 +271,14 @@ class AttentionEngine:
                 step=step,
                 outputs=[(event.request_id, event.token_ids) for event in events],
                 finished=[event.request_id for event in events if event.finish_reason],
-                load=ShardLoad(
-                    **{name: getattr(load, name) for name in ShardLoad.__struct_fields__}
-                ),
+                load=self._scheduler.load(),
                 cached_pages=added,
                 dropped_pages=dropped,
-                seconds={**self._parts.decoder.seconds, **self._host_seconds},
+                seconds={
+                    **self._parts.decoder.seconds,
+                    **self._host_seconds,
+                    "wait": self._parts.exchange.counters.wait_s,
+                },
             )
         )
 

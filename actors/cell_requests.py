@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ostro.actors.engine.admission import AdmissionPolicy
 from ostro.actors.engine.assignment import Assigner
 from ostro.actors.engine.journal import Journal
-from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.errors import InvalidRequestError
+from ostro.actors.engine.request import GenerationRequest, callers_id
+from ostro.actors.errors import OverloadedError
 from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
 
@@ -31,36 +31,51 @@ class CellRequests:
 
     def __init__(self, engine: EngineConfig, ranks: Sequence[int]) -> None:
         self._assigner = Assigner(ranks, page_size=engine.page_size)
-        self._admission = AdmissionPolicy(engine.max_waiting_requests, engine.max_waiting_tokens)
+        self._admission = {
+            rank: AdmissionPolicy(engine.max_waiting_requests, engine.max_waiting_tokens)
+            for rank in ranks
+        }
+        self._num_prompt_tokens = dict.fromkeys(ranks, 0)
         per_rank = engine.max_waiting_requests + engine.max_running_requests
         self._journal = Journal(max_entries=per_rank * len(ranks))
         self._live: dict[str, LiveRequest] = {}
+        self._latest: dict[str, str] = {}
 
     def place(self, request: GenerationRequest, ingress_id: str) -> LiveRequest:
         """Choose the shard of a request and begin its journal.
 
         Raises:
-            InvalidRequestError: A request of that id runs already.
-            OverloadedError: The chosen shard's queue is full.
+            OverloadedError: Every shard's queue is full.
         """
-        if request.request_id in self._live:
-            raise InvalidRequestError(
-                f"request_id {request.request_id!r} is running already; choose another",
-                param="request_id",
-                code="duplicate_request_id",
-            )
-        rank = self._assigner.choose(request)
-        num_waiting, waiting_tokens = self._assigner.waiting(rank)
-        self._admission.check(num_waiting, waiting_tokens, len(request.prompt_token_ids))
+        rank = self._admit(request)
         self._journal.add(request, rank)
         self._assigner.add(rank, request)
         live = LiveRequest(request.request_id, rank, ingress_id)
         self._live[request.request_id] = live
+        self._latest[callers_id(request.request_id)] = request.request_id
         return live
 
+    def _admit(self, request: GenerationRequest) -> int:
+        refusal: OverloadedError | None = None
+        for rank in self._assigner.ranked(request):
+            num_waiting, waiting_tokens = self._assigner.waiting(rank)
+            try:
+                self._admission[rank].check(
+                    num_waiting, waiting_tokens, len(request.prompt_token_ids)
+                )
+            except OverloadedError as error:
+                refusal = refusal or error
+            else:
+                return rank
+        raise refusal or OverloadedError("no attention shard takes requests")
+
+    def num_live(self, rank: int) -> int:
+        """Requests that live on a rank."""
+        return self._assigner.num_live(rank)
+
     def find(self, request_id: str) -> LiveRequest | None:
-        """The request of that id, if it runs."""
-        return self._live.get(request_id)
+        """The running request of that unique id, or the latest of that caller's id."""
+        return self._live.get(request_id) or self._live.get(self._latest.get(request_id, ""))
 
     def of_ingress(self, ingress_id: str) -> list[LiveRequest]:
         """All requests that an ingress reads."""
@@ -74,14 +89,22 @@ class CellRequests:
 
     def follow(self, report: StepDone, *, elapsed_s: float) -> None:
         """Take in what a step brought: tokens, ends, cached pages; `elapsed_s` since the last."""
-        drained_tokens = 0
+        self._measure_drain(report, elapsed_s)
         for request_id, token_ids in report.outputs:
             self._journal.record(request_id, token_ids)
             self._assigner.grow(report.rank, request_id, len(token_ids))
-            drained_tokens += len(token_ids)
         for request_id in report.finished:
             self._journal.forget(request_id)
             self._assigner.remove(report.rank, request_id)
             self._live.pop(request_id, None)
+            name = callers_id(request_id)
+            if self._latest.get(name) == request_id:
+                del self._latest[name]
         self._assigner.cache_changed(report.rank, report.cached_pages, report.dropped_pages)
-        self._admission.record(drained_tokens, elapsed_s)
+
+    def _measure_drain(self, report: StepDone, elapsed_s: float) -> None:
+        """How fast prompts begin to run, while any wait: what Retry-After is computed from."""
+        begun_tokens = report.load.num_prompt_tokens - self._num_prompt_tokens[report.rank]
+        self._num_prompt_tokens[report.rank] = report.load.num_prompt_tokens
+        if self._assigner.waiting(report.rank)[0]:
+            self._admission[report.rank].record(begun_tokens, elapsed_s)

@@ -36,13 +36,20 @@ class Conductor:
         self._proposed_A[rank] = num_tokens
         self._owing.discard(rank)
 
-    def done(self, rank: int, step: int) -> None:
-        """Note that an attention rank finished a step."""
+    def done(self, rank: int, step: int, *, now_s: float) -> None:
+        """Note that an attention rank finished a step; the next one's time begins with its end."""
         for number, running, _ in self._out:
             if number == step:
                 running.discard(rank)
         while self._out and not self._out[0][1]:
             self._out.popleft()
+            if self._out:
+                number, running, _ = self._out[0]
+                self._out[0] = (number, running, now_s)
+
+    def waits_for_plan(self, rank: int) -> bool:
+        """Whether an attention rank has proposed and not got its plan yet."""
+        return self._proposed_A[rank] > 0
 
     def next_plan(self, *, now_s: float) -> StepPlan | None:
         """The next plan, or None while there is nothing to run or a proposal is still owed."""
@@ -71,7 +78,7 @@ class Conductor:
         return with_rows + list(self._layout.expert_ranks())
 
     def overdue(self, *, now_s: float, timeout_s: float) -> tuple[int, list[int]] | None:
-        """(step, ranks still running it) of the oldest plan, once it is older than `timeout_s`."""
+        """(step, ranks still running it) of the oldest plan, once it runs for `timeout_s`."""
         if not self._out:
             return None
         step, running, issued_s = self._out[0]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from ostro.actors.errors import NotReadyError
+from ostro.actors.errors import NotReadyError, ShardLostError
 from ostro.actors.fabric.channel import SyncConnection
 from ostro.actors.fabric.epoch import EpochGroup, Membership, join, leave
 from ostro.actors.fabric.messages import RankHello
@@ -18,8 +17,6 @@ from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, RankHealth, RankSpec, RankState
 from ostro.actors.rank_loop import Engine, RankLoop, RankStatus
 from ostro.configs.model import ModelConfig
-
-logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -83,14 +80,22 @@ class RankActor(ABC):
         connection = SyncConnection.connect(
             epoch.router_address, epoch.secret, timeout_s=_CONNECT_TIMEOUT_S
         )
-        engine, token_address = self._make_engine(spec, epoch, connection)
-        connection.send(RankHello(epoch.epoch, spec.rank, token_address))
+        try:
+            engine, token_address = self._make_engine(spec, epoch, connection)
+            connection.send(RankHello(epoch.epoch, spec.rank, token_address))
+        except BaseException:
+            connection.close()
+            raise
         self._loop = RankLoop(spec.rank, epoch.epoch, connection, engine)
         self._loop.start()
         self._status.stage_seconds["join"] = time.perf_counter() - began_s
 
     def leave(self) -> None:
-        """Leave the epoch, if in one."""
+        """Leave the epoch, if in one.
+
+        Raises:
+            ShardLostError: The engine does not stop; the process must be ended.
+        """
         group, self._group = self._group, None
         loop, self._loop = self._loop, None
         if loop is not None:
@@ -98,7 +103,9 @@ class RankActor(ABC):
         if group is not None:
             leave(group)
         if loop is not None and not loop.wait(_STOP_TIMEOUT_S):
-            logger.warning("rank %d: epoch %d is stuck in a wait", loop.rank, loop.epoch)
+            # Its thread may still write to the cache: nothing new may begin beside it.
+            self._loop = loop
+            raise ShardLostError(f"rank {loop.rank} is stuck in a wait of epoch {loop.epoch}")
         self._epoch_ended()
 
     def health(self) -> RankHealth:

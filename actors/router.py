@@ -7,6 +7,7 @@ rows travel between ranks, tokens travel from attention shards to ingress replic
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Coroutine, Iterable, Sequence
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from ostro.actors.cell_requests import CellRequests, LiveRequest
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError, TransportError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
 from ostro.actors.fabric.epoch import host_store
 from ostro.actors.fabric.messages import (
@@ -42,6 +43,7 @@ from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, Peer, RankHealth, RankSpec, RankState
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
+from ostro.configs.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ _LEAVE_TIMEOUT_S = 10.0
 _MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _WATCH_EVERY_S = 1.0
 _STEP_GRACE_S = 5.0
+_JOIN_GRACE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Router:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Load every rank and form an epoch; again after a failure, it mends what is broken.
+        """Load every rank and form an epoch; does nothing if one serves already.
 
         Raises:
             CheckpointError: The checkpoint cannot be served; nothing was loaded.
@@ -113,7 +116,8 @@ class Router:
             if self._ground is None:
                 self._ground = await self._lay_ground()
                 self._spawn(self._watch())
-            await self._begin_epoch(self._ground)
+            if not (self._epoch and self._epoch.serving):
+                await self._begin_epoch(self._ground)
 
     async def address(self) -> str:
         """Where ranks and ingress replicas connect."""
@@ -181,6 +185,8 @@ class Router:
             peer.start(self._rank_spec(rank, ground), timeout_s=timeouts.shard_start_timeout_s)
             for rank, peer in enumerate(self._peers)
         )
+        if self._epoch is not None:
+            self._epoch.close()
         self._epoch_number += 1
         self._requests = self._no_requests()
         self._epoch = RouterEpoch(
@@ -198,8 +204,14 @@ class Router:
             router_address=ground.address,
             secret=self._secret,
         )
-        await _all(peer.join(spec, timeout_s=timeouts.join_timeout_s) for peer in self._peers)
-        await self._epoch.all_here(timeouts.join_timeout_s)
+        # Longer than the ranks wait for each other: they know which one did not come.
+        patience_s = timeouts.join_timeout_s + _JOIN_GRACE_S
+        try:
+            await _all(peer.join(spec, timeout_s=patience_s) for peer in self._peers)
+            await self._epoch.all_here(timeouts.join_timeout_s)
+        except BaseException:
+            self._epoch.close()
+            raise
         logger.info("epoch %d serves on %d ranks", self._epoch_number, len(self._peers))
         self._tell_members()
 
@@ -214,6 +226,8 @@ class Router:
         )
 
     def _on_failure(self, epoch: RouterEpoch, lost: Sequence[int], reason: str) -> None:
+        if epoch is not self._epoch:
+            return  # the verdict on an epoch that was replaced meanwhile
         names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
         message = f"epoch {epoch.number} ended: lost {names}: {reason}"
         logger.error("%s", message)
@@ -227,14 +241,14 @@ class Router:
 
     async def _mend(self) -> None:
         """Form the next epoch, waiting longer after each attempt that fails."""
-        for attempt in range(10_000):
+        for attempt in itertools.count():
             await asyncio.sleep(_MEND_PAUSE_S[min(attempt, len(_MEND_PAUSE_S) - 1)])
             try:
                 await _all(self._restart_if_silent(peer) for peer in self._peers)
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
-            except OstroError as error:
+            except (OstroError, ConfigError) as error:
                 logger.warning("epoch %d did not form: %s", self._epoch_number, error)
                 continue
             return
@@ -268,6 +282,9 @@ class Router:
         connection.close()
 
     async def _serve_ingress(self, connection: AsyncConnection, ingress_id: str) -> None:
+        replaced = self._ingresses.get(ingress_id)
+        if replaced is not None:
+            replaced.close()
         self._ingresses[ingress_id] = connection
         connection.send(self._members())
         try:
@@ -303,7 +320,9 @@ class Router:
             self._reject(ingress_id, request.request_id, error)
             return
         self._epoch.send(live.rank, Assign(self._epoch.number, request, ingress_id))
-        self._ingresses[ingress_id].send(Accepted(live.request_id, live.rank))
+        connection = self._ingresses.get(ingress_id)
+        if connection is not None:
+            connection.send(Accepted(live.request_id, live.rank))
 
     def _reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
         connection = self._ingresses.get(ingress_id)
@@ -387,7 +406,9 @@ class Router:
 
 
 async def _all(calls: Iterable[Coroutine[None, None, None]]) -> None:
-    """Wait for every call, then raise the first error."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+    """Wait for every call, then raise an error if there is one: one that names a peer first."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    errors.sort(key=lambda error: not isinstance(error, TransportError))
+    if errors:
+        raise errors[0]

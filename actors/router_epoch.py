@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 
 from ostro.actors.cell_requests import CellRequests
 from ostro.actors.conductor import Conductor
+from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, ChannelError
 from ostro.actors.fabric.messages import (
     AbortEpoch,
+    Assign,
     ExpertCounts,
     Message,
     Proposal,
     RankFailed,
     RankHello,
-    ShardLoad,
     StepDone,
 )
 from ostro.actors.fabric.placement import Placement
@@ -65,7 +66,7 @@ class RouterEpoch:
         self._seconds: dict[int, dict[str, float]] = {}
         self._here = asyncio.Event()
         self._closed = False
-        self._reported_s = time.monotonic()
+        self._heard_s = dict.fromkeys(layout.attention_ranks(), time.monotonic())
         self._accused: list[tuple[int, str]] = []
         self._fell_silent: list[int] = []
         self._explained: set[int] = set()
@@ -84,7 +85,9 @@ class RouterEpoch:
             raise ShardLostError(
                 f"ranks {missing} did not connect to the router within {timeout_s:.0f} s"
             ) from None
-        self.serving = not self._closed and self._settling is None
+        if self._closed or self._settling is not None:
+            raise ShardLostError(f"epoch {self.number} ended as it began: {self._accused}")
+        self.serving = True
 
     async def serve_rank(self, connection: AsyncConnection, hello: RankHello) -> None:
         """Take a rank's messages until its connection ends."""
@@ -107,14 +110,21 @@ class RouterEpoch:
         connection = self._connections.get(rank)
         if connection is not None:
             connection.send(message)
+        if isinstance(message, Assign) and self._requests.num_live(rank) == 1:
+            self._heard_s[rank] = time.monotonic()
 
     def check_overdue(self, timeout_s: float) -> None:
-        """Fail the epoch if a step has been running for longer than `timeout_s`."""
-        overdue = self._conductor.overdue(now_s=time.monotonic(), timeout_s=timeout_s)
-        if overdue is not None and not self._closed:
-            step, ranks = overdue
-            for rank in ranks:
-                self._suspect(rank, f"step {step} did not end within {timeout_s:.0f} s")
+        """Fail the epoch if a step, or a rank that has requests, is silent for `timeout_s`."""
+        if self._closed or not self.serving:
+            return
+        now_s = time.monotonic()
+        overdue = self._conductor.overdue(now_s=now_s, timeout_s=timeout_s)
+        for rank in overdue[1] if overdue else ():
+            self._suspect(rank, f"its step did not end within {timeout_s:.0f} s")
+        for rank, heard_s in self._heard_s.items():
+            owes = self._requests.num_live(rank) and not self._conductor.waits_for_plan(rank)
+            if owes and now_s - heard_s > timeout_s:
+                self._suspect(rank, f"it has requests and said nothing for {timeout_s:.0f} s")
 
     def total_seconds(self) -> dict[str, float]:
         """Seconds by stage, summed over ranks."""
@@ -136,6 +146,7 @@ class RouterEpoch:
             return
         match message:
             case Proposal(rank=rank, num_tokens=num_tokens):
+                self._heard_s[rank] = time.monotonic()
                 self._conductor.propose(rank, num_tokens)
                 self._plan()
             case StepDone():
@@ -155,13 +166,13 @@ class RouterEpoch:
 
     def _step_done(self, report: StepDone) -> None:
         now_s = time.monotonic()
-        self._requests.follow(report, elapsed_s=now_s - self._reported_s)
-        self._reported_s = now_s
+        self._requests.follow(report, elapsed_s=now_s - self._heard_s[report.rank])
+        self._heard_s[report.rank] = now_s
         self.loads[report.rank] = report.load
         self._seconds[report.rank] = report.seconds
         if report.step is not None:
             self.num_steps = max(self.num_steps, report.step + 1)
-            self._conductor.done(report.rank, report.step)
+            self._conductor.done(report.rank, report.step, now_s=now_s)
             self._plan()
 
     def _count(self, report: ExpertCounts) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import BackpressureConfig
 
 from ostro.actors.errors import NotReadyError
 from ostro.cluster.cell_client import CellClient
@@ -47,7 +48,7 @@ class IngressSpec:
     model_dir: str
     router_name: str
     namespace: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     dtype: str
 
 
@@ -84,6 +85,10 @@ class Ingress(GrpcMethods):
             adds_request_id=False,
         )
 
+    async def check_health(self) -> None:
+        """Called by Ray Serve; a replica that raises is replaced."""
+        self._cell.check()
+
     async def _find_router(self) -> str:
         try:
             router = ray.get_actor(self._spec.router_name, namespace=self._spec.namespace)
@@ -100,6 +105,7 @@ def build_app(spec: IngressSpec, *, on_head: bool) -> Any:
         num_replicas=serving.num_ingress_replicas,
         max_ongoing_requests=serving.max_ongoing_requests,
         max_queued_requests=serving.max_ongoing_requests,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=2),
         graceful_shutdown_timeout_s=_DRAIN_POLL_S,
         graceful_shutdown_wait_loop_s=_DRAIN_POLL_S / 2,
         ray_actor_options={"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001} if on_head else {}},

@@ -106,7 +106,7 @@ def faces(
     from ostro.cluster.bench_engine import Workload
     from ostro.cluster.bench_faces import BARE, measure_faces
 
-    deployment = load_deployment(preset, [f"model={model}"])
+    deployment = load_deployment(preset, [f"model={model}", "engine.prefix_cache=false"])
     with _console.status("starting") as status:
         figures = measure_faces(
             deployment,

@@ -177,7 +177,7 @@ async def _measure(
                 )
                 for face, generate in faces.items():
                     note(f"round {turn} of {rounds}, {face}, concurrency {concurrency}")
-                    token_ids = prompts(size, vocab_size, hash((turn, concurrency, face)))
+                    token_ids = prompts(size, vocab_size, 1000 * turn + concurrency)
                     sample = await closed_loop(
                         generate,
                         f"{turn}-{concurrency}",

@@ -11,8 +11,10 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
+
 from ostro.actors import errors
-from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.engine.request import GenerationRequest, TokenEvent, unique_id
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, connect
 from ostro.actors.fabric.messages import (
@@ -32,6 +34,7 @@ from ostro.actors.fabric.messages import (
 
 logger = logging.getLogger(__name__)
 
+_SERIAL_CHARS = 8
 _DIAL_TIMEOUT_S = 5.0
 _REDIAL_PAUSE_S = 0.5
 _ANSWER_TIMEOUT_S = 10.0
@@ -67,6 +70,7 @@ class CellClient:
         self._router: AsyncConnection | None = None
         self._members = Members(0, False, {})
         self._inboxes: dict[str, _Inbox] = {}
+        self._running: set[str] = set()
         self._answers: dict[int, asyncio.Future[State | ControlDone]] = {}
         self._tags = itertools.count(1)
         self._streams: dict[int, asyncio.Task[None]] = {}
@@ -76,6 +80,12 @@ class CellClient:
     def start(self) -> None:
         """Begin to dial; `ready` tells when requests are taken."""
         self._main = asyncio.get_running_loop().create_task(self._stay_connected())
+
+    def check(self) -> None:
+        """Raise if the client has given up, which is a bug: the replica must be replaced."""
+        if self._main is not None and self._main.done():
+            self._main.result()
+            raise NotReadyError("the connection to the router was given up")
 
     async def close(self) -> None:
         """End every connection; running requests fail."""
@@ -100,30 +110,32 @@ class CellClient:
         """See `generation.Cell.submit`."""
         if not self.ready or self._router is None:
             raise NotReadyError("the cell is loading or being mended; try again", retry_after_s=5)
-        inbox, finished = _Inbox(), False
-        if request.request_id in self._inboxes:
+        if request.request_id in self._running:
             raise errors.InvalidRequestError(
                 f"request_id {request.request_id!r} is running already; choose another",
                 param="request_id",
                 code="duplicate_request_id",
             )
-        self._inboxes[request.request_id] = inbox
+        self._running.add(request.request_id)
+        serial = f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}"
+        inbox, finished, name = _Inbox(), False, unique_id(request.request_id, serial)
+        self._inboxes[name] = inbox
         try:
-            self._router.send(Submit(request))
+            self._router.send(Submit(msgspec.structs.replace(request, request_id=name)))
             timeout_s: float | None = self._submit_timeout_s
             while not finished:
                 item = await _next(inbox.queue, timeout_s)
                 timeout_s = None
                 if isinstance(item, OstroError):
-                    finished = True
                     raise item
                 if isinstance(item, TokenEvent):
                     finished = item.finish_reason is not None
                     yield item
         finally:
-            del self._inboxes[request.request_id]
+            del self._inboxes[name]
+            self._running.discard(request.request_id)
             if not finished:
-                self._forget(request.request_id)
+                self._forget(name)
 
     async def cancel(self, request_id: str) -> bool:
         """See `generation.Cell.cancel`."""
@@ -192,6 +204,8 @@ class CellClient:
                 if inbox is not None:
                     inbox.rank = rank
                     inbox.queue.put_nowait(message)
+                    if rank not in self._streaming:  # its tokens have nowhere to go
+                        self._fail([request_id], lambda: _lost(rank))
             case Rejected():
                 self._fail([message.request_id], lambda: _error_of(message))
             case State() | ControlDone():
@@ -210,6 +224,8 @@ class CellClient:
         for task in self._streams.values():
             task.cancel()
         self._streaming.clear()
+        placed = [name for name, inbox in self._inboxes.items() if inbox.rank is not None]
+        self._fail(placed, lambda: ShardLostError("its epoch ended; try again", retry_after_s=5))
         loop = asyncio.get_running_loop()
         self._streams = {
             rank: loop.create_task(self._read_tokens(rank, address, members.epoch))
@@ -225,7 +241,7 @@ class CellClient:
                 logger.info("the token stream of rank %d ended: %s", rank, error)
             self._streaming.discard(rank)
             here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
-            self._fail(here, lambda: ShardLostError(f"attention-{rank} was lost", retry_after_s=5))
+            self._fail(here, lambda: _lost(rank))
             await asyncio.sleep(_REDIAL_PAUSE_S)
 
     async def _read_stream(self, rank: int, address: str, epoch: int) -> None:
@@ -251,6 +267,10 @@ class CellClient:
             inbox = self._inboxes.get(request_id)
             if inbox is not None:
                 inbox.queue.put_nowait(error())
+
+
+def _lost(rank: int) -> ShardLostError:
+    return ShardLostError(f"attention-{rank} was lost", retry_after_s=5)
 
 
 async def _next(

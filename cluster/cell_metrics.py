@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ostro.actors.fabric.messages import ShardLoad, State
+from ostro.actors.engine.step import ShardLoad
+from ostro.actors.fabric.messages import State
 
 _LOAD_GAUGES = (
     ("num_requests_running", "Requests that advance in every step", "num_running"),

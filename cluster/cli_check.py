@@ -28,7 +28,9 @@ from ostro.cluster.deployment_plan import (
 )
 from ostro.cluster.human_numbers import format_bytes, format_count
 from ostro.cluster.machine import local_device, this_machine
+from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig
+from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
 
 _TITLE_WIDTH = 12
@@ -99,10 +101,23 @@ def run(deployment: DeploymentConfig) -> None:
     )
     _print_checkpoint(model_dir, config, summary, console)
     _print_plan(deployment, plan, machine, console)
-    problems = [*_checkpoint_problems(summary), *plan.problems, *_port_problems(deployment)]
+    problems = [
+        *_checkpoint_problems(summary),
+        *_tokenizer_problems(deployment, model_dir),
+        *plan.problems,
+        *_port_problems(deployment),
+    ]
     _print_verdict(plan, problems, console)
     if problems:
         raise typer.Exit(1)
+
+
+def _tokenizer_problems(deployment: DeploymentConfig, model_dir: Path) -> list[str]:
+    try:
+        PromptBuilder(model_dir, deployment.reasoning)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _checkpoint_problems(summary: CheckpointSummary) -> list[str]:

@@ -41,7 +41,7 @@ _POLL_S = 3.0
 _HURRIED_DRAIN_S = 0.1
 _RAY_CHARS = 400  # of an error of Ray's
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFAULT_GRPC = ("127.0.0.1", 9000)  # where `ostro chat` looks by itself
 
 
@@ -112,10 +112,9 @@ def run(
         OstroError: From the launch or the checkpoint, or the router died while serving.
         typer.Exit: Interrupted before it was ready.
     """
-    from ostro.actors.model.weights import check_checkpoint
     from ostro.cluster.cli_loading import loading_view
 
-    config = check_checkpoint(model_dir)
+    config = _check_model(deployment, model_dir)
     weight_bytes = _weight_bytes(deployment, config)
     with _signals_interrupt():
         try:
@@ -137,6 +136,21 @@ def run(
         finally:
             _stop(cell)
             console.print("stopped")
+
+
+def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:
+    """Refuse, before anything starts, what no shard or ingress could serve.
+
+    The head of a cluster need not have the weights; there the router has a rank's node check them.
+    """
+    from ostro.actors.model.weights import check_checkpoint
+    from ostro.cluster.prompt import PromptBuilder
+    from ostro.configs.model import load_model_config
+
+    PromptBuilder(model_dir, deployment.reasoning)
+    if "RAY_ADDRESS" in os.environ:
+        return load_model_config(model_dir)
+    return check_checkpoint(model_dir)
 
 
 def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: OnProgress) -> Cell:

@@ -17,11 +17,8 @@ from ostro.actors.engine.request import FinishReason, TokenEvent, TokenLogprob
 from ostro.actors.errors import (
     DeadlineError,
     InvalidRequestError,
-    NotReadyError,
     OstroError,
     OverloadedError,
-    ShardLostError,
-    TransportError,
 )
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import (
@@ -47,14 +44,17 @@ from ostro.cluster.request_builder import Prepared, RequestBuilder
 from ostro.configs.deployment import DeploymentConfig
 
 _LONG_PROMPT = 8192  # characters; above it (about 1 ms of work) tokenizing leaves the event loop
+# What a shard says of a request that it does not take; the router and the client raise the rest.
 _ERRORS: dict[str, type[OstroError]] = {
-    kind.code: kind
-    for kind in (DeadlineError, NotReadyError, OverloadedError, ShardLostError, TransportError)
-} | {
-    # This request alone needs more than the shard's cache holds.
-    "kv_exhausted": InvalidRequestError,
-    "context_length_exceeded": InvalidRequestError,
+    OverloadedError.code: OverloadedError,
+    InvalidRequestError.code: InvalidRequestError,
+    "context_length_exceeded": InvalidRequestError,  # more than the shard's cache holds
 }
+
+
+def _num_characters(message: ChatMessage) -> int:
+    calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return len(message.text) + len(message.thinking or "") + calls
 
 
 class Frontend:
@@ -96,7 +96,7 @@ class Frontend:
             DeadlineError: `queue_timeout_s` or the server's request timeout passed.
             OstroError: What the cell raised or reported.
         """
-        num_characters = sum(len(m.text) + len(m.thinking or "") for m in request.messages)
+        num_characters = sum(map(_num_characters, request.messages))
         is_long = num_characters > _LONG_PROMPT or bool(request.tools)  # schemas are slow to check
         return self._serve(partial(self._builder.chat, request), is_long=is_long)
 

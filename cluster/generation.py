@@ -229,7 +229,7 @@ GenerationEvent = Started | TextDelta | ToolCallDone | Finished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What the faces say of the served model."""
+    """What the faces say of the served model; `end_token_ids` end a generation as `</s>` does."""
 
     name: str
     description: str
@@ -243,6 +243,7 @@ class ModelCard:
     kv_dtype: str
     efforts: tuple[str, ...]
     default_effort: str
+    end_token_ids: tuple[int, ...] = ()
 
 
 class Cell(Protocol):

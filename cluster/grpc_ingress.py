@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from asyncio import to_thread
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
@@ -143,9 +144,10 @@ class GrpcMethods:
             if which is None:
                 raise InvalidRequestError("input: send text or conversation", param="input")
             if which == "text":
-                ids = frontend.tokenize_text(readable.text)
+                ids = await to_thread(frontend.tokenize_text, readable.text)
             else:
-                ids = frontend.tokenize_chat(
+                ids = await to_thread(
+                    frontend.tokenize_chat,
                     conversation_messages(readable.conversation),
                     tools_on_offer(readable.conversation.tools),
                     effort_name(readable.effort),
@@ -160,7 +162,8 @@ class GrpcMethods:
         """Token ids to text."""
 
         async def answer(readable: generation.DetokenizeRequest) -> generation.DetokenizeResponse:
-            text = self._grpc_frontend().detokenize(list(readable.token_ids))
+            token_ids = list(readable.token_ids)
+            text = await to_thread(self._grpc_frontend().detokenize, token_ids)
             return generation.DetokenizeResponse(text=text)
 
         return await _unary(answer, request, generation.DetokenizeResponse, grpc_context)

@@ -6,6 +6,7 @@ Every route exists under `/v1` and under `/mistral/v1`, where thinking comes as 
 from __future__ import annotations
 
 import logging
+from asyncio import to_thread
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
@@ -140,16 +141,19 @@ class _Routes:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("send either prompt or messages", param="prompt")
         if body.prompt is not None:
-            tokens = frontend.tokenize_text(body.prompt, add_bos=body.add_special_tokens)
+            tokens = await to_thread(
+                frontend.tokenize_text, body.prompt, add_bos=body.add_special_tokens
+            )
         else:
             messages, tools = chat_messages(body.messages or ()), tools_on_offer(body.tools or ())
-            tokens = frontend.tokenize_chat(messages, tools, body.reasoning_effort)
+            tokens = await to_thread(frontend.tokenize_chat, messages, tools, body.reasoning_effort)
         fields = {"count": len(tokens), "max_model_len": frontend.card.max_context}
         return _json({**fields, "tokens": tokens}, headers)
 
     async def detokenize(self, request: Request) -> Response:
         body, headers = await self._read(request, DetokenizeBody)
-        return _json({"prompt": self._get_frontend().detokenize(body.tokens)}, headers)
+        text = await to_thread(self._get_frontend().detokenize, body.tokens)
+        return _json({"prompt": text}, headers)
 
     async def ready(self) -> Response:
         if not self._get_frontend().cell.ready:

@@ -74,6 +74,7 @@ class RunningCluster:
     secret: bytes
     ending: ExitStack
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    ended: bool = False
 
     def state(self) -> State:
         """The cell at this moment."""
@@ -83,14 +84,19 @@ class RunningCluster:
     def stop(self, drain_s: float | None = None) -> None:
         """End everything that was started, once running requests have had time to finish.
 
+        Interrupted while it waits for them, it can be called again; later it ends the rest first.
+
         Args:
             drain_s: How long they may take; None is the deployment's `drain_timeout_s`.
         """
+        if self.ended:
+            return
         drain_s = self.deployment.serving.drain_timeout_s if drain_s is None else drain_s
         try:
             ray.get(self.router.drain.remote(drain_s), timeout=drain_s + _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
             logger.warning("the router could not be drained: %s", type(error).__name__)
+        self.ended = True
         self.ending.close()
 
 

@@ -132,15 +132,18 @@ def _check_room(claim: _Claim, bundle: Mapping[str, float]) -> None:
     found = " and ".join(
         f"{sum(node.resources.get(name, 0) for node in claim.nodes):g} {name}" for name in bundle
     )
-    where = ""
-    if claim.selector:
-        roles = " or ".join(claim.roles)
-        where = f" labelled {ROLE_LABEL}={roles}" if roles else f" without a label {ROLE_LABEL}"
     raise ConfigError(
-        f"the layout has {len(claim.ranks)} ranks with {each} each for nodes{where}, and there are "
-        f"{len(claim.nodes)} such nodes with {found}, room for {room}: "
+        f"not enough nodes{_which(claim)}: the layout wants {len(claim.ranks)} x ({each}), and "
+        f"there is room for {room} on {len(claim.nodes)} with {found}; "
         f"add nodes or choose a smaller layout"
     )
+
+
+def _which(claim: _Claim) -> str:
+    if not claim.selector:
+        return ""
+    roles = " or ".join(claim.roles)
+    return f" labelled {ROLE_LABEL}={roles}" if roles else f" without a label {ROLE_LABEL}"
 
 
 def _fits_a_domain(claims: Sequence[_Claim], bundle: Mapping[str, float]) -> bool:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from ostro.actors.errors import CheckpointError, OstroError, ShardLostError
 from ostro.actors.rank import EpochSpec, RankHealth, RankSpec
@@ -51,8 +51,8 @@ class RayPeer:
             raise ShardLostError(f"{self.name} did not answer within {timeout_s:.0f} s") from None
         except RayTaskError as error:
             raise _named(error.cause, self.name, error.ip) from None
-        except RayActorError:
-            raise ShardLostError(f"{self.name} is not running") from None
+        except RayError as error:
+            raise ShardLostError(f"{self.name} is not running ({type(error).__name__})") from None
 
 
 def with_place(

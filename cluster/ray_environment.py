@@ -23,8 +23,8 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    # Serve's own limit is 2 GiB; no prompt is that long.
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(64 * 2**20),
+    # Serve's own limit is 2 GiB; 256K tokens of text are 1 MiB.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(8 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -42,12 +42,14 @@ def prepare_environment() -> None:
     """Set what is not set already; a local cluster gets a fresh token that never touches a disk."""
     for name, value in _FIXED.items():
         os.environ.setdefault(name, value)
-    # A cluster that runs has a token or none; with one that it does not expect, it takes every
-    # actor's owner for dead.
-    if not os.environ.get("RAY_ADDRESS"):
+    # A cluster that runs has a token or none. It calls back: a process that asks it for a token it
+    # does not have is taken for dead, and so is every actor of that process.
+    if (os.environ.get("RAY_ADDRESS") or "local") == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     # HAProxy by way of `ostro.cluster.haproxy`, which says why.
     haproxy = Path(sys.executable).with_name("ostro-haproxy")
     if haproxy.exists():

@@ -58,7 +58,7 @@ _NUMBERS = (
     _Range("min_p", 0.0, 1.0),
     _Range("presence_penalty", -2.0, 2.0),
     _Range("frequency_penalty", -2.0, 2.0),
-    _Range("repetition_penalty", 0.0, 2.0, is_open=True),
+    _Range("repetition_penalty", 0.01, 2.0),
     _Range("queue_timeout_s", 0.0, 1e9, is_open=True),
 )
 _WHOLE_NUMBERS = (
@@ -247,11 +247,13 @@ class RequestBuilder:
 
     def _stop(self, options: GenerationOptions, context_left: int) -> StopParams:
         max_tokens = min(_either(options.max_tokens, context_left), context_left)
+        eos = self._prompts.special.eos
+        ends = () if options.ignore_eos else self._card.end_token_ids
         return StopParams(
             max_tokens=max_tokens,
             min_tokens=min(options.min_tokens, max_tokens),
-            eos_token_id=self._prompts.special.eos,
-            stop_token_ids=tuple(options.stop_token_ids),
+            eos_token_id=eos,
+            stop_token_ids=(*options.stop_token_ids, *(id_ for id_ in ends if id_ != eos)),
             ignore_eos=options.ignore_eos,
         )
 

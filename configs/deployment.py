@@ -5,6 +5,7 @@ Plain data: no torch, no Ray. `configs.load` reads it from YAML; errors name the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -17,6 +18,12 @@ def _at_least(config: object, name: str, lowest: int) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")
+
+
+def _positive(config: object, name: str) -> None:
+    value = getattr(config, name)
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name}={value}: must be positive and finite")
 
 
 class Layout(StrEnum):
@@ -82,6 +89,12 @@ class LayoutConfig:
                 "layout=single has one rank: set num_attention_shards and num_expert_shards to 1, "
                 "or choose layout=split or layout=colocated"
             )
+        if self.layout is Layout.SINGLE and (
+            self.num_redundant_experts or self.num_micro_batches != 1
+        ):
+            raise ConfigError(
+                "layout=single sends no rows: set num_redundant_experts=0 and num_micro_batches=1"
+            )
         if self.layout is Layout.COLOCATED and self.num_attention_shards != self.num_expert_shards:
             raise ConfigError(
                 f"layout=colocated gives every rank both roles: num_attention_shards="
@@ -89,8 +102,7 @@ class LayoutConfig:
                 f"must be equal"
             )
         for name in ("shard_start_timeout_s", "join_timeout_s", "step_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+            _positive(self, name)
 
     def world_size(self) -> int:
         """Ranks in the cell."""
@@ -192,6 +204,10 @@ class EffortConfig:
         if self.budget_tokens is not None:
             _at_least(self, "budget_tokens", 0)
         _at_least(self, "soft_zone_tokens", 0)
+        if not 0.0 <= self.temperature <= 2.0:
+            raise ConfigError(f"temperature={self.temperature}: must be in [0, 2]")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p={self.top_p}: must be in (0, 1]")
 
 
 def default_efforts() -> dict[str, EffortConfig]:
@@ -282,8 +298,7 @@ class ServingConfig:
                 f"http_port and grpc_port are both {self.http_port}: choose two ports"
             )
         for name in ("submit_timeout_s", "request_timeout_s", "drain_timeout_s", "keep_alive_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be positive")
+            _positive(self, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

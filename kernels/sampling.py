@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+_COLDEST = 1e-6  # below this a draw is greedy in float32 anyway
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
@@ -94,9 +95,8 @@ def sample(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
     Example:
         logits [0., -inf, 0.]: uniform 0.4 draws 0, uniform 0.6 draws 2.
     """
-    scaled_V = logits_V / draw.temperature
-    largest = scaled_V.amax()
-    weight_V = (scaled_V - largest).exp()
+    # The largest logit first: what is left is at most 0, and no temperature makes NaN of it.
+    weight_V = ((logits_V - logits_V.amax()) / max(draw.temperature, _COLDEST)).exp()
     if draw.top_k or draw.top_p < 1.0 or draw.min_p > 0.0:
         weight_V.masked_fill_(weight_V < _cutoff(weight_V, draw), 0.0)
     cdf_V = weight_V.cumsum(0, dtype=torch.float64)
@@ -107,9 +107,8 @@ def sample(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
 
 def sample_reference(logits_V: torch.Tensor, draw: Draw) -> int:
     """Meaning of `sample`, token by token in Python floats."""
-    logits = [value / draw.temperature for value in logits_V.tolist()]
-    largest = max(logits)
-    weights = [math.exp(value - largest) for value in logits]
+    temperature, largest = max(draw.temperature, _COLDEST), max(logits_V.tolist())
+    weights = [math.exp((value - largest) / temperature) for value in logits_V.tolist()]
     ranked = sorted(weights, reverse=True)
     if draw.top_k:
         ranked = ranked[: draw.top_k]

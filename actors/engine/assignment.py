@@ -1,5 +1,7 @@
-"""Which attention shard takes a request: longest cached prefix first, then the least token load.
+"""Which attention shard takes a request: the one that has the least to compute with it.
 
+That is its token load and what of the prompt is not in its prefix cache, so that a long cached
+prefix attracts a request and a prefix that all requests share does not send them all to one shard.
 Pure bookkeeping of the router: it mirrors each shard's cached pages by hash and counts the tokens
 of the requests that live there.
 """
@@ -28,19 +30,21 @@ class Assigner:
         self._page_size = page_size
         self._shards = {rank: _Shard() for rank in ranks}
 
-    def choose(self, request: GenerationRequest) -> int:
-        """The rank that should serve a request."""
+    def ranked(self, request: GenerationRequest) -> list[int]:
+        """The ranks, best first."""
         if len(self._shards) == 1:
-            return next(iter(self._shards))
+            return list(self._shards)
         hashes = page_hashes(request.prompt_token_ids, self._page_size, request.cache_salt)
-        return min(
-            self._shards,
-            key=lambda rank: (
-                -_leading(hashes, self._shards[rank].cached),
-                self._shards[rank].load_tokens,
-                rank,
-            ),
-        )
+
+        def cost_tokens(rank: int) -> int:
+            shard = self._shards[rank]
+            return shard.load_tokens - self._page_size * _leading(hashes, shard.cached)
+
+        return sorted(self._shards, key=cost_tokens)
+
+    def num_live(self, rank: int) -> int:
+        """Requests that live on a rank."""
+        return len(self._shards[rank].live_tokens)
 
     def add(self, rank: int, request: GenerationRequest) -> None:
         """Count a request that was placed on a rank."""

@@ -92,7 +92,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     """Everything a shard needs to serve one request, and to serve it again after a failure.
 
     Attributes:
-        request_id: Unique in the cell.
+        request_id: The caller's; from the ingress on a `unique_id` of it.
         prompt_token_ids: At least one token.
         cache_salt: Requests share prefix cache only under the same salt.
         scheduling_class: Lower runs earlier when requests wait.
@@ -105,6 +105,16 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     thinking: ThinkingParams | None = None
     cache_salt: str = ""
     scheduling_class: int = 0
+
+
+def unique_id(request_id: str, serial: str) -> str:
+    """A name for one submission: callers use their ids again, before the last use is quite over."""
+    return f"{request_id}#{serial}"
+
+
+def callers_id(unique: str) -> str:
+    """The caller's id within a `unique_id`."""
+    return unique.rpartition("#")[0] or unique
 
 
 class FinishReason(StrEnum):

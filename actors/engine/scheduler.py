@@ -28,7 +28,7 @@ from ostro.actors.engine.step import (
     SampledToken,
     ScheduledRequest,
     ScheduledStep,
-    SchedulerLoad,
+    ShardLoad,
     token_event,
 )
 from ostro.actors.engine.token_rules import SamplingState, reason_to_end
@@ -54,9 +54,10 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._max_context = max_context
         self._clock = clock
         self._pages = RequestPages(num_pages, config.page_size, prefix_cache=config.prefix_cache)
+        # One request alone may fill the cache.
+        self._longest = min(max_context, self._pages.num_slots)
         self._admission = AdmissionPolicy(config.max_waiting_requests, config.max_waiting_tokens)
         self._requests: dict[str, RequestProgress] = {}
         self._waiting = WaitingQueue()
@@ -82,13 +83,13 @@ class Scheduler:
             raise InvalidRequestError(
                 "this request_id is in use", code="duplicate_request_id", param="request_id"
             )
-        check_servable(progress, min(self._max_context, self._pages.num_slots))
+        check_servable(progress, self._longest)
         if not progress.output_token_ids:
             self._admission.check(
                 len(self._waiting), self._waiting.num_tokens, progress.num_prompt_tokens
             )
         progress.arrival = self._num_arrivals
-        progress.max_num_tokens = min(progress.max_num_tokens, self._max_context)
+        progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
         self._num_arrivals += 1
         if progress.request.thinking is not None:
             progress.thinking = ThinkingTracker(progress.request.thinking)
@@ -185,9 +186,9 @@ class Scheduler:
         """Whether there is no request and no step in flight."""
         return not self._requests and self._num_scheduled == self._num_completed
 
-    def load(self) -> SchedulerLoad:
+    def load(self) -> ShardLoad:
         """Numbers for the router and for metrics."""
-        return SchedulerLoad(
+        return ShardLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_waiting_tokens=self._waiting.num_tokens,
@@ -250,9 +251,6 @@ class Scheduler:
             progress = self._waiting.first()
             if progress.num_in_flight:
                 return
-            if progress.num_tokens > self._pages.num_slots:
-                self._fail_for_pages(progress)
-                continue
             if not self._admit(progress, num_promised):
                 return
             num_new = self._chunk(step, progress)
@@ -311,10 +309,6 @@ class Scheduler:
     def _find_pages(self, step: ScheduledStep, progress: RequestProgress, num_tokens: int) -> bool:
         """Get a running request pages for so many tokens, from younger ones if need be."""
         while not self._pages.grow(progress, num_tokens):
-            if num_tokens > self._pages.num_slots:
-                if not progress.num_pending_outputs:
-                    self._fail_for_pages(progress)
-                return False
             victim = self._victim(step, progress)
             if victim is None:
                 return False
@@ -364,18 +358,11 @@ class Scheduler:
         if reason is not None:
             self._finish(progress)
 
-    def _end(self, progress: RequestProgress, reason: FinishReason, *error: str) -> None:
-        """End a request between its tokens; `error` is (code, message)."""
+    def _end(self, progress: RequestProgress, reason: FinishReason) -> None:
+        """End a request between its tokens."""
         first_index = len(progress.output_token_ids)
-        self._events.append(token_event(progress, first_index, [], None, reason, *error))
+        self._events.append(token_event(progress, first_index, [], None, reason))
         self._finish(progress)
-
-    def _fail_for_pages(self, progress: RequestProgress) -> None:
-        message = (
-            f"{progress.num_tokens} tokens of prompt and output do not fit into the cache of "
-            f"{self._pages.pool.num_pages} pages of {self._config.page_size} tokens"
-        )
-        self._end(progress, FinishReason.ERROR, "kv_exhausted", message)
 
     def _finish(self, progress: RequestProgress) -> None:
         if progress.state is _RUNNING:

@@ -50,9 +50,8 @@ class ScheduledStep:
     num_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLoad:
-    """How busy the scheduler is: the first five of this moment, the others totals since the start.
+class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
+    """How busy an attention shard is: the first five of this moment, the others epoch totals.
 
     Attributes:
         num_free_pages: Pages that can be had without preempting anyone.
@@ -60,16 +59,16 @@ class SchedulerLoad:
         prefix_hits_tokens: Of `prefix_queries_tokens`, those found in the prefix cache.
     """
 
-    num_running: int
-    num_waiting: int
-    num_waiting_tokens: int
-    num_free_pages: int
-    num_pages: int
-    num_preemptions: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-    prefix_queries_tokens: int
-    prefix_hits_tokens: int
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
 
 
 def token_event(
@@ -78,8 +77,6 @@ def token_event(
     token_ids: list[int],
     logprobs: list[TokenLogprob] | None,
     reason: FinishReason | None,
-    error_code: str | None = None,
-    error_message: str | None = None,
 ) -> TokenEvent:
     """What readers are told of new tokens, of an end, or of both; the first tells `queued_s`."""
     thinking = progress.thinking
@@ -94,7 +91,5 @@ def token_event(
         thinking.ended_by if thinking is not None else None,
         reason,
         token_ids[-1] if reason is FinishReason.STOP and token_ids else None,
-        error_code,
-        error_message,
-        queued_s,
+        queued_s=queued_s,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.engine.step import ShardLoad
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -30,21 +31,6 @@ class RankHello(_Message, frozen=True):
     epoch: int
     rank: int
     token_address: str | None
-
-
-class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
-    """How busy an attention shard is; all counts are of this moment."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_waiting_tokens: int = 0
-    num_free_pages: int = 0
-    num_pages: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    prefix_queries_tokens: int = 0
-    prefix_hits_tokens: int = 0
 
 
 class Proposal(_Message, frozen=True):
@@ -237,7 +223,7 @@ class State(_Message, frozen=True):
     Attributes:
         rows_LE: Rows per layer and logical expert since the cell started.
         physical_to_logical: Logical expert of every physical slot, in rank order.
-        seconds: Total seconds by stage over all attention shards; `steps` counts them.
+        seconds: Seconds of this epoch by stage, over all ranks; it has had `num_steps` steps.
     """
 
     tag: int

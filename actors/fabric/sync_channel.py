@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
 _SEND_TIMEOUT_S = 30.0
+_ACCEPT_PAUSE_S = 0.1
 _MAX_OUTBOX_BYTES = 16 * 2**20
 _LOOK_FOR_END_EVERY_S = 1.0
 
@@ -291,9 +292,13 @@ class SyncServer:
         while (listener := self._listener) is not None:
             try:
                 peer, _ = listener.accept()
-            except OSError:
-                return
-            connection = SyncConnection(peer, f"a peer of {self._address}")
+                connection = SyncConnection(peer, f"a peer of {self._address}")
+            except OSError as error:
+                if self._listener is None:
+                    return
+                logger.warning("%s cannot take a peer: %s", self._address, error)
+                time.sleep(_ACCEPT_PAUSE_S)
+                continue
             with self._lock:
                 crowded = len(self._strangers) >= MAX_STRANGERS or self._listener is None
                 if not crowded:

@@ -43,7 +43,7 @@ def test_conductor_stays_at_most_one_step_ahead():
         conductor.propose(0, 1)
         plans.append(conductor.next_plan(now_s=0.0))
     assert [plan is not None for plan in plans] == [True, True, False]
-    conductor.done(0, 0)
+    conductor.done(0, 0, now_s=0.0)
     assert conductor.next_plan(now_s=0.0).step == 2
 
 
@@ -82,9 +82,19 @@ def test_conductor_names_the_ranks_that_sit_on_a_step():
     conductor.propose(0, 1)
     conductor.propose(1, 1)
     conductor.next_plan(now_s=10.0)
-    conductor.done(1, 0)
+    conductor.done(1, 0, now_s=0.0)
     assert conductor.overdue(now_s=14.0, timeout_s=5.0) is None
     assert conductor.overdue(now_s=16.0, timeout_s=5.0) == (0, [0])
+
+
+def test_conductor_gives_each_step_its_own_time():
+    conductor = make(num_attention=1)
+    for _ in range(2):
+        conductor.propose(0, 1)
+        conductor.next_plan(now_s=0.0)
+    conductor.done(0, 0, now_s=40.0)
+    assert conductor.overdue(now_s=44.0, timeout_s=5.0) is None
+    assert conductor.overdue(now_s=46.0, timeout_s=5.0) == (1, [0])
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 50)), max_size=60))
@@ -99,7 +109,7 @@ def test_conductor_never_loses_or_repeats_a_proposed_token(moves):
             proposed += tokens
             conductor.propose(rank, tokens)
         elif running[rank]:
-            conductor.done(rank, running[rank].pop(0))
+            conductor.done(rank, running[rank].pop(0), now_s=0.0)
         while (plan := conductor.next_plan(now_s=0.0)) is not None:
             for taker, tokens_M in enumerate(plan.tokens_AM):
                 planned += sum(tokens_M)
@@ -109,7 +119,7 @@ def test_conductor_never_loses_or_repeats_a_proposed_token(moves):
                     conductor.propose(taker, 0)
     for rank, steps in running.items():
         for step in steps:
-            conductor.done(rank, step)
+            conductor.done(rank, step, now_s=0.0)
     assert planned + run_out(conductor) == proposed
 
 
@@ -120,5 +130,5 @@ def run_out(conductor):
         for taker, tokens_M in enumerate(plan.tokens_AM):
             planned += sum(tokens_M)
             conductor.propose(taker, 0)
-            conductor.done(taker, plan.step)
+            conductor.done(taker, plan.step, now_s=0.0)
     return planned

@@ -35,7 +35,7 @@ def deployment(step_timeout_s=60.0):
             num_expert_shards=2,
             step_timeout_s=step_timeout_s,
         ),
-        engine=EngineConfig(page_size=8, num_pages=512, num_threads=1),
+        engine=EngineConfig(page_size=8, num_pages=1024, num_threads=1),
     )
 
 

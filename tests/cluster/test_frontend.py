@@ -22,7 +22,6 @@ from ostro.actors.errors import (
     NotFoundError,
     OstroError,
     OverloadedError,
-    ShardLostError,
 )
 from ostro.actors.fabric.messages import State
 from ostro.cluster.embedded_model import write_tekken
@@ -589,9 +588,9 @@ def test_chat_drops_tokens_that_come_twice(prompts: PromptBuilder, script: Scrip
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        ("shard_lost", ShardLostError),
+        ("invalid_value", InvalidRequestError),
         ("queue_full", OverloadedError),
-        ("kv_exhausted", InvalidRequestError),
+        ("context_length_exceeded", InvalidRequestError),
         ("something_new", OstroError),
         (None, OstroError),
     ],

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import uvicorn
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError
-from ostro.actors.fabric.messages import ActorStatus, ShardLoad, State
+from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,

@@ -17,26 +17,37 @@ def request(name, tokens):
 def test_assigner_takes_the_least_loaded_shard_when_nothing_is_cached():
     assigner = Assigner([0, 1], page_size=4)
     assigner.add(0, request("a", list(range(10))))
-    assert assigner.choose(request("b", [1, 2, 3])) == 1
+    assert assigner.ranked(request("b", [1, 2, 3]))[0] == 1
 
 
-def test_assigner_prefers_the_longest_cached_prefix_over_load():
+def test_assigner_spreads_requests_that_all_share_a_prefix():
+    assigner = Assigner([0, 1], page_size=4)
+    shared = [1, 2, 3, 4]
+    assigner.cache_changed(0, page_hashes(shared, 4, ""), [])
+    placed = []
+    for index in range(10):
+        wanted = request(f"r{index}", [*shared, *range(100, 120)])
+        placed.append(assigner.ranked(wanted)[0])
+        assigner.add(placed[-1], wanted)
+    assert sorted(placed) == [0] * 5 + [1] * 5
+
+
+def test_assigner_prefers_the_longest_cached_prefix_at_equal_load():
     assigner = Assigner([0, 1, 2], page_size=4)
     prompt = list(range(12))
     hashes = page_hashes(prompt, 4, "")
     assigner.cache_changed(1, hashes[:1], [])
     assigner.cache_changed(2, hashes[:2], [])
-    assigner.add(2, request("a", list(range(100, 200))))
-    assert assigner.choose(request("b", prompt)) == 2
+    assert assigner.ranked(request("b", prompt))[0] == 2
     assigner.cache_changed(2, [], hashes[:1])
-    assert assigner.choose(request("b", prompt)) == 1
+    assert assigner.ranked(request("b", prompt))[0] == 1
 
 
 def test_assigner_does_not_share_prefixes_between_salts():
     assigner = Assigner([0, 1], page_size=4)
     prompt = list(range(8))
     assigner.cache_changed(1, page_hashes(prompt, 4, "tenant"), [])
-    assert assigner.choose(request("b", prompt)) == 0
+    assert assigner.ranked(request("b", prompt))[0] == 0
 
 
 def test_assigner_counts_load_until_a_request_ends():
@@ -47,4 +58,4 @@ def test_assigner_counts_load_until_a_request_ends():
     assert assigner.waiting(0) == (0, 0)
     assigner.remove(0, "a")
     assigner.add(1, request("b", [1]))
-    assert assigner.choose(request("c", [1])) == 0
+    assert assigner.ranked(request("c", [1]))[0] == 0

@@ -246,7 +246,8 @@ class RandomLives(RuleBasedStateMachine):
             self._check_life(request_id, progress)
 
     def _expected(self, request: GenerationRequest) -> tuple[list[int], FinishReason]:
-        return expected_generation(request, max_context=self.max_context, num_slots=self.num_slots)
+        longest = min(self.max_context, self.num_slots)
+        return expected_generation(request, max_context=longest)
 
     def _check_step(self, step: ScheduledStep) -> None:
         assert step.num_tokens == sum(entry.num_tokens for entry in step.entries)

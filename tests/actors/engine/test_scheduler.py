@@ -348,28 +348,13 @@ def test_request_that_waits_for_pages_is_not_overtaken() -> None:
     assert _parts(_plan(scheduler)) == [("a", 3, 1), ("small", 0, 1)]
 
 
-def test_request_that_outgrows_all_pages_alone_fails() -> None:
+def test_request_that_fills_all_pages_alone_ends_as_at_its_longest() -> None:
     scheduler = _scheduler(num_pages=2)
     _add(scheduler, make_request(prompt=[5, 6, 7], max_tokens=9))
-    _turn(scheduler)
-    _turn(scheduler)
-    assert scheduler.schedule() is None
-    (event,) = scheduler.take_events()
-    assert (event.finish_reason, event.error_code) == (FinishReason.ERROR, "kv_exhausted")
-    assert event.error_message is not None
-    assert "2 pages of 2 tokens" in event.error_message
+    (event,) = _turn(scheduler)
+    assert event.finish_reason is FinishReason.MODEL_LENGTH
     assert scheduler.is_idle()
     scheduler.check_integrity()
-
-
-def test_request_that_outgrows_all_pages_may_still_end_by_itself() -> None:
-    scheduler = _scheduler(num_pages=2)
-    _add(scheduler, make_request(prompt=[5, 6, 7], max_tokens=9))
-    first, second = _plan(scheduler), _plan(scheduler)
-    assert scheduler.schedule() is None
-    _complete(scheduler, first)
-    (event,) = _complete(scheduler, second, EOS)
-    assert event.finish_reason is FinishReason.STOP
 
 
 # ---- ends

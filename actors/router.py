@@ -23,7 +23,6 @@ from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelErr
 from ostro.actors.fabric.epoch import host_store
 from ostro.actors.fabric.messages import (
     Accepted,
-    ActorStatus,
     AskState,
     Assign,
     Cancel,
@@ -39,16 +38,15 @@ from ostro.actors.fabric.messages import (
     Submit,
 )
 from ostro.actors.fabric.placement import Placement, initial_placement
+from ostro.actors.health_book import HealthBook
 from ostro.actors.model.weights import check_checkpoint
-from ostro.actors.rank import EpochSpec, Peer, RankHealth, RankSpec, RankState
+from ostro.actors.rank import EpochSpec, Peer, RankSpec
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_HEALTH_TIMEOUT_S = 2.0
-_HEALTH_FRESH_S = 0.5
 _SILENT_TIMEOUT_S = 15.0
 _LEAVE_TIMEOUT_S = 10.0
 _MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -99,8 +97,7 @@ class Router:
         self._epoch_number = -1
         self._requests = self._no_requests()
         self._ingresses: dict[str, AsyncConnection] = {}
-        self._health: dict[int, RankHealth] = {}
-        self._health_at_s = 0.0
+        self._health = HealthBook(deployment.layout, self._peers)
         self._starting = asyncio.Lock()
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,13 +146,13 @@ class Router:
 
     async def state(self, tag: int = 0) -> State:
         """The cell at this moment; ranks that do not answer are shown as lost."""
-        await self._refresh_health()
+        actors = await self._health.statuses()
         epoch, placement = self._epoch, self._ground.placement if self._ground else None
         return State(
             tag=tag,
             epoch=max(self._epoch_number, 0),
             ready=self._ready,
-            actors=[self._status_of(rank) for rank in range(len(self._peers))],
+            actors=actors,
             loads=dict(epoch.loads) if epoch else {},
             rows_LE=self._rows_LE,
             physical_to_logical=list(placement.physical_to_logical) if placement else [],
@@ -229,7 +226,7 @@ class Router:
         if epoch is not self._epoch:
             return  # the verdict on an epoch that was replaced meanwhile
         names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
-        message = f"epoch {epoch.number} ended: lost {names}: {reason}"
+        message = f"lost {names}: {reason}; the server is recovering, try again"
         logger.error("%s", message)
         for live in self._requests:
             self._reject(live.ingress_id, live.request_id, ShardLostError(message, retry_after_s=5))
@@ -313,8 +310,8 @@ class Router:
     def _submit(self, ingress_id: str, request: GenerationRequest) -> None:
         try:
             if not self._ready or self._epoch is None:
-                why = "draining" if self._draining else "loading or being mended"
-                raise NotReadyError(f"the cell is {why}; try again", retry_after_s=5)
+                why = "stopping" if self._draining else "starting or recovering"
+                raise NotReadyError(f"the server is {why}; try again", retry_after_s=5)
             live = self._requests.place(request, ingress_id)
         except OstroError as error:
             self._reject(ingress_id, request.request_id, error)
@@ -365,34 +362,6 @@ class Router:
     def _no_requests(self) -> CellRequests:
         layout = self._deployment.layout
         return CellRequests(self._deployment.engine, list(layout.attention_ranks()))
-
-    async def _refresh_health(self) -> None:
-        if time.monotonic() - self._health_at_s < _HEALTH_FRESH_S:
-            return
-        self._health_at_s = time.monotonic()
-        answers = await asyncio.gather(
-            *(peer.health(timeout_s=_HEALTH_TIMEOUT_S) for peer in self._peers),
-            return_exceptions=True,
-        )
-        self._health = {
-            rank: answer for rank, answer in enumerate(answers) if isinstance(answer, RankHealth)
-        }
-
-    def _status_of(self, rank: int) -> ActorStatus:
-        health = self._health.get(rank)
-        role = "attention" if rank in self._deployment.layout.attention_ranks() else "expert"
-        return ActorStatus(
-            actor_id=self._peers[rank].name,
-            role=health.role if health else role,
-            state=(health.state if health else RankState.LOST).value,
-            node_id=health.node_id if health else "",
-            device=health.device if health else "",
-            rank=rank,
-            load_progress=health.load_progress if health else 0.0,
-            memory_used_bytes=health.memory_used_bytes if health else 0,
-            memory_total_bytes=health.memory_total_bytes if health else 0,
-            started_at_s=health.started_at_s if health else 0.0,
-        )
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

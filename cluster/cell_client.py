@@ -109,7 +109,9 @@ class CellClient:
     async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See `generation.Cell.submit`."""
         if not self.ready or self._router is None:
-            raise NotReadyError("the cell is loading or being mended; try again", retry_after_s=5)
+            raise NotReadyError(
+                "the server is starting, recovering or stopping; try again", retry_after_s=5
+            )
         if request.request_id in self._running:
             raise errors.InvalidRequestError(
                 f"request_id {request.request_id!r} is running already; choose another",
@@ -225,7 +227,10 @@ class CellClient:
             task.cancel()
         self._streaming.clear()
         placed = [name for name, inbox in self._inboxes.items() if inbox.rank is not None]
-        self._fail(placed, lambda: ShardLostError("its epoch ended; try again", retry_after_s=5))
+        self._fail(
+            placed,
+            lambda: ShardLostError("the server lost a part of itself; try again", retry_after_s=5),
+        )
         loop = asyncio.get_running_loop()
         self._streams = {
             rank: loop.create_task(self._read_tokens(rank, address, members.epoch))

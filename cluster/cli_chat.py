@@ -77,6 +77,8 @@ def chat(
     question = " ".join(prompt or ()).strip()
     if not question and not sys.stdin.isatty():
         question = sys.stdin.read().strip()
+    # Bytes that are no UTF-8 reach us as surrogates, which no request can carry.
+    question = question.encode(errors="replace").decode()
     if not question and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("no question: give a PROMPT, or write it to stdin")
     with open_channel(url) as channel:

@@ -147,10 +147,10 @@ def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:
     from ostro.cluster.prompt import PromptBuilder
     from ostro.configs.model import load_model_config
 
+    on_cluster = "RAY_ADDRESS" in os.environ
+    config = load_model_config(model_dir) if on_cluster else check_checkpoint(model_dir)
     PromptBuilder(model_dir, deployment.reasoning)
-    if "RAY_ADDRESS" in os.environ:
-        return load_model_config(model_dir)
-    return check_checkpoint(model_dir)
+    return config
 
 
 def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: OnProgress) -> Cell:

@@ -130,8 +130,9 @@ class RequestBuilder:
         if chat.tool_choice not in ("auto", "none"):
             raise _refused("tool_choice", "must be 'auto' or 'none'", code="unsupported_value")
         effort = self.effort(chat.options.effort)
-        prompt = self._prompts.chat(chat.messages, chat.tools, effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
+        # A model that is told to think and may not would think in its answer.
+        prompt = self._prompts.chat(chat.messages, chat.tools, effort if budget != 0 else "none")
         thinking = self._thinking(chat, effort, budget)
         banned: list[int] = []
         if thinking is not None and budget == 0:

@@ -23,7 +23,8 @@ class ThinkingTracker:
 
     Attributes:
         is_open: Whether the next token belongs to the thinking.
-        num_thinking_tokens: Tokens between the marks so far, a forced closing phrase included.
+        num_thinking_tokens: Tokens between the marks so far, a forced closing phrase included;
+            never more than the budget.
         ended_by: Who ended the thinking, once it has ended.
         banned_token_ids: The begin mark, where thinking must not begin (again).
     """
@@ -33,7 +34,13 @@ class ThinkingTracker:
         self.end_token_id = params.end_token_id
         end_mark = (params.end_token_id,)
         closing = params.closing_token_ids
-        self._closing = closing if closing[-1:] == end_mark else closing + end_mark
+        closing = closing if closing[-1:] == end_mark else closing + end_mark
+        budget = params.budget_tokens
+        if budget is not None and budget < len(closing):
+            closing = end_mark  # no room for a phrase
+        self._closing = closing
+        # The phrase counts as thinking, and a budget is never overrun.
+        self._limit = None if budget is None else budget - (len(closing) - 1)
         self._num_forced = 0
         self._cause: EndedBy | None = None
         self.is_open = False
@@ -67,10 +74,10 @@ class ThinkingTracker:
 
     def end_bias(self) -> float:
         """What to add to the end mark's logit: 0 outside the soft zone, rising linearly within."""
-        budget, zone = self._params.budget_tokens, self._params.soft_zone_tokens
-        if not self.is_open or self._cause is not None or budget is None or zone == 0:
+        limit, zone = self._limit, self._params.soft_zone_tokens
+        if not self.is_open or self._cause is not None or limit is None or zone == 0:
             return 0.0
-        num_into_zone = zone - (budget - self.num_thinking_tokens)
+        num_into_zone = zone - (limit - self.num_thinking_tokens)
         return max(_FULL_BIAS * num_into_zone / zone, 0.0)
 
     def end_now(self) -> bool:
@@ -101,8 +108,7 @@ class ThinkingTracker:
         self._num_forced = 0
 
     def _is_spent(self) -> bool:
-        budget = self._params.budget_tokens
-        return budget is not None and self.num_thinking_tokens >= budget
+        return self._limit is not None and self.num_thinking_tokens >= self._limit
 
     def _forbid(self) -> None:
         self.banned_token_ids = (self._params.begin_token_id,)

@@ -55,7 +55,7 @@ def test_tracker_counts_from_the_first_token_when_the_prompt_ends_in_thinking() 
 
 
 def test_tracker_forces_the_closing_phrase_when_the_budget_is_spent() -> None:
-    tracker = _observe(_tracker(budget=2), BEGIN, OTHER)
+    tracker = _observe(_tracker(budget=4), BEGIN, OTHER)
     assert tracker.next_token() is None
     tracker.observe(OTHER)
     assert _close_as_told(tracker) == [FIRST, SECOND, END]
@@ -71,7 +71,7 @@ def test_tracker_forces_the_end_mark_alone_when_there_is_no_phrase() -> None:
 
 
 def test_tracker_adds_the_end_mark_to_a_phrase_without_it() -> None:
-    tracker = _observe(_tracker(budget=1, closing=(FIRST,)), BEGIN, OTHER)
+    tracker = _observe(_tracker(budget=2, closing=(FIRST,)), BEGIN, OTHER)
     assert _close_as_told(tracker) == [FIRST, END]
 
 
@@ -90,7 +90,13 @@ def test_tracker_bans_the_begin_mark_when_the_budget_is_zero() -> None:
 
 def test_tracker_closes_at_once_when_the_budget_is_zero_and_thinking_is_open() -> None:
     tracker = _tracker(budget=0, starts_open=True)
-    assert _close_as_told(tracker) == [FIRST, SECOND, END]
+    assert _close_as_told(tracker) == [END]
+
+
+def test_tracker_leaves_the_phrase_out_when_the_budget_has_no_room_for_it() -> None:
+    tracker = _observe(_tracker(budget=2), BEGIN, OTHER, OTHER)
+    assert _close_as_told(tracker) == [END]
+    assert tracker.num_thinking_tokens == 2
 
 
 def test_tracker_bans_thinking_again_once_the_budget_is_spent() -> None:
@@ -100,7 +106,7 @@ def test_tracker_bans_thinking_again_once_the_budget_is_spent() -> None:
 
 
 def test_tracker_lets_the_model_think_again_within_its_budget() -> None:
-    tracker = _observe(_tracker(budget=3), BEGIN, OTHER, END)
+    tracker = _observe(_tracker(budget=5), BEGIN, OTHER, END)
     assert tracker.banned_token_ids == ()
     _observe(tracker, BEGIN, OTHER)
     assert tracker.ended_by is None
@@ -137,7 +143,7 @@ def test_tracker_has_nothing_to_end_once_thinking_has_ended() -> None:
 
 
 def test_tracker_raises_the_end_mark_linearly_over_the_soft_zone() -> None:
-    tracker = _observe(_tracker(budget=6, zone=4), BEGIN)
+    tracker = _observe(_tracker(budget=8, zone=4), BEGIN)
     biases = []
     for _ in range(6):
         biases.append(tracker.end_bias())

@@ -73,7 +73,7 @@ def test_sampler_is_told_of_soft_zone_forced_token_and_ban_in_turn() -> None:
         thinking=ThinkingParams(
             begin_token_id=3,
             end_token_id=4,
-            budget_tokens=2,
+            budget_tokens=3,
             soft_zone_tokens=2,
             closing_token_ids=(5, 4),
             starts_open=True,

@@ -1,0 +1,57 @@
+"""What the router knows of its ranks' health: asked for when it is old, shown for every rank."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from ostro.actors.fabric.messages import ActorStatus
+from ostro.actors.rank import Peer, RankHealth, RankState
+from ostro.configs.deployment import LayoutConfig
+
+_TIMEOUT_S = 2.0
+_FRESH_S = 0.5
+
+
+class HealthBook:
+    """Every rank's last account of itself; one that does not answer is lost."""
+
+    def __init__(self, layout: LayoutConfig, peers: Sequence[Peer]) -> None:
+        self._layout = layout
+        self._peers = peers
+        self._answers: dict[int, RankHealth] = {}
+        self._asked_s = -_FRESH_S
+
+    async def statuses(self) -> list[ActorStatus]:
+        """All ranks, in rank order."""
+        if time.monotonic() - self._asked_s >= _FRESH_S:
+            self._asked_s = time.monotonic()
+            answers = await asyncio.gather(
+                *(peer.health(timeout_s=_TIMEOUT_S) for peer in self._peers),
+                return_exceptions=True,
+            )
+            self._answers = {
+                rank: answer
+                for rank, answer in enumerate(answers)
+                if isinstance(answer, RankHealth)
+            }
+        return [self._status(rank) for rank in range(len(self._peers))]
+
+    def _status(self, rank: int) -> ActorStatus:
+        name, health = self._peers[rank].name, self._answers.get(rank)
+        if health is None:
+            role = "attention" if rank in self._layout.attention_ranks() else "expert"
+            return ActorStatus(name, role, RankState.LOST.value, "", "", rank, 0.0, 0, 0, 0.0)
+        return ActorStatus(
+            actor_id=name,
+            role=health.role,
+            state=health.state.value,
+            node_id=health.node_id,
+            device=health.device,
+            rank=rank,
+            load_progress=health.load_progress,
+            memory_used_bytes=health.memory_used_bytes,
+            memory_total_bytes=health.memory_total_bytes,
+            started_at_s=health.started_at_s,
+        )

@@ -115,3 +115,26 @@ def test_a_failed_epoch_frees_all_of_its_requests(pool, model_dir):
     ends, load = asyncio.run(run())
     assert all(isinstance(end, ShardLostError) for end in ends)
     assert load.num_running == 0
+
+
+def test_a_rank_that_hangs_while_idle_is_named_when_a_request_comes(pool, model_dir):
+    async def run():
+        async with local_cell(pool, deployment(step_timeout_s=2.0), model_dir) as cell:
+            await cell.generate(request("before", 4))
+            cell.peers[0].kill(signal.SIGSTOP)
+            async with asyncio.timeout(60):
+                with pytest.raises(ShardLostError, match="attention-0"):
+                    await cell.generate(request("victim", 4))
+            await until_served(cell, "after")
+
+    asyncio.run(run())
+
+
+def test_start_again_leaves_a_healthy_cell_alone(pool, model_dir):
+    async def run():
+        async with local_cell(pool, deployment(), model_dir) as cell:
+            await cell.router.start()
+            await cell.generate(request("one", 4))
+            return await cell.client.state()
+
+    assert asyncio.run(run()).epoch == 0

@@ -223,3 +223,20 @@ def test_the_router_counts_rows_per_expert(pool, model_dir, expected):
     assert len(state.rows_LE) == 2
     assert all(len(rows_E) == 16 for rows_E in state.rows_LE)
     assert sorted(set(state.rank_of_physical)) == [1, 2, 3]
+
+
+def test_a_request_id_can_be_used_again_right_after_its_stream_was_left(pool, model_dir, expected):
+    prompt, tokens, _ = expected[2]
+
+    async def run():
+        answers = []
+        async with local_cell(pool, deployment((Layout.SPLIT, 1, 2)), model_dir) as cell:
+            for _ in range(12):
+                left = cell.client.submit(request("same", prompt, num_new=200))
+                async for _ in left:
+                    break
+                await left.aclose()
+                answers.append(tokens_of(await cell.generate(request("same", prompt))))
+        return answers
+
+    assert asyncio.run(run()) == [tokens] * 12

@@ -123,3 +123,10 @@ def test_penalize_worked_values() -> None:
         logits_V, seen, produced, torch.tensor([3]), repetition=2.0, presence=0.5, frequency=0.25
     )
     assert logits_V.tolist() == [1.0, -4.0, -0.25, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-7])
+def test_sample_is_greedy_at_temperatures_that_float32_cannot_divide_by(temperature):
+    logits_V = torch.tensor([0.5, 3.0, -torch.inf, 2.9])
+    draw = Draw(uniform=0.99, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
+    assert int(sample(logits_V, draw)) == 1

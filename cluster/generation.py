@@ -74,6 +74,7 @@ class ChatMessage:
         role: "system", "user", "assistant" or "tool".
         text: The text parts, joined.
         thinking: Assistant only: the thinking that stood before the text, to be replayed.
+        thinking_closed: Of a prefix without text: the thinking is over, the answer comes next.
         tool_calls: Assistant only.
         tool_call_id: Tool only: the call this answers.
         tool_name: Tool only, if known.
@@ -83,6 +84,7 @@ class ChatMessage:
     role: str
     text: str = ""
     thinking: str | None = None
+    thinking_closed: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     tool_name: str | None = None

@@ -104,7 +104,7 @@ def _chat_message(
     role = _ROLES.get(message.role)
     if role is None:
         _refuse(f"{path}.role", "must be SYSTEM, USER, ASSISTANT or TOOL")
-    thinking, text = _content(message, path, role, is_last=is_last)
+    thinking, text = _content(message, path, role)
     if role == "tool":
         if not message.tool_call_id:
             _refuse(f"{path}.tool_call_id", "a tool message must name the call it answers")
@@ -122,6 +122,7 @@ def _chat_message(
         role=role,
         text=text,
         thinking=thinking or None,
+        thinking_closed=any(part.thinking.closed for part in message.parts),
         tool_calls=tuple(
             ToolCall(call_id=short_call_id(call.id), name=call.name, arguments=call.arguments)
             for call in message.tool_calls
@@ -130,7 +131,7 @@ def _chat_message(
     )
 
 
-def _content(message: pb.Message, path: str, role: str, *, is_last: bool) -> tuple[str, str]:
+def _content(message: pb.Message, path: str, role: str) -> tuple[str, str]:
     """Thinking and text of a message's parts."""
     thinking: list[str] = []
     text: list[str] = []
@@ -139,8 +140,6 @@ def _content(message: pb.Message, path: str, role: str, *, is_last: bool) -> tup
         if which == "text":
             text.append(part.text)
         elif which == "thinking" and role == "assistant":
-            if is_last and message.prefix and not part.thinking.closed:
-                _refuse(f"{where}.thinking.closed", "open thinking cannot be continued yet")
             thinking.append(part.thinking.text)
         elif which == "image":
             _refuse(where, "images are not served yet")

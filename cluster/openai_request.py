@@ -264,9 +264,17 @@ def _chat_message(
         role=role,
         text=text,
         thinking=thinking or message.reasoning_content or message.reasoning or None,
+        thinking_closed=_closes_thinking(message),
         tool_calls=tuple(_tool_call(call) for call in message.tool_calls or ()),
         prefix=prefix,
     )
+
+
+def _closes_thinking(message: Message) -> bool:
+    if not isinstance(message.content, list):
+        return False
+    thinking = [part for part in message.content if part.type == "thinking"]
+    return bool(thinking) and thinking[-1].closed is True
 
 
 def _tool_message(message: Message, path: str, text: str, names: dict[str, str]) -> ChatMessage:

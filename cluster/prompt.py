@@ -70,10 +70,12 @@ class SpecialTokens:
 def ends_in_thinking(messages: Sequence[ChatMessage]) -> bool:
     """Whether the prompt ends inside an open thinking block.
 
-    So it does if the last message is a prefix that has thinking and no text yet.
+    So it does if the last message is a prefix that has thinking, not closed, and no text yet.
     """
     last = messages[-1] if messages else None
-    return last is not None and last.prefix and bool(last.thinking) and not last.text
+    if last is None or not last.prefix or last.text:
+        return False
+    return bool(last.thinking) and not last.thinking_closed
 
 
 class PromptBuilder:

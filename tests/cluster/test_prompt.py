@@ -125,6 +125,7 @@ def test_prompt_leaves_thinking_open_when_the_prefix_has_no_text(prompts: Prompt
     assert shown(prompts, user("Hi"), prefix).endswith("[/INST][THINK]Let me")
     assert ends_in_thinking([user("Hi"), prefix])
     assert not ends_in_thinking([user("Hi"), replace(prefix, text="So")])
+    assert not ends_in_thinking([user("Hi"), replace(prefix, thinking_closed=True)])
 
 
 def test_prompt_writes_mark_names_in_letters_as_text(prompts: PromptBuilder) -> None:

@@ -76,6 +76,5 @@ class ExpertEngine:
             seconds = {
                 "experts: wait for rows": counters.wait_s,
                 "experts: compute": counters.experts_s,
-                "experts: answer": counters.dispatch_s,
             }
             parts.connection.send(ExpertCounts(parts.epoch, parts.rank, rows_LE, seconds))

@@ -89,11 +89,12 @@ class LayoutConfig:
                 "layout=single has one rank: set num_attention_shards and num_expert_shards to 1, "
                 "or choose layout=split or layout=colocated"
             )
-        if self.layout is Layout.SINGLE and (
-            self.num_redundant_experts or self.num_micro_batches != 1
-        ):
+        if self.layout is Layout.SINGLE and self.num_micro_batches != 1:
+            raise ConfigError("layout=single sends no rows: set num_micro_batches=1")
+        if self.num_redundant_experts and self.num_expert_shards == 1:
             raise ConfigError(
-                "layout=single sends no rows: set num_redundant_experts=0 and num_micro_batches=1"
+                f"num_redundant_experts={self.num_redundant_experts}: copies of an expert go to "
+                f"other shards, and there is one; set it to 0 or raise num_expert_shards"
             )
         if self.layout is Layout.COLOCATED and self.num_attention_shards != self.num_expert_shards:
             raise ConfigError(

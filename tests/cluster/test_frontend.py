@@ -633,7 +633,7 @@ def test_chat_fails_when_the_stream_has_no_end(prompts: PromptBuilder, script: S
     [
         (0.01, 60.0, False, "queue timeout of 0.01 s"),
         (None, 0.02, False, "request timeout of 0.02 s"),
-        (0.01, 0.03, True, "request timeout of 0.03 s"),
+        (2.0, 2.5, True, "request timeout of 2.5 s"),
     ],
 )
 def test_chat_keeps_its_deadlines_and_closes_the_cell(

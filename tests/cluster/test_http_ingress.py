@@ -507,7 +507,7 @@ def test_the_first_chunk_does_not_wait_for_the_second_event():
 
 
 def test_silence_is_filled_with_comments_even_before_the_first_event():
-    frontend = ScriptedFrontend(0.5, *THOUGHTFUL, ZeroDivisionError())
+    frontend = ScriptedFrontend(2.0, *THOUGHTFUL, ZeroDivisionError())
     with face(frontend, keep_alive_s=0.1) as http:
         text = http.post("/v1/chat/completions", json=CHAT | {"stream": True}).text
     assert text.startswith(": keep-alive\n\n: keep-alive\n\n")

@@ -44,3 +44,13 @@ def test_every_running_request_must_fit_the_step() -> None:
 def test_effort_table_must_be_whole() -> None:
     with pytest.raises(ConfigError, match="missing"):
         ReasoningConfig(efforts={})
+
+
+def test_layout_refuses_copies_of_experts_where_there_is_one_shard() -> None:
+    with pytest.raises(ConfigError, match="num_redundant_experts=2"):
+        LayoutConfig(
+            layout=Layout.SPLIT,
+            num_attention_shards=2,
+            num_expert_shards=1,
+            num_redundant_experts=2,
+        )

@@ -21,7 +21,6 @@ from ostro.cluster.human_numbers import format_bytes
 STAGES = {
     "ray": "starting Ray",
     "actors": "placing the shards",
-    "ingress": "opening HTTP and gRPC",
     "load": "loading the shards",
     "answer": "waiting for the first answer",
 }

@@ -32,11 +32,6 @@ class ColocatedExchange:
         self._shipments: dict[int, tuple[list[Parcel], list[Pending]]] = {}
         self.counters = ExchangeCounters()
 
-    @property
-    def server_counters(self) -> ExchangeCounters:
-        """The expert side's own."""
-        return self._server.counters
-
     def begin_step(self, plan: StepPlan) -> None:
         """Make ready for a plan's rows.
 

@@ -49,7 +49,7 @@ class RowExperts(Protocol):
 
 @dataclass(slots=True)
 class ExchangeCounters:
-    """Where a transport's time went and what it carried, since last asked.
+    """Where a transport's time went and what it carried, in its epoch.
 
     Attributes:
         dispatch_s: Packing and sending rows.
@@ -62,13 +62,6 @@ class ExchangeCounters:
     wait_s: float = 0.0
     experts_s: float = 0.0
     num_rows: int = 0
-
-    def take(self) -> ExchangeCounters:
-        """A copy; the counts start again at zero."""
-        taken = ExchangeCounters(self.dispatch_s, self.wait_s, self.experts_s, self.num_rows)
-        self.dispatch_s = self.wait_s = self.experts_s = 0.0
-        self.num_rows = 0
-        return taken
 
 
 class LocalExchange:

@@ -90,7 +90,7 @@ EMBEDDED = RandomModel(
     rope_factor=4.0,
     max_positions=32_768,
     std=0.044,
-    end_row_gain=4.0,
+    end_row_gain=2.0,
 )
 
 # The benchmark's checkpoint: 898 M values, per-head geometry as in Mistral Small 4.

@@ -88,6 +88,27 @@ class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     starts_open: bool = False
 
 
+class ImageInput(msgspec.Struct, frozen=True, kw_only=True):
+    """One image of a prompt, made ready for the vision tower.
+
+    Attributes:
+        start: Place of its first `[IMG]` in `prompt_token_ids`.
+        num_tokens: Tokens of its whole span: rows of `[IMG]`, `[IMG_BREAK]` after each, and
+            `[IMG_END]` after the last.
+        height: Pixels; a multiple of patch size times merge size, as the width.
+        width: Pixels.
+        pixels: Normalised values as little-endian float16, channels first [3, height, width].
+        digest: 16 bytes that name the pixels and their shape; equal images have equal digests.
+    """
+
+    start: int
+    num_tokens: int
+    height: int
+    width: int
+    pixels: bytes
+    digest: bytes
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything a shard needs to serve one request, and to serve it again after a failure.
 
@@ -96,6 +117,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         prompt_token_ids: At least one token.
         cache_salt: Requests share prefix cache only under the same salt.
         scheduling_class: Lower runs earlier when requests wait.
+        images: In the order of their places in the prompt.
     """
 
     request_id: str
@@ -105,6 +127,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     thinking: ThinkingParams | None = None
     cache_salt: str = ""
     scheduling_class: int = 0
+    images: tuple[ImageInput, ...] = ()
 
 
 def unique_id(request_id: str, serial: str) -> str:

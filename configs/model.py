@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ostro.configs.errors import ConfigError
+from ostro.configs.section import Section
+from ostro.configs.vision import VisionConfig, load_vision
 
 WRAPPER_ARCHITECTURE = "Mistral3ForConditionalGeneration"
 TEXT_ARCHITECTURE = "Mistral4ForCausalLM"
@@ -85,7 +87,7 @@ class ModelConfig:
         llama4_beta: Slope of the query scale 1 + beta * ln(1 + floor(position /
             llama4_original_max_positions)); 0 switches it off.
         eos_token_ids: Every id that ends a generation.
-        has_vision: Whether the checkpoint has a vision tower.
+        vision: The tower that images pass through; None if the checkpoint takes text alone.
         dtype: The checkpoint's dtype by name; tensors may still differ, see their headers.
         quantization: Name of the weight format; None is plain bf16 or f32.
     """
@@ -115,7 +117,7 @@ class ModelConfig:
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    has_vision: bool
+    vision: VisionConfig | None
     dtype: str
     quantization: str | None = None
 
@@ -136,51 +138,6 @@ class ModelConfig:
         return math.pow(self.qk_head_dim(), -0.5) * self.rope.softmax_factor()
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """One mapping of a config file, able to say where a wrong value stands."""
-
-    file: Path
-    prefix: str
-    values: dict[str, Any]
-
-    def error(self, key: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.file}: {self.prefix}{key}: {problem}")
-
-    def section(self, key: str) -> _Section:
-        value = self.values[key]
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be a mapping, not {value!r}")
-        return _Section(self.file, f"{self.prefix}{key}.", value)
-
-    def flag(self, key: str) -> bool:
-        """A missing flag is False."""
-        value = self.values.get(key, False)
-        if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, not {value!r}")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, f"must be a whole number of at least 1, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(key, f"must be a number, not {value!r}")
-        return float(value)
-
-    def positive(self, key: str, default: float | None = None) -> float:
-        value = self.number(key, default)
-        if not 0.0 < value < math.inf:
-            raise self.error(key, f"must be positive, not {value!r}")
-        return value
-
-
 def load_model_config(directory: Path) -> ModelConfig:
     """Read a checkpoint directory's `config.json` and `generation_config.json`.
 
@@ -192,9 +149,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     architecture, text = _text_section(top)
     _check_quantization(top, text)
     for key, needed in _REQUIRED:
-        value = text.values.get(key)
-        if value is not None and value != needed:
-            raise text.error(key, f"is {value!r}, but only {needed!r} is served")
+        text.require(key, needed)
     rope_values = _rope_section(text)
     rope = _load_rope(text, rope_values)
     ids = _token_ids(directory, text)
@@ -224,14 +179,14 @@ def load_model_config(directory: Path) -> ModelConfig:
         bos_token_id=ids["bos_token_id"][0],
         eos_token_ids=ids["eos_token_id"],
         pad_token_id=ids["pad_token_id"][0],
-        has_vision=isinstance(top.values.get("vision_config"), dict),
+        vision=load_vision(top) if text is not top else None,
         dtype=_dtype_name(top, text),
     )
     _check_shapes(text, config)
     return config
 
 
-def _read_config(directory: Path) -> _Section:
+def _read_config(directory: Path) -> Section:
     file = directory / "config.json"
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such checkpoint directory")
@@ -242,7 +197,7 @@ def _read_config(directory: Path) -> _Section:
                 f"use the Hugging Face layout (config.json with model-*.safetensors)"
             )
         raise ConfigError(f"{file}: missing, so this is no checkpoint directory")
-    return _Section(file, "", _read_json(file))
+    return Section(file, "", _read_json(file))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -255,7 +210,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _text_section(top: _Section) -> tuple[str, _Section]:
+def _text_section(top: Section) -> tuple[str, Section]:
     """The declared architecture and the part of the config that describes the text model."""
     declared = top.values.get("architectures")
     model_type = top.values.get("model_type")
@@ -278,7 +233,7 @@ def _text_section(top: _Section) -> tuple[str, _Section]:
     return architecture, text
 
 
-def _check_quantization(top: _Section, text: _Section) -> None:
+def _check_quantization(top: Section, text: Section) -> None:
     for section in (top, text):
         found = section.values.get("quantization_config")
         if found:
@@ -289,14 +244,14 @@ def _check_quantization(top: _Section, text: _Section) -> None:
             )
 
 
-def _rope_section(text: _Section) -> _Section:
+def _rope_section(text: Section) -> Section:
     for key in ("rope_parameters", "rope_scaling"):
         if text.values.get(key) is not None:
             return text.section(key)
     raise text.error("rope_parameters", "missing")
 
 
-def _load_rope(text: _Section, rope: _Section) -> RopeConfig:
+def _load_rope(text: Section, rope: Section) -> RopeConfig:
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind not in ("yarn", "default"):
         raise rope.error("rope_type", f"is {kind!r}; served are 'yarn' and 'default'")
@@ -324,10 +279,10 @@ def _load_rope(text: _Section, rope: _Section) -> RopeConfig:
     )
 
 
-def _token_ids(directory: Path, text: _Section) -> dict[str, tuple[int, ...]]:
+def _token_ids(directory: Path, text: Section) -> dict[str, tuple[int, ...]]:
     """Begin, end and padding ids: generation_config.json first, then config.json, then 1/2/11."""
     file = directory / "generation_config.json"
-    generation = _Section(file, "", _read_json(file) if file.is_file() else {})
+    generation = Section(file, "", _read_json(file) if file.is_file() else {})
     ids = {}
     for key, usual in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 11)):
         holder = generation if generation.values.get(key) is not None else text
@@ -340,12 +295,12 @@ def _token_ids(directory: Path, text: _Section) -> dict[str, tuple[int, ...]]:
     return ids
 
 
-def _is_tied(top: _Section, text: _Section) -> bool:
+def _is_tied(top: Section, text: Section) -> bool:
     holder = top if "tie_word_embeddings" in top.values else text
     return holder.flag("tie_word_embeddings")
 
 
-def _dtype_name(top: _Section, text: _Section) -> str:
+def _dtype_name(top: Section, text: Section) -> str:
     for section in (text, top):
         for key in ("dtype", "torch_dtype"):
             if section.values.get(key) is not None:
@@ -353,7 +308,7 @@ def _dtype_name(top: _Section, text: _Section) -> str:
     return "bfloat16"
 
 
-def _check_shapes(text: _Section, config: ModelConfig) -> None:
+def _check_shapes(text: Section, config: ModelConfig) -> None:
     if config.num_experts_per_token > config.num_experts:
         raise text.error(
             "num_experts_per_tok",

@@ -19,12 +19,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor
-from ostro.configs.model import TEXT_ARCHITECTURE, load_model_config
+from ostro.actors.model.weight_names import TEXT_SCHEME, WRAPPER_SCHEME, ExpectedTensor
+from ostro.configs.model import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE, load_model_config
 
 _DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+_IMAGE_TOKEN_ID = 10
 _NORM_SPREAD = 0.1  # norms are not exactly one, so that a loader that forgets them is noticed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomVision:
+    """Shape of a random vision tower; defaults are what Mistral Small 4 has."""
+
+    hidden_size: int = 1024
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    patch_size: int = 14
+    image_size: int = 1540
+    hidden_act: str = "silu"
+    spatial_merge_size: int = 2
+
+
+TINY_VISION = RandomVision(
+    hidden_size=32, num_layers=2, num_heads=2, intermediate_size=48, image_size=168
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +56,8 @@ class RandomModel:
         end_row_gain: Factor on the head's row of the end token; above 1 a random model stops
             at times instead of always running into its token limit.
         dtype: "bfloat16" or "float32".
+        vision: Makes it a checkpoint that takes images, with the config and the tensor names of
+            the wrapper; None makes it the bare text model.
     """
 
     vocab_size: int
@@ -58,6 +80,7 @@ class RandomModel:
     tie_word_embeddings: bool = False
     end_row_gain: float = 1.0
     dtype: str = "bfloat16"
+    vision: RandomVision | None = None
 
 
 TINY = RandomModel(
@@ -112,13 +135,15 @@ MID = RandomModel(
 def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) -> None:
     """Write config.json, generation_config.json and model.safetensors into a directory.
 
-    transformers' `Mistral4ForCausalLM.from_pretrained` reads it too.
+    transformers' `Mistral4ForCausalLM.from_pretrained` reads it too, and with a vision tower
+    `Mistral3ForConditionalGeneration.from_pretrained`.
 
     Raises:
         ConfigError: The model's numbers contradict each other.
     """
     write_config(directory, model)
-    tensors = list(TEXT_SCHEME.expected(load_model_config(directory)).values())
+    scheme = TEXT_SCHEME if model.vision is None else WRAPPER_SCHEME
+    tensors = list(scheme.expected(load_model_config(directory)).values())
     partial = directory / "model.safetensors.partial"
     with partial.open("wb") as file:
         _write_header(file, tensors, model.dtype)
@@ -140,9 +165,44 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def _config_json(model: RandomModel) -> dict[str, Any]:
+    text = _text_json(model)
+    if model.vision is None:
+        return {"architectures": [TEXT_ARCHITECTURE], **text}
+    return {
+        "architectures": [WRAPPER_ARCHITECTURE],
+        "model_type": "mistral3",
+        "dtype": model.dtype,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "text_config": text,
+        "vision_config": _vision_json(model.vision),
+        "image_token_index": _IMAGE_TOKEN_ID,
+        "spatial_merge_size": model.vision.spatial_merge_size,
+        "vision_feature_layer": -1,
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+    }
+
+
+def _vision_json(vision: RandomVision) -> dict[str, Any]:
+    return {
+        "model_type": "pixtral",
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "head_dim": vision.hidden_size // vision.num_heads,
+        "intermediate_size": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "image_size": vision.image_size,
+        "num_channels": 3,
+        "hidden_act": vision.hidden_act,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+    }
+
+
+def _text_json(model: RandomModel) -> dict[str, Any]:
     qk_head_dim = model.qk_nope_head_dim + model.qk_rope_head_dim
     return {
-        "architectures": [TEXT_ARCHITECTURE],
         "model_type": "mistral4",
         "dtype": model.dtype,
         "vocab_size": model.vocab_size,

@@ -14,6 +14,7 @@ from enum import Enum
 
 from ostro.actors.errors import CheckpointError
 from ostro.configs.model import ModelConfig
+from ostro.configs.vision import VisionConfig
 
 Shape = tuple[int, ...]
 
@@ -122,19 +123,88 @@ HUGGING_FACE_TABLE = (
 )
 
 
+_TOWER = "vision_tower."
+_BLOCK = _TOWER + "transformer.layers.{layer}."
+_PROJECTOR = "multi_modal_projector."
+
+
+def _vision_row(
+    parameter: str, tensor: str, shape: Callable[[VisionConfig, int], Shape]
+) -> WeightName:
+    """A row of a checkpoint with a vision tower; `shape` is given the text model's D too."""
+
+    def under(config: ModelConfig) -> Shape:
+        if config.vision is None:
+            raise ValueError(f"the config has no vision tower that {tensor} could be part of")
+        return shape(config.vision, config.hidden_size)
+
+    return WeightName(parameter, tensor, Role.ATTENTION, under)
+
+
+def _square(vision: VisionConfig, _: int) -> Shape:
+    return vision.hidden_size, vision.hidden_size
+
+
+def _widening(vision: VisionConfig, _: int) -> Shape:
+    return vision.intermediate_size, vision.hidden_size
+
+
+def _norm(vision: VisionConfig, _: int) -> Shape:
+    return (vision.hidden_size,)
+
+
+# These names stand under no prefix. Rows of the tower's layers count `VisionConfig.num_layers`.
+VISION_TABLE = (
+    _vision_row(
+        "patch_conv",
+        _TOWER + "patch_conv.weight",
+        lambda v, _: (v.hidden_size, v.num_channels, v.patch_size, v.patch_size),
+    ),
+    _vision_row("vision_pre_norm", _TOWER + "ln_pre.weight", _norm),
+    _vision_row("vision_attention_norm", _BLOCK + "attention_norm.weight", _norm),
+    _vision_row("vision_q", _BLOCK + "attention.q_proj.weight", _square),
+    _vision_row("vision_k", _BLOCK + "attention.k_proj.weight", _square),
+    _vision_row("vision_v", _BLOCK + "attention.v_proj.weight", _square),
+    _vision_row("vision_o", _BLOCK + "attention.o_proj.weight", _square),
+    _vision_row("vision_mlp_norm", _BLOCK + "ffn_norm.weight", _norm),
+    _vision_row("vision_gate", _BLOCK + "feed_forward.gate_proj.weight", _widening),
+    _vision_row("vision_up", _BLOCK + "feed_forward.up_proj.weight", _widening),
+    _vision_row(
+        "vision_down",
+        _BLOCK + "feed_forward.down_proj.weight",
+        lambda v, _: (v.hidden_size, v.intermediate_size),
+    ),
+    _vision_row("projector_norm", _PROJECTOR + "norm.weight", _norm),
+    _vision_row(
+        "projector_merge",
+        _PROJECTOR + "patch_merger.merging_layer.weight",
+        lambda v, _: (v.hidden_size, v.hidden_size * v.spatial_merge_size**2),
+    ),
+    _vision_row(
+        "projector_in", _PROJECTOR + "linear_1.weight", lambda v, hidden: (hidden, v.hidden_size)
+    ),
+    _vision_row(
+        "projector_out", _PROJECTOR + "linear_2.weight", lambda _, hidden: (hidden, hidden)
+    ),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class NamingScheme:
     """How one checkpoint layout names its tensors.
 
     Attributes:
         prefix: Stands before every tensor of the table.
-        ignored_prefixes: Tensors that are known and not loaded.
-        table: The rows.
+        unserved_prefixes: Tensors that are known and, where the config has no use for them, not
+            loaded.
+        table: The rows of the text model.
+        vision_table: The rows of a vision tower and its projector.
     """
 
     prefix: str
-    ignored_prefixes: tuple[str, ...]
+    unserved_prefixes: tuple[str, ...]
     table: tuple[WeightName, ...] = HUGGING_FACE_TABLE
+    vision_table: tuple[WeightName, ...] = VISION_TABLE
 
     def tensor(self, parameter: str, layer: int | None = None) -> str:
         """The tensor that fills a parameter.
@@ -142,31 +212,40 @@ class NamingScheme:
         Example:
             ("q_a", 3) -> "language_model.model.layers.3.self_attn.q_a_proj.weight"
         """
-        row = next(row for row in self.table if row.parameter == parameter)
-        return self.prefix + row.tensor.format(layer=layer)
+        row = next(row for row in (*self.table, *self.vision_table) if row.parameter == parameter)
+        return self._name(row, layer)
 
     def expected(self, config: ModelConfig) -> dict[str, ExpectedTensor]:
         """Every tensor that a checkpoint of this config must hold, by name."""
+        rows = [(row, config.num_layers) for row in self.table]
+        if config.vision is not None:
+            rows += [(row, config.vision.num_layers) for row in self.vision_table]
         tensors: dict[str, ExpectedTensor] = {}
-        for row in self.table:
+        for row, num_layers in rows:
             if row.parameter == "lm_head" and config.tie_word_embeddings:
                 continue
-            layers = range(config.num_layers) if "{layer}" in row.tensor else [None]
-            for layer in layers:
-                name = self.prefix + row.tensor.format(layer=layer)
+            for layer in range(num_layers) if "{layer}" in row.tensor else [None]:
+                name = self._name(row, layer)
                 tensors[name] = ExpectedTensor(
                     name, row.parameter, layer, row.role, row.shape(config)
                 )
         return tensors
 
     def is_ignored(self, name: str, config: ModelConfig) -> bool:
-        """Whether a tensor is known and not loaded: vision, or the head of a tied checkpoint."""
+        """Whether a tensor is known and not loaded.
+
+        Those are the head of a tied checkpoint, and a tower that the config does not describe.
+        """
         if config.tie_word_embeddings and name == self.tensor("lm_head"):
             return True
-        return name.startswith(self.ignored_prefixes)
+        return config.vision is None and name.startswith(self.unserved_prefixes)
+
+    def _name(self, row: WeightName, layer: int | None) -> str:
+        prefix = "" if row in self.vision_table else self.prefix
+        return prefix + row.tensor.format(layer=layer)
 
 
-WRAPPER_SCHEME = NamingScheme("language_model.", ("vision_tower.", "multi_modal_projector."))
+WRAPPER_SCHEME = NamingScheme("language_model.", (_TOWER, _PROJECTOR))
 TEXT_SCHEME = NamingScheme("", ())
 
 

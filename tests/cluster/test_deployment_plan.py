@@ -45,7 +45,7 @@ SMALL_4 = ModelConfig(
     bos_token_id=1,
     eos_token_ids=(2,),
     pad_token_id=11,
-    has_vision=True,
+    vision=None,
     dtype="bfloat16",
 )
 TINY = replace(

@@ -45,6 +45,19 @@ _TEXT: dict[str, Any] = {
     },
 }
 
+_VISION: dict[str, Any] = {
+    "model_type": "pixtral",
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "head_dim": 64,
+    "intermediate_size": 4096,
+    "patch_size": 14,
+    "image_size": 1540,
+    "hidden_act": "silu",
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+}
+
 
 def _load(directory: Path, changes: dict[str, Any], *, wrapped: bool = False) -> ModelConfig:
     """Write config.json with changes (None deletes a key) and read it."""
@@ -54,7 +67,7 @@ def _load(directory: Path, changes: dict[str, Any], *, wrapped: bool = False) ->
         values = {
             "architectures": ["Mistral3ForConditionalGeneration"],
             "model_type": "mistral3",
-            "vision_config": {"hidden_size": 4},
+            "vision_config": _VISION,
             "text_config": {k: v for k, v in text.items() if k != "architectures"},
         }
     (directory / "config.json").write_text(json.dumps(values))
@@ -87,7 +100,8 @@ def test_load_model_config_reads_the_real_dimensions(tmp_path: Path) -> None:
 
 def test_wrapper_and_bare_config_say_the_same(tmp_path: Path) -> None:
     bare, wrapped = _load(tmp_path, {}), _load(tmp_path, {}, wrapped=True)
-    assert (bare.has_vision, wrapped.has_vision) == (False, True)
+    assert bare.vision is None
+    assert wrapped.vision is not None
     assert wrapped.architecture == "Mistral3ForConditionalGeneration"
     assert wrapped.rope == bare.rope
     assert wrapped.num_experts == bare.num_experts

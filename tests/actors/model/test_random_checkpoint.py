@@ -15,6 +15,7 @@ from ostro.actors.model.random_checkpoint import (
     EMBEDDED,
     MID,
     TINY,
+    TINY_VISION,
     RandomModel,
     write_config,
     write_random_checkpoint,
@@ -105,6 +106,24 @@ def test_transformers_reads_it_with_nothing_missing_or_left(
     theirs = model.state_dict()
     assert set(theirs) - set(ours) <= {"lm_head.weight"}
     assert all(torch.equal(theirs[name], tensor.float()) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "gelu"])
+def test_transformers_reads_one_with_a_vision_tower(tmp_path: Path, hidden_act: str) -> None:
+    from transformers import Mistral3ForConditionalGeneration
+
+    vision = replace(TINY_VISION, hidden_act=hidden_act)
+    directory = checkpoints.make_tiny_checkpoint(tmp_path, num_layers=1, vision=vision)
+    model, info = Mistral3ForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    ours = load_model_config(directory).vision
+    theirs = model.config.vision_config
+    assert ours is not None
+    assert (ours.hidden_act, ours.head_dim) == (theirs.hidden_act, theirs.head_dim)
+    assert ours.image_token_id == model.config.image_token_id
+    assert check_checkpoint(directory).vision == ours
 
 
 def test_transformers_and_our_config_read_the_same_numbers(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 
 from ostro.actors.errors import CheckpointError
-from ostro.actors.model.random_checkpoint import RandomModel, write_config
+from ostro.actors.model.random_checkpoint import RandomModel, RandomVision, write_config
 from ostro.actors.model.weight_names import (
     TEXT_SCHEME,
     WRAPPER_SCHEME,
@@ -39,14 +39,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return load_model_config(checkpoints.make_tiny_checkpoint(directory, num_layers=2))
 
 
-def _real(tmp_path: Path) -> ModelConfig:
-    write_config(tmp_path, RandomModel(**_REAL, std=0.02))
+def _real(tmp_path: Path, vision: RandomVision | None = None) -> ModelConfig:
+    write_config(tmp_path, RandomModel(**_REAL, std=0.02, vision=vision))
     return load_model_config(tmp_path)
 
 
 def test_table_counts_every_parameter_of_the_real_text_model(tmp_path: Path) -> None:
     tensors = TEXT_SCHEME.expected(_real(tmp_path)).values()
     assert sum(math.prod(tensor.shape) for tensor in tensors) == 118_972_826_624
+
+
+def test_table_counts_every_parameter_of_the_real_model_with_its_tower(tmp_path: Path) -> None:
+    tensors = WRAPPER_SCHEME.expected(_real(tmp_path, RandomVision())).values()
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in tensors}
+    tower = sum(size for name, size in sizes.items() if name.startswith("vision_tower."))
+    projector = sum(size for name, size in sizes.items() if name.startswith("multi_modal_"))
+    assert (tower, projector) == (403_305_472, 25_166_848)
+    assert sum(sizes.values()) == 119_401_298_944
 
 
 def test_expert_role_is_the_routed_experts_only(tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_choose_naming_refuses_other_names() -> None:
         choose_naming(["transformer.wte.weight"])
 
 
-def test_vision_tensors_are_ignored_in_the_wrapper_only(tiny: ModelConfig) -> None:
+def test_vision_tensors_are_ignored_where_a_wrapper_has_no_vision_config(tiny: ModelConfig) -> None:
     for name in ("vision_tower.ln_pre.weight", "multi_modal_projector.norm.weight"):
         assert WRAPPER_SCHEME.is_ignored(name, tiny)
         assert not TEXT_SCHEME.is_ignored(name, tiny)

@@ -1,0 +1,66 @@
+"""One mapping of a checkpoint's config file, read value by value; errors name file and field."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ostro.configs.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One mapping of a config file, able to say where a wrong value stands."""
+
+    file: Path
+    prefix: str
+    values: dict[str, Any]
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """An error about one of the mapping's values."""
+        return ConfigError(f"{self.file}: {self.prefix}{key}: {problem}")
+
+    def section(self, key: str) -> Section:
+        """The mapping that stands under a key."""
+        value = self.values[key]
+        if not isinstance(value, dict):
+            raise self.error(key, f"must be a mapping, not {value!r}")
+        return Section(self.file, f"{self.prefix}{key}.", value)
+
+    def flag(self, key: str) -> bool:
+        """A missing flag is False."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            raise self.error(key, f"must be true or false, not {value!r}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number of at least 1."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, f"must be a whole number of at least 1, not {value!r}")
+        return value
+
+    def require(self, key: str, needed: object) -> None:
+        """Refuse a value that the forward pass does not compute with; an absent one is taken so."""
+        value = self.values.get(key)
+        if value is not None and value != needed:
+            raise self.error(key, f"is {value!r}, but only {needed!r} is served")
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Any number."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, f"must be a number, not {value!r}")
+        return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above 0."""
+        value = self.number(key, default)
+        if not 0.0 < value < math.inf:
+            raise self.error(key, f"must be positive, not {value!r}")
+        return value

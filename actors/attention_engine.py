@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from ostro.actors.engine.images import check_images
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -43,6 +44,7 @@ from ostro.actors.fabric.messages import (
 from ostro.actors.model.batch import build_batches, split_evenly
 from ostro.actors.model.decoder import Decoder, ExpertExchange
 from ostro.actors.model.sampler import Sampler, SamplingRow
+from ostro.configs.vision import VisionConfig
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class AttentionParts:
     connection: SyncConnection
     tokens: SyncServer
     page_size: int
+    vision: VisionConfig | None
     num_layers: int
     device: str
     take_counts: Callable[[], list[list[int]]] | None
@@ -155,6 +158,7 @@ class AttentionEngine:
     def _add(self, request: GenerationRequest, ingress_id: str) -> None:
         self._ingress_of[request.request_id] = ingress_id
         try:
+            check_images(request, self._parts.vision)
             self._scheduler.add(RequestProgress(request, arrived_s=time.monotonic()))
         except OstroError as error:
             refusal = TokenEvent(

@@ -74,7 +74,12 @@ class AttentionShard(RankActor):
             device=spec.device,
             dtype=dtype,
         )
-        self._decoder = Decoder(config, weights, cache)
+        self._decoder = Decoder(
+            config,
+            weights,
+            cache,
+            image_cache_bytes=spec.deployment.engine.image_cache_bytes,
+        )
         self._sampler = Sampler(config.vocab_size)
 
     def _make_engine(
@@ -94,6 +99,7 @@ class AttentionShard(RankActor):
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,
+            vision=self._config.vision,
             num_layers=self._config.num_layers,
             device=spec.device,
             take_counts=self._experts.take_counts if self._experts else None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ostro.actors.engine.admission import AdmissionPolicy
 from ostro.actors.engine.assignment import Assigner
+from ostro.actors.engine.images import check_image_bytes, image_bytes
 from ostro.actors.engine.journal import Journal
 from ostro.actors.engine.request import GenerationRequest, callers_id
 from ostro.actors.errors import OverloadedError
@@ -35,6 +36,7 @@ class CellRequests:
             rank: AdmissionPolicy(engine.max_waiting_requests, engine.max_waiting_tokens)
             for rank in ranks
         }
+        self._max_live_image_bytes = engine.max_live_image_bytes
         self._num_prompt_tokens = dict.fromkeys(ranks, 0)
         per_rank = engine.max_waiting_requests + engine.max_running_requests
         self._journal = Journal(max_entries=per_rank * len(ranks))
@@ -45,8 +47,10 @@ class CellRequests:
         """Choose the shard of a request and begin its journal.
 
         Raises:
+            InvalidRequestError: Its images are more than a request may carry.
             OverloadedError: Every shard's queue is full.
         """
+        check_image_bytes(request)
         rank = self._admit(request)
         self._journal.add(request, rank)
         self._assigner.add(rank, request)
@@ -63,11 +67,21 @@ class CellRequests:
                 self._admission[rank].check(
                     num_waiting, waiting_tokens, len(request.prompt_token_ids)
                 )
+                if request.images:
+                    self._check_room_for_images(rank, request)
             except OverloadedError as error:
                 refusal = refusal or error
             else:
                 return rank
         raise refusal or OverloadedError("no attention shard takes requests")
+
+    def _check_room_for_images(self, rank: int, request: GenerationRequest) -> None:
+        """Refuse pixels that a rank has no room for; where there are none, any get in."""
+        live_bytes = self._assigner.live_image_bytes(rank)
+        if live_bytes and live_bytes + image_bytes(request) > self._max_live_image_bytes:
+            raise OverloadedError(
+                f"images of {live_bytes} bytes are being served already", retry_after_s=5.0
+            )
 
     def num_live(self, rank: int) -> int:
         """Requests that live on a rank."""

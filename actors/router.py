@@ -52,6 +52,8 @@ _LEAVE_TIMEOUT_S = 10.0
 _MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _WATCH_EVERY_S = 1.0
 _STEP_GRACE_S = 5.0
+# Besides images: a rank reads between its steps only, so all that it serves may be on its way.
+_MAX_UNSENT_BYTES = 64 * 2**20
 _JOIN_GRACE_S = 15.0
 
 
@@ -90,7 +92,12 @@ class Router:
         self._dtype = dtype
         self._host = host
         self._secret = secret
-        self._server = AsyncServer(listen_address, secret, self._on_connection)
+        self._server = AsyncServer(
+            listen_address,
+            secret,
+            self._on_connection,
+            max_unsent_bytes=_MAX_UNSENT_BYTES + deployment.engine.max_live_image_bytes,
+        )
         self._ground: _Ground | None = None
         self._rows_LE: list[list[int]] = []
         self._epoch: RouterEpoch | None = None

@@ -136,8 +136,11 @@ class EngineConfig:
         max_running_requests: Requests that advance in one step, at most.
         max_waiting_requests: Requests that may wait at one shard; more are refused with 429.
         max_waiting_tokens: Prompt tokens that may wait at one shard, at most.
+        max_live_image_bytes: Pixels of the requests that wait and run at one shard, at most; they
+            are kept, as float16, as long as these live.
         max_context: Longest prompt plus output in tokens; None takes the checkpoint's.
         prefix_cache: Whether full pages are shared between requests.
+        image_cache_bytes: Embeddings of images that a shard keeps for further requests, at most.
         dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA; on CPU where it is native and the
             model is large enough to gain from it.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
@@ -151,8 +154,10 @@ class EngineConfig:
     max_running_requests: int = 256
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
+    max_live_image_bytes: int = 2 * 2**30
     max_context: int | None = None
     prefix_cache: bool = True
+    image_cache_bytes: int = 256 * 2**20
     dtype: str = "auto"
     num_threads: int | None = None
 
@@ -163,8 +168,10 @@ class EngineConfig:
             "max_running_requests",
             "max_waiting_requests",
             "max_waiting_tokens",
+            "max_live_image_bytes",
         ):
             _at_least(self, name, 1)
+        _at_least(self, "image_cache_bytes", 0)
         for name in ("num_pages", "cache_memory_bytes", "max_context", "num_threads"):
             if getattr(self, name) is not None:
                 _at_least(self, name, 1)
@@ -264,6 +271,10 @@ class ServingConfig:
         num_ingress_replicas: Ray Serve replicas of the ingress.
         max_ongoing_requests: Requests one ingress replica holds at a time.
         max_body_bytes: Largest request body.
+        max_images: Images per request, at most; 0 takes none.
+        max_image_bytes: Largest image file.
+        max_image_pixels: Largest image, width times height; each one takes 15 bytes while it is
+            made ready.
         max_stop_sequences: Stop strings per request, at most.
         submit_timeout_s: How long the router may take to accept a request.
         request_timeout_s: How long one generation may take altogether.
@@ -276,7 +287,10 @@ class ServingConfig:
     grpc_port: int = 9000
     num_ingress_replicas: int = 1
     max_ongoing_requests: int = 1024
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 32 * 2**20
+    max_images: int = 8
+    max_image_bytes: int = 10 * 2**20
+    max_image_pixels: int = 25_000_000
     max_stop_sequences: int = 16
     submit_timeout_s: float = 10.0
     request_timeout_s: float = 3600.0
@@ -288,9 +302,12 @@ class ServingConfig:
             "num_ingress_replicas",
             "max_ongoing_requests",
             "max_body_bytes",
+            "max_image_bytes",
+            "max_image_pixels",
             "max_stop_sequences",
         ):
             _at_least(self, name, 1)
+        _at_least(self, "max_images", 0)
         for name in ("http_port", "grpc_port"):
             if not 1 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be in 1..65535")

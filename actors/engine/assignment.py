@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ostro.actors.engine.images import image_bytes
 from ostro.actors.engine.prefix_cache import page_hashes
 from ostro.actors.engine.request import GenerationRequest
 
@@ -20,6 +21,7 @@ class _Shard:
     cached: set[int] = field(default_factory=set)
     live_tokens: dict[str, int] = field(default_factory=dict)
     unstarted_tokens: dict[str, int] = field(default_factory=dict)
+    image_bytes: dict[str, int] = field(default_factory=dict)
     load_tokens: int = 0
 
 
@@ -34,7 +36,9 @@ class Assigner:
         """The ranks, best first."""
         if len(self._shards) == 1:
             return list(self._shards)
-        hashes = page_hashes(request.prompt_token_ids, self._page_size, request.cache_salt)
+        hashes = page_hashes(
+            request.prompt_token_ids, self._page_size, request.cache_salt, request.images
+        )
 
         def cost_tokens(rank: int) -> int:
             shard = self._shards[rank]
@@ -52,6 +56,8 @@ class Assigner:
         shard.live_tokens[request.request_id] = tokens
         shard.unstarted_tokens[request.request_id] = tokens
         shard.load_tokens += tokens
+        if request.images:
+            shard.image_bytes[request.request_id] = image_bytes(request)
 
     def grow(self, rank: int, request_id: str, num_tokens: int) -> None:
         """Count new output tokens of a request."""
@@ -66,12 +72,17 @@ class Assigner:
         shard = self._shards[rank]
         shard.load_tokens -= shard.live_tokens.pop(request_id, 0)
         shard.unstarted_tokens.pop(request_id, None)
+        shard.image_bytes.pop(request_id, None)
 
     def cache_changed(self, rank: int, added: Sequence[int], dropped: Sequence[int]) -> None:
         """Mirror a shard's prefix cache."""
         cached = self._shards[rank].cached
         cached.update(added)
         cached.difference_update(dropped)
+
+    def live_image_bytes(self, rank: int) -> int:
+        """Pixels of the requests that live on a rank."""
+        return sum(self._shards[rank].image_bytes.values())
 
     def waiting(self, rank: int) -> tuple[int, int]:
         """(requests, prompt tokens) placed on a rank that have brought no token yet."""

@@ -1,7 +1,8 @@
 """The prefix cache: full pages found again by what they, and all pages before them, contain.
 
-A page's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. The pool
-keeps the pages and their order of eviction; this file knows what they mean.
+A page's hash covers its tokens, the images that these stand for and its parent's hash, so equal
+hashes mean equal prefixes. The pool keeps the pages and their order of eviction; this file knows
+what they mean.
 """
 
 from __future__ import annotations
@@ -11,29 +12,57 @@ from collections.abc import Sequence
 from hashlib import blake2b
 
 from ostro.actors.engine.page_pool import PageLeakError, PagePool
+from ostro.actors.engine.request import ImageInput
 
 _HASH_BYTES = 8
+_IMAGE_KEY_BYTES = 32
 
 
-def page_hashes(token_ids: Sequence[int], page_size: int, salt: str) -> list[int]:
+def page_hashes(
+    token_ids: Sequence[int], page_size: int, salt: str, images: Sequence[ImageInput] = ()
+) -> list[int]:
     """Hash chain of the full pages of a prompt, one 64-bit number a page."""
     hashes: list[int] = []
-    extend_page_hashes(hashes, token_ids, page_size, salt)
+    extend_page_hashes(hashes, token_ids, page_size, salt, images)
     return hashes
 
 
 def extend_page_hashes(
-    hashes: list[int], token_ids: Sequence[int], page_size: int, salt: str
+    hashes: list[int],
+    token_ids: Sequence[int],
+    page_size: int,
+    salt: str,
+    images: Sequence[ImageInput] = (),
 ) -> None:
     """Append the hashes of the full pages of `token_ids`, which follow the pages of `hashes`."""
-    num_pages = len(token_ids) // page_size
+    num_pages, first_page = len(token_ids) // page_size, len(hashes)
     packed = struct.pack(f"<{num_pages * page_size}I", *token_ids[: num_pages * page_size])
     parent = (hashes[-1] if hashes else 0).to_bytes(_HASH_BYTES, "little")
     salt_bytes, page_bytes = salt.encode(), 4 * page_size
-    for start in range(0, len(packed), page_bytes):
-        content = parent + salt_bytes + packed[start : start + page_bytes]
-        parent = blake2b(content, digest_size=_HASH_BYTES).digest()
+    keys = _image_keys(images, page_size) if images else {}
+    for index in range(num_pages):
+        content = parent + salt_bytes + packed[index * page_bytes : (index + 1) * page_bytes]
+        key = keys.get(first_page + index, b"")
+        parent = blake2b(content, digest_size=_HASH_BYTES, key=key).digest()
         hashes.append(int.from_bytes(parent, "little"))
+
+
+def _image_keys(images: Sequence[ImageInput], page_size: int) -> dict[int, bytes]:
+    """What each page that has tokens of images is hashed with, by its index.
+
+    Tokens of an image say nothing of what is on it: its digest and the place where it starts do.
+    """
+    found: dict[int, list[bytes]] = {}
+    for image in images:
+        name = struct.pack("<q", image.start) + image.digest
+        for page in range(
+            image.start // page_size, -(-(image.start + image.num_tokens) // page_size)
+        ):
+            found.setdefault(page, []).append(name)
+    return {
+        page: blake2b(b"".join(names), digest_size=_IMAGE_KEY_BYTES).digest()
+        for page, names in found.items()
+    }
 
 
 class PrefixCache:

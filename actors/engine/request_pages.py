@@ -78,4 +78,5 @@ class RequestPages:
         hashes = progress.page_hashes
         if len(hashes) < num_pages:
             tokens = progress.known_tokens(len(hashes) * self.page_size, num_pages * self.page_size)
-            extend_page_hashes(hashes, tokens, self.page_size, progress.request.cache_salt)
+            request = progress.request
+            extend_page_hashes(hashes, tokens, self.page_size, request.cache_salt, request.images)

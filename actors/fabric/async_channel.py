@@ -74,6 +74,12 @@ class AsyncConnection:
         except (asyncio.IncompleteReadError, OSError) as error:
             raise ChannelClosedError(f"{self._name} closed the channel") from error
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What is queued and has not gone out yet."""
+        size: int = self._writer.transport.get_write_buffer_size()
+        return size
+
     async def receive(self) -> Message | None:
         """The next message, None once the peer has closed; safe to cancel.
 

@@ -21,10 +21,12 @@ from collections.abc import Generator
 
 import msgspec
 
+from ostro.actors.engine.images import MAX_REQUEST_IMAGE_BYTES
 from ostro.actors.errors import OstroError
 from ostro.actors.fabric.messages import Message, decode, encode
 
-MAX_FRAME_BYTES = 64 * 2**20
+# The images of one request, and whatever else it says.
+MAX_FRAME_BYTES = MAX_REQUEST_IMAGE_BYTES + 8 * 2**20
 HANDSHAKE_TIMEOUT_S = 5.0
 # Peers of one server that have not proven themselves yet; more are turned away at once.
 MAX_STRANGERS = 64
@@ -137,9 +139,10 @@ class FrameReader:
         end = _LENGTH.size + length
         if len(self._buffer) < end:
             return None
-        payload = bytes(memoryview(self._buffer)[_LENGTH.size : end])
-        del self._buffer[:end]
         try:
-            return decode(payload)
+            with memoryview(self._buffer)[_LENGTH.size : end] as payload:
+                message = decode(payload)
         except msgspec.DecodeError as error:
             raise ChannelError(f"the peer sent no message of this version: {error}") from error
+        del self._buffer[:end]
+        return message

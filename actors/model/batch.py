@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ostro.actors.engine.request import RequestState
+from ostro.actors.engine.request import ImageInput, RequestState
 from ostro.actors.engine.step import ScheduledRequest
 from ostro.kernels.mla_decode import DecodeBucket, plan_decode
 
@@ -36,6 +36,20 @@ class PrefillSpan:
     pages_n: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Consecutive tokens of one image's place in a prompt.
+
+    Attributes:
+        rows: Where they stand in the micro-batch.
+        first: How many of the image's tokens come before them.
+    """
+
+    image: ImageInput
+    rows: slice
+    first: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One micro-batch; tensors are int64 and on the model's device.
@@ -48,6 +62,7 @@ class Batch:
         decode_buckets: Plan of those rows for `mla_decode`; empty if there are none.
         prefill_spans: The other rows.
         sample_rows: Rows whose logits are wanted, in the order of the entries.
+        image_spans: What of images is among the tokens.
     """
 
     tokens_T: torch.Tensor
@@ -58,6 +73,7 @@ class Batch:
     decode_buckets: Sequence[DecodeBucket]
     prefill_spans: Sequence[PrefillSpan]
     sample_rows: torch.Tensor
+    image_spans: Sequence[ImageSpan]
 
     @property
     def num_tokens(self) -> int:
@@ -138,6 +154,7 @@ def _build(
     decodes: list[tuple[int, _Span]] = []
     prefills: list[PrefillSpan] = []
     sample_rows: list[int] = []
+    image_spans: list[ImageSpan] = []
     for span in spans:
         entry, row = span.entry, len(tokens)
         start = entry.start + span.first
@@ -150,6 +167,8 @@ def _build(
         else:
             pages_n = torch.tensor(entry.pages[: -(-stop // page_size)], device=device)
             prefills.append(PrefillSpan(slice(row, row + span.count), start, pages_n))
+        if entry.progress.request.images:
+            image_spans.extend(_image_spans(entry.progress.request.images, start, stop, row))
         if entry.samples and span.first + span.count == entry.num_tokens:
             sample_rows.append(len(tokens) - 1)
     return Batch(
@@ -166,6 +185,7 @@ def _build(
         ),
         prefill_spans=prefills,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        image_spans=image_spans,
     )
 
 
@@ -180,6 +200,18 @@ def _known_tokens(span: _Span) -> Iterator[int]:
         if token_id is None:
             raise RuntimeError(f"token {span.entry.start + index} of a request is not sampled yet")
         yield token_id
+
+
+def _image_spans(
+    images: Sequence[ImageInput], start: int, stop: int, row: int
+) -> Iterator[ImageSpan]:
+    """What of the images lies at positions [start, stop), the first of which stands in `row`."""
+    for image in images:
+        first = max(start, image.start)
+        last = min(stop, image.start + image.num_tokens)
+        if first < last:
+            rows = slice(row + first - start, row + last - start)
+            yield ImageSpan(image, rows, first - image.start)
 
 
 def _extend_slots(

@@ -22,8 +22,10 @@ import torch
 from torch.nn.functional import embedding
 
 from ostro.actors.model.attention import Attention, PositionTerms
-from ostro.actors.model.batch import Batch
+from ostro.actors.model.batch import Batch, ImageSpan
+from ostro.actors.model.image_features import ImageFeatures
 from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.vision import VisionTower
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.gate import gate
@@ -77,18 +79,38 @@ class Decoder:
     """All of the model but the routed experts.
 
     Attributes:
+        images: Encodes images; None if the checkpoint has no vision tower.
         seconds: Time by stage since construction. On CUDA it is the time to launch, except where a
             stage waits.
     """
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
-        """On CPU linear weights are repacked: drop `weights` afterwards to free their memory."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: AttentionWeights,
+        cache: LatentCache,
+        *,
+        image_cache_bytes: int = 0,
+    ) -> None:
+        """On CPU linear weights are repacked: drop `weights` afterwards to free their memory.
+
+        Args:
+            config: The checkpoint's.
+            weights: Of the attention role.
+            cache: Where latents are kept.
+            image_cache_bytes: Bound of the image embeddings that are kept for further requests.
+        """
         self._config = config
         self._weights = _packed(weights)
         self._attention = Attention(config, self._weights, cache)
         self.seconds = dict.fromkeys(
             ("attention", "gate", "dispatch", "shared", "combine", "head"), 0.0
         )
+        self.images: ImageFeatures | None = None
+        if config.vision is not None and weights.vision is not None:
+            tower = VisionTower(config, config.vision, weights.vision)
+            self.images = ImageFeatures(tower, image_cache_bytes)
+            self.seconds["vision"] = 0.0
 
     @torch.inference_mode()
     def forward(self, batches: Sequence[Batch], exchange: ExpertExchange) -> list[torch.Tensor]:
@@ -111,9 +133,20 @@ class Decoder:
     def _enter(self, batch: Batch) -> _MicroBatch:
         began_s = time.perf_counter()
         hidden_TD = embedding(batch.tokens_T, self._weights.embed_VD)
+        if batch.image_spans:
+            self._place_images(hidden_TD, batch.image_spans)
+            began_s = time.perf_counter()
         micro_batch = _MicroBatch(batch, hidden_TD, self._attention.position_terms(batch))
         self.seconds["attention"] += time.perf_counter() - began_s
         return micro_batch
+
+    def _place_images(self, hidden_TD: torch.Tensor, spans: Sequence[ImageSpan]) -> None:
+        if self.images is None:
+            raise RuntimeError("a step has images, but the model has no vision tower")
+        began_s = time.perf_counter()
+        for span in spans:
+            self.images.place(hidden_TD, span)
+        self.seconds["vision"] += time.perf_counter() - began_s
 
     def _start_layer(
         self, layer: int, index: int, slice_: _MicroBatch, exchange: ExpertExchange
@@ -179,4 +212,4 @@ def _packed(weights: AttentionWeights) -> AttentionWeights:
         )
         for w in weights.layers
     )
-    return replace(weights, layers=layers, lm_head_VD=pack_linear(weights.lm_head_VD))
+    return replace(weights, layers=layers, lm_head_VD=pack_linear(weights.lm_head_VD), vision=None)

@@ -20,6 +20,7 @@ import torch
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
+from ostro.actors.model.vision_weights import VisionWeights, gather_vision_weights
 from ostro.actors.model.weight_names import TEXT_SCHEME, NamingScheme, Role, choose_naming
 from ostro.configs.model import ModelConfig, load_model_config
 
@@ -63,12 +64,17 @@ class AttentionLayerWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWeights:
-    """Everything but the routed experts; a tied `lm_head_VD` is `embed_VD` itself."""
+    """Everything but the routed experts; a tied `lm_head_VD` is `embed_VD` itself.
+
+    Attributes:
+        vision: None if the checkpoint takes no images.
+    """
 
     embed_VD: torch.Tensor
     layers: tuple[AttentionLayerWeights, ...]
     final_norm_D: torch.Tensor
     lm_head_VD: torch.Tensor
+    vision: VisionWeights | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +109,7 @@ class LoadReport:
     Attributes:
         used: Filled a parameter of the role that was loaded.
         other_role: Fill the other role's parameters.
-        ignored: Known and not served, as the vision tower.
+        ignored: Known and not served, as a tower that the config does not describe.
     """
 
     used: tuple[str, ...]
@@ -146,6 +152,7 @@ def load_attention_weights(
         layers=tuple(_attention_layer(filler, i, dtype) for i in range(config.num_layers)),
         final_norm_D=filler.take("final_norm", None, dtype),
         lm_head_VD=embed_VD if tied else filler.take("lm_head", None, dtype),
+        vision=_vision(filler, dtype),
     )
     filler.verify()
     return weights
@@ -286,6 +293,14 @@ def _attention_layer(filler: _Filler, layer: int, dtype: torch.dtype) -> Attenti
         shared_gate_up=torch.cat((take("shared_gate"), take("shared_up"))),
         shared_down=take("shared_down"),
     )
+
+
+def _vision(filler: _Filler, dtype: torch.dtype) -> VisionWeights | None:
+    def take(parameter: str, layer: int | None) -> torch.Tensor:
+        return filler.take(parameter, layer, dtype)
+
+    vision = filler.config.vision
+    return None if vision is None else gather_vision_weights(vision, take)
 
 
 def _split_kv_b(config: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
+    ImageInput,
     RequestProgress,
     SamplingParams,
     StopParams,
@@ -37,6 +38,7 @@ def make_request(
     thinking: ThinkingParams | None = None,
     cache_salt: str = "",
     scheduling_class: int = 0,
+    images: tuple[ImageInput, ...] = (),
 ) -> GenerationRequest:
     """A greedy request."""
     return GenerationRequest(
@@ -53,6 +55,7 @@ def make_request(
         thinking=thinking,
         cache_salt=cache_salt,
         scheduling_class=scheduling_class,
+        images=images,
     )
 
 

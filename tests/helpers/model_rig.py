@@ -11,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 
 from ostro.actors.engine.request import (
     GenerationRequest,
+    ImageInput,
     RequestProgress,
     SamplingParams,
     StopParams,
@@ -36,6 +38,7 @@ def make_progress(
     *,
     sampling: SamplingParams | None = None,
     output: Sequence[int] = (),
+    images: tuple[ImageInput, ...] = (),
 ) -> RequestProgress:
     """A request as the scheduler would hold it."""
     request = GenerationRequest(
@@ -43,6 +46,7 @@ def make_progress(
         prompt_token_ids=list(prompt),
         sampling=sampling or SamplingParams(),
         stop=StopParams(max_tokens=1_000_000),
+        images=images,
     )
     return RequestProgress(request, arrived_s=0.0, output_token_ids=output)
 
@@ -92,6 +96,7 @@ class ModelRig:
         position_offset: int = 0,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        image_cache_bytes: int = 2**20,
     ) -> None:
         self.config = load_model_config(directory)
         reader = CheckpointReader(directory)
@@ -101,7 +106,9 @@ class ModelRig:
         for layer_NSW in self.cache.layers:
             layer_NSW.fill_(torch.nan)
         weights = load_attention_weights(reader, self.config, device=device, dtype=dtype)
-        self.decoder = Decoder(self.config, weights, self.cache)
+        self.decoder = Decoder(
+            self.config, weights, self.cache, image_cache_bytes=image_cache_bytes
+        )
         self.exchange = InProcessExchange(
             [
                 self._load_experts(reader, shard, num_expert_shards, device, dtype)
@@ -158,9 +165,11 @@ class ModelRig:
             ]
         return self.decoder.forward(batches, self.exchange)
 
-    def logits_in_chunks(self, tokens: Sequence[int], chunk: int) -> torch.Tensor:
+    def logits_in_chunks(
+        self, tokens: Sequence[int], chunk: int, images: tuple[ImageInput, ...] = ()
+    ) -> torch.Tensor:
         """Logits after every token of one request that is computed `chunk` tokens at a time."""
-        progress = make_progress("r", tokens)
+        progress = make_progress("r", tokens, images=images)
         parts = []
         for start in range(0, len(tokens), chunk):
             count = min(chunk, len(tokens) - start)
@@ -183,6 +192,38 @@ def load_oracle(directory: Path) -> Any:
     for layer in oracle.model.layers:
         layer.self_attn.scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     return oracle
+
+
+def load_image_oracle(directory: Path) -> Any:
+    """As `load_oracle`, of a checkpoint with a vision tower."""
+    from transformers import Mistral3ForConditionalGeneration
+
+    oracle = Mistral3ForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    config = oracle.config.text_config
+    for layer in oracle.model.language_model.layers:
+        layer.self_attn.scaling = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    return oracle
+
+
+@torch.no_grad()
+def oracle_image_logits(
+    oracle: Any, tokens: Sequence[int], images: Sequence[ImageInput]
+) -> torch.Tensor:
+    """Logits after every token of a prompt with images, [T, V]."""
+    height = max(image.height for image in images)
+    width = max(image.width for image in images)
+    pixels = torch.zeros(len(images), 3, height, width)
+    for place, image in zip(pixels, images, strict=True):
+        place[:, : image.height, : image.width] = pictures.pixel_values(image)
+    logits: torch.Tensor = oracle(
+        input_ids=torch.tensor([list(tokens)]),
+        pixel_values=pixels,
+        image_sizes=torch.tensor([[image.height, image.width] for image in images]),
+        use_cache=False,
+    ).logits[0]
+    return logits
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ def test_frames_come_out_whole_however_they_are_cut(cuts):
 def test_reader_refuses_a_frame_beyond_the_bound():
     reader = FrameReader()
     reader.feed(struct.pack(">I", framing.MAX_FRAME_BYTES + 1))
-    with pytest.raises(ChannelError, match="announced a frame of 67108865 bytes"):
+    with pytest.raises(ChannelError, match="announced a frame of 134217729 bytes"):
         reader.next_message()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ class Ingress(GrpcMethods):
     def __init__(self, spec: IngressSpec) -> None:
         self._spec = spec
         model_dir, deployment = Path(spec.model_dir), spec.deployment
-        card = make_card(
-            model_dir, load_model_config(model_dir), deployment, weight_dtype=spec.dtype
+        config = load_model_config(model_dir)
+        prompts = PromptBuilder(model_dir, deployment.reasoning, deployment.serving)
+        card = replace(
+            make_card(model_dir, config, deployment, weight_dtype=spec.dtype),
+            has_vision=prompts.serves_images(config.vision),
         )
         self._cell = CellClient(
             self._find_router,
@@ -70,7 +73,6 @@ class Ingress(GrpcMethods):
             ingress_id=uuid.uuid4().hex,
             submit_timeout_s=deployment.serving.submit_timeout_s,
         )
-        prompts = PromptBuilder(model_dir, deployment.reasoning)
         self._frontend = Frontend(self._cell, prompts, card, deployment)
         self._metrics = Metrics(card.name)
         GrpcMethods.__init__(self, lambda: self._frontend, self._metrics)

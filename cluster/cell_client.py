@@ -38,6 +38,8 @@ _SERIAL_CHARS = 8
 _DIAL_TIMEOUT_S = 5.0
 _REDIAL_PAUSE_S = 0.5
 _ANSWER_TIMEOUT_S = 10.0
+_MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on top of it
+_ROOM_POLL_S = 0.002
 
 FindRouter = Callable[[], Awaitable[str]]
 
@@ -122,8 +124,12 @@ class CellClient:
         serial = f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}"
         inbox, finished, name = _Inbox(), False, unique_id(request.request_id, serial)
         self._inboxes[name] = inbox
+        callers_name = request.request_id
         try:
-            self._router.send(Submit(msgspec.structs.replace(request, request_id=name)))
+            if request.images:
+                await self._room_to_send()
+            self._send_to_router(Submit(msgspec.structs.replace(request, request_id=name)))
+            del request  # its images are megabytes, and the answer may take long
             timeout_s: float | None = self._submit_timeout_s
             while not finished:
                 item = await _next(inbox.queue, timeout_s)
@@ -135,7 +141,7 @@ class CellClient:
                     yield item
         finally:
             del self._inboxes[name]
-            self._running.discard(request.request_id)
+            self._running.discard(callers_name)
             if not finished:
                 self._forget(name)
 
@@ -169,6 +175,24 @@ class CellClient:
             raise NotReadyError("the router does not answer; try again", retry_after_s=5) from None
         finally:
             del self._answers[tag]
+
+    def _send_to_router(self, message: Message) -> None:
+        if self._router is None:
+            raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
+        self._router.send(message)
+
+    async def _room_to_send(self) -> None:
+        """Images go out one request after the other: the channel drops a peer that is far behind.
+
+        Raises:
+            NotReadyError: The router takes nothing.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._submit_timeout_s
+        while self._router is not None and self._router.unsent_bytes > _MAX_UNSENT_BYTES:
+            if loop.time() > give_up_s:
+                raise NotReadyError("the router takes no images now", retry_after_s=5)
+            await asyncio.sleep(_ROOM_POLL_S)
 
     def _forget(self, request_id: str) -> None:
         if self._router is not None:

@@ -103,7 +103,7 @@ def run(deployment: DeploymentConfig) -> None:
     _print_plan(deployment, plan, machine, console)
     problems = [
         *_checkpoint_problems(summary),
-        *_tokenizer_problems(deployment, model_dir),
+        *_tokenizer_problems(deployment, model_dir, config),
         *plan.problems,
         *_port_problems(deployment),
     ]
@@ -112,9 +112,11 @@ def run(deployment: DeploymentConfig) -> None:
         raise typer.Exit(1)
 
 
-def _tokenizer_problems(deployment: DeploymentConfig, model_dir: Path) -> list[str]:
+def _tokenizer_problems(
+    deployment: DeploymentConfig, model_dir: Path, config: ModelConfig
+) -> list[str]:
     try:
-        PromptBuilder(model_dir, deployment.reasoning)
+        PromptBuilder(model_dir, deployment.reasoning).serves_images(config.vision)
     except ConfigError as error:
         return [str(error)]
     return []

@@ -38,6 +38,7 @@ from ostro.cluster.generation import (
     ToolCallDone,
     Usage,
 )
+from ostro.cluster.image_workers import ImageWorkers
 from ostro.cluster.output_parser import Channel, OutputParser, ParsedStep
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.request_builder import Prepared, RequestBuilder
@@ -55,6 +56,10 @@ _ERRORS: dict[str, type[OstroError]] = {
 def _num_characters(message: ChatMessage) -> int:
     calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
     return len(message.text) + len(message.thinking or "") + calls
+
+
+def _has_images(messages: Sequence[ChatMessage]) -> bool:
+    return any(message.images for message in messages)
 
 
 class Frontend:
@@ -76,6 +81,7 @@ class Frontend:
         self._prompts = prompts
         self._card = card
         self._builder = RequestBuilder(prompts, card, config)
+        self._image_workers = ImageWorkers()
         self._request_timeout_s = config.serving.request_timeout_s
 
     @property
@@ -98,7 +104,8 @@ class Frontend:
         """
         num_characters = sum(map(_num_characters, request.messages))
         is_long = num_characters > _LONG_PROMPT or bool(request.tools)  # schemas are slow to check
-        return self._serve(partial(self._builder.chat, request), is_long=is_long)
+        build = partial(self._builder.chat, request)
+        return self._serve(build, is_long=is_long, has_images=_has_images(request.messages))
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """A raw continuation; closing the iterator cancels it. Raises what `chat` raises."""
@@ -109,11 +116,14 @@ class Frontend:
         """Token ids of plain text."""
         return self._prompts.text(text, add_bos=add_bos)
 
-    def tokenize_chat(
+    async def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
-        """Token ids of the exact prompt that a chat would get."""
-        return self._builder.tokenize_chat(messages, tools, effort)
+        """Token ids of the exact prompt that a chat would get; its work leaves the event loop."""
+        work = partial(self._builder.tokenize_chat, messages, tools, effort)
+        if _has_images(messages):
+            return await self._image_workers.run(work)
+        return await asyncio.to_thread(work)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, control tokens shown.
@@ -129,13 +139,18 @@ class Frontend:
         return self._prompts.table.decode(token_ids)
 
     async def _serve(
-        self, build: Callable[[], Prepared], *, is_long: bool
+        self, build: Callable[[], Prepared], *, is_long: bool, has_images: bool = False
     ) -> AsyncGenerator[GenerationEvent, None]:
         answer_by = _Deadlines(self._request_timeout_s)
-        prepared = await asyncio.to_thread(build) if is_long else build()
+        if has_images:
+            prepared = await self._image_workers.run(build)
+        else:
+            prepared = await asyncio.to_thread(build) if is_long else build()
+        tokens = cast("AsyncGenerator[TokenEvent, None]", self._cell.submit(prepared.request))
+        prepared = prepared.without_pixels()
+        del build  # holds the image files; the answer may take long
         answer_by.begin_within(prepared.options.queue_timeout_s)
         answer = _Answer(prepared, self._prompts, self._card.name, answer_by.arrived_s)
-        tokens = cast("AsyncGenerator[TokenEvent, None]", self._cell.submit(prepared.request))
         async with aclosing(tokens):
             is_last = False
             while not is_last:
@@ -327,6 +342,7 @@ class _Answer:
                 cached_prompt_tokens=self._num_cached_tokens,
                 completion_tokens=self._num_tokens,
                 thinking_tokens=self._num_thinking_tokens,
+                image_tokens=self._prepared.num_image_tokens,
             ),
             reasoning=ReasoningReport(
                 effort=self._prepared.effort,

@@ -67,12 +67,28 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFile:
+    """An image in a message, as it came; `images` reads it.
+
+    Attributes:
+        data: The file, or its text in base64.
+        where: Its place in the request, as its caller knows it.
+        at: Characters of the message's text that stand before it.
+    """
+
+    data: bytes | str = field(repr=False)
+    where: str
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
     """One message of a conversation, already normalised.
 
     Attributes:
         role: "system", "user", "assistant" or "tool".
         text: The text parts, joined.
+        images: User and tool only: the images among the text, in order.
         thinking: Assistant only: the thinking that stood before the text, to be replayed.
         thinking_closed: Of a prefix without text: the thinking is over, the answer comes next.
         tool_calls: Assistant only.
@@ -83,6 +99,7 @@ class ChatMessage:
 
     role: str
     text: str = ""
+    images: tuple[ImageFile, ...] = ()
     thinking: str | None = None
     thinking_closed: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
@@ -177,12 +194,13 @@ class ToolCallDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts; thinking is part of completion."""
+    """Token counts; images are part of the prompt, thinking of the completion."""
 
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
     thinking_tokens: int
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +249,12 @@ GenerationEvent = Started | TextDelta | ToolCallDone | Finished
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What the faces say of the served model; `end_token_ids` end a generation as `</s>` does."""
+    """What the faces say of the served model.
+
+    Attributes:
+        end_token_ids: They end a generation as `</s>` does.
+        has_vision: Images are taken: the checkpoint has a tower, and the tokenizer knows of it.
+    """
 
     name: str
     description: str
@@ -246,6 +269,7 @@ class ModelCard:
     efforts: tuple[str, ...]
     default_effort: str
     end_token_ids: tuple[int, ...] = ()
+    has_vision: bool = False
 
 
 class Cell(Protocol):
@@ -307,10 +331,10 @@ class FrontendLike(Protocol):
         """Token ids of plain text."""
         ...
 
-    def tokenize_chat(
+    async def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
-        """Token ids of the exact prompt that a chat would get."""
+        """Token ids of the exact prompt that a chat would get; its work leaves the event loop."""
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

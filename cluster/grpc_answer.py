@@ -187,6 +187,7 @@ def _usage(usage: Usage) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
+        image_tokens=usage.image_tokens,
         completion_tokens=usage.completion_tokens,
         thinking_tokens=usage.thinking_tokens,
     )

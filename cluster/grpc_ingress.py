@@ -146,8 +146,7 @@ class GrpcMethods:
             if which == "text":
                 ids = await to_thread(frontend.tokenize_text, readable.text)
             else:
-                ids = await to_thread(
-                    frontend.tokenize_chat,
+                ids = await frontend.tokenize_chat(
                     conversation_messages(readable.conversation),
                     tools_on_offer(readable.conversation.tools),
                     effort_name(readable.effort),

@@ -16,11 +16,13 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     GenerationOptions,
+    ImageFile,
     TextGeneration,
     Tool,
     ToolCall,
 )
 from ostro.cluster.grpc_answer import EFFORT_NUMBERS
+from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_request import short_call_id
 from ostro.protos import generation_pb2 as pb
 
@@ -104,13 +106,14 @@ def _chat_message(
     role = _ROLES.get(message.role)
     if role is None:
         _refuse(f"{path}.role", "must be SYSTEM, USER, ASSISTANT or TOOL")
-    thinking, text = _content(message, path, role)
+    thinking, text, images = _content(message, path, role)
     if role == "tool":
         if not message.tool_call_id:
             _refuse(f"{path}.tool_call_id", "a tool message must name the call it answers")
         return ChatMessage(
             role=role,
             text=text,
+            images=images,
             tool_call_id=short_call_id(message.tool_call_id),
             tool_name=names.get(message.tool_call_id),
         )
@@ -121,6 +124,7 @@ def _chat_message(
     return ChatMessage(
         role=role,
         text=text,
+        images=images,
         thinking=thinking or None,
         thinking_closed=any(part.thinking.closed for part in message.parts),
         tool_calls=tuple(
@@ -131,21 +135,30 @@ def _chat_message(
     )
 
 
-def _content(message: pb.Message, path: str, role: str) -> tuple[str, str]:
-    """Thinking and text of a message's parts."""
+def _content(message: pb.Message, path: str, role: str) -> tuple[str, str, tuple[ImageFile, ...]]:
+    """Thinking, text and images of a message's parts."""
     thinking: list[str] = []
     text: list[str] = []
+    images: list[ImageFile] = []
+    num_chars = 0
     for j, part in enumerate(message.parts):
         where, which = f"{path}.parts[{j}]", part.WhichOneof("part")
         if which == "text":
             text.append(part.text)
+            num_chars += len(part.text)
         elif which == "thinking" and role == "assistant":
             thinking.append(part.thinking.text)
         elif which == "image":
-            _refuse(where, "images are not served yet")
+            images.append(_image(part.image, where, num_chars))
         else:
             _refuse(where, f"a part with {which or 'nothing'} in it is not taken here")
-    return "".join(thinking), "".join(text)
+    return "".join(thinking), "".join(text), tuple(images)
+
+
+def _image(image: pb.Image, where: str, at: int) -> ImageFile:
+    if image.WhichOneof("source") == "uri":
+        return image_of_uri(image.uri, where, at=at)
+    return ImageFile(data=image.data, where=where, at=at)
 
 
 def _tool(tool: pb.Tool, path: str) -> Tool:

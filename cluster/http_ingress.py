@@ -146,7 +146,7 @@ class _Routes:
             )
         else:
             messages, tools = chat_messages(body.messages or ()), tools_on_offer(body.tools or ())
-            tokens = await to_thread(frontend.tokenize_chat, messages, tools, body.reasoning_effort)
+            tokens = await frontend.tokenize_chat(messages, tools, body.reasoning_effort)
         fields = {"count": len(tokens), "max_model_len": frontend.card.max_context}
         return _json({**fields, "tokens": tokens}, headers)
 
@@ -217,7 +217,7 @@ def _model_fields(card: ModelCard) -> Json:
             "completion_chat": True,
             "function_calling": True,
             "reasoning": True,
-            "vision": False,
+            "vision": card.has_vision,
             "completion_fim": False,
             "fine_tuning": False,
         },

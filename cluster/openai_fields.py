@@ -61,7 +61,10 @@ def usage_fields(usage: Usage) -> Json:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_prompt_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_prompt_tokens,
+            "image_tokens": usage.image_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
         "num_cached_tokens": usage.cached_prompt_tokens,
     }

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from ostro.actors.errors import InvalidRequestError
@@ -16,10 +17,12 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     GenerationOptions,
+    ImageFile,
     TextGeneration,
     Tool,
     ToolCall,
 )
+from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -32,7 +35,7 @@ from ostro.cluster.openai_schema import (
 
 _DEFAULT_COMPLETION_TOKENS = 16  # what the dialect promises for /v1/completions
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
-_IMAGE_TYPES = ("image_url", "image", "input_image")
+_OTHER_IMAGE_TYPES = ("image", "input_image")
 
 
 def chat_generation(body: ChatCompletionRequest) -> ChatGeneration:
@@ -81,7 +84,7 @@ def text_generation(body: CompletionRequest) -> TextGeneration:
 def chat_messages(
     messages: Sequence[Message], *, continue_final: bool = False
 ) -> tuple[ChatMessage, ...]:
-    """Messages with their parts joined and their thinking told from their text."""
+    """Messages with their parts joined, and thinking and images told from their text."""
     names = {
         call.id: call.function.name for message in messages for call in message.tool_calls or ()
     }
@@ -248,10 +251,10 @@ def _one_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> str | 
 def _chat_message(
     message: Message, path: str, names: dict[str, str], *, is_last: bool, continues: bool
 ) -> ChatMessage:
-    thinking, text = _content(message, path)
+    thinking, text, images = _content(message, path)
     role = "system" if message.role == "developer" else message.role
     if role == "tool":
-        return _tool_message(message, path, text, names)
+        return _tool_message(message, path, ChatMessage(role=role, text=text, images=images), names)
     prefix = bool(message.prefix) or continues
     if prefix and (role != "assistant" or not is_last):
         raise InvalidRequestError(
@@ -259,10 +262,11 @@ def _chat_message(
             param=f"{path}.prefix",
         )
     if role != "assistant":
-        return ChatMessage(role=role, text=text)
+        return ChatMessage(role=role, text=text, images=images)
     return ChatMessage(
         role=role,
         text=text,
+        images=images,
         thinking=thinking or message.reasoning_content or message.reasoning or None,
         thinking_closed=_closes_thinking(message),
         tool_calls=tuple(_tool_call(call) for call in message.tool_calls or ()),
@@ -277,16 +281,17 @@ def _closes_thinking(message: Message) -> bool:
     return bool(thinking) and thinking[-1].closed is True
 
 
-def _tool_message(message: Message, path: str, text: str, names: dict[str, str]) -> ChatMessage:
+def _tool_message(
+    message: Message, path: str, result: ChatMessage, names: dict[str, str]
+) -> ChatMessage:
     call_id = message.tool_call_id
     if call_id is None:
         raise InvalidRequestError(
             f"{path}.tool_call_id: a tool message must name the call it answers",
             param=f"{path}.tool_call_id",
         )
-    return ChatMessage(
-        role="tool",
-        text=text,
+    return replace(
+        result,
         tool_call_id=short_call_id(call_id),
         tool_name=message.name or names.get(call_id),
     )
@@ -299,19 +304,30 @@ def _tool_call(call: ToolCallIn) -> ToolCall:
     return ToolCall(call_id=short_call_id(call.id), name=call.function.name, arguments=arguments)
 
 
-def _content(message: Message, path: str) -> tuple[str, str]:
-    """Thinking and text of a message's content."""
+def _content(message: Message, path: str) -> tuple[str, str, tuple[ImageFile, ...]]:
+    """Thinking, text and images of a message's content."""
     if message.content is None or isinstance(message.content, str):
-        return "", message.content or ""
+        return "", message.content or "", ()
     thinking: list[str] = []
     text: list[str] = []
+    images: list[ImageFile] = []
+    num_chars = 0
     for j, part in enumerate(message.content):
         where = f"{path}.content[{j}]"
         if part.type == "thinking" and message.role == "assistant":
             thinking.append(_thinking_text(part, where))
+        elif part.type == "image_url":
+            images.append(image_of_uri(_image_url(part, where), where, at=num_chars))
         else:
             text.append(_part_text(part, where))
-    return "".join(thinking), "".join(text)
+            num_chars += len(text[-1])
+    return "".join(thinking), "".join(text), tuple(images)
+
+
+def _image_url(part: Part, where: str) -> str:
+    if part.image_url is None:
+        raise InvalidRequestError(f"{where}.image_url is missing", param=f"{where}.image_url")
+    return part.image_url if isinstance(part.image_url, str) else part.image_url.url
 
 
 def _thinking_text(part: Part, where: str) -> str:
@@ -322,10 +338,8 @@ def _thinking_text(part: Part, where: str) -> str:
 
 
 def _part_text(part: Part, where: str) -> str:
-    if part.type in _IMAGE_TYPES:
-        raise InvalidRequestError(
-            f"{where}: images are not served yet", code="unsupported_value", param=where
-        )
+    if part.type in _OTHER_IMAGE_TYPES:
+        _refuse(where, "send an image as a part of type 'image_url'")
     if part.type != "text":
         _refuse(where, f"parts of type {part.type[:40]!r} are not served in this message")
     if part.text is None:

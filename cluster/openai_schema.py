@@ -18,6 +18,13 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
+class ImageUrl(Wire):
+    """OpenAI's form of an image; `detail` is accepted and without effect."""
+
+    url: str
+    detail: str | None = None
+
+
 class Part(Wire):
     """One part of a message's content; which fields count depends on `type`."""
 
@@ -26,7 +33,7 @@ class Part(Wire):
     thinking: list[Part] | str | None = None
     closed: bool | None = None
     signature: str | None = None
-    image_url: object = None
+    image_url: str | ImageUrl | None = None
 
 
 class FunctionCall(Wire):

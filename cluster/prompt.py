@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mistral_common.exceptions import InvalidToolSchemaException, MistralCommonException
-from mistral_common.protocol.instruct.chunk import ContentChunk, TextChunk, ThinkChunk
 from mistral_common.protocol.instruct.messages import (
     AssistantMessage,
     SystemMessage,
@@ -21,9 +20,6 @@ from mistral_common.protocol.instruct.messages import (
     UserMessage,
 )
 from mistral_common.protocol.instruct.request import ChatCompletionRequest, ReasoningEffort
-from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall
-from mistral_common.protocol.instruct.tool_calls import Tool as CommonTool
-from mistral_common.protocol.instruct.tool_calls import ToolCall as CommonToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.base import (
     SpecialTokenPolicy,
@@ -33,16 +29,23 @@ from mistral_common.tokens.tokenizers.base import (
 from mistral_common.tokens.tokenizers.base import SpecialTokens as Names
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from PIL import Image
 
+from ostro.actors.engine.request import ImageInput
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import ChatMessage, Tool
-from ostro.configs.deployment import ReasoningConfig
+from ostro.cluster.image_inputs import image_inputs
+from ostro.cluster.images import check_images, no_vision, read_image
+from ostro.cluster.prompt_messages import common_message, common_tool
+from ostro.configs.deployment import ReasoningConfig, ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.vision import VisionConfig
 
 FILE_NAME = "tekken.json"
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
+_IMAGES_IN_TOOL_RESULTS = TokenizerVersion.v15
 _OLDEST = TokenizerVersion.v13  # since v13 a tool call is [TOOL_CALLS]name[ARGS]json, without ids
 _MAY_FOLLOW = {
     "system": {"system", "user", "assistant"},
@@ -51,8 +54,15 @@ _MAY_FOLLOW = {
     "tool": {"user", "assistant", "tool"},
 }
 
-_Message = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 _Tokenizer = MistralTokenizer[UserMessage, AssistantMessage, ToolMessage, SystemMessage, Tokenized]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads: tokens, and the images that stand among them."""
+
+    token_ids: list[int]
+    images: tuple[ImageInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +77,6 @@ class SpecialTokens:
     end_think: int | None
 
 
-def ends_in_thinking(messages: Sequence[ChatMessage]) -> bool:
-    """Whether the prompt ends inside an open thinking block.
-
-    So it does if the last message is a prefix that has thinking, not closed, and no text yet.
-    """
-    last = messages[-1] if messages else None
-    if last is None or not last.prefix or last.text:
-        return False
-    return bool(last.thinking) and not last.thinking_closed
-
-
 class PromptBuilder:
     """The tokenizer of one checkpoint. Thread-safe.
 
@@ -88,8 +87,15 @@ class PromptBuilder:
             `[/THINK]`; empty if the tokenizer knows no thinking.
     """
 
-    def __init__(self, model_dir: Path, reasoning: ReasoningConfig) -> None:
+    def __init__(
+        self, model_dir: Path, reasoning: ReasoningConfig, serving: ServingConfig | None = None
+    ) -> None:
         """Load the tokenizer.
+
+        Args:
+            model_dir: Holds its file.
+            reasoning: The effort table.
+            serving: Limits of images; None takes the defaults.
 
         Raises:
             ConfigError: The file is missing, broken or older than v13, or it declares none of the
@@ -98,6 +104,7 @@ class PromptBuilder:
         self._path = Path(model_dir) / FILE_NAME
         self._tokenizer = _load(self._path)
         self._tekken = _tekkenizer(self._tokenizer, self._path)
+        self._serving = ServingConfig() if serving is None else serving
         self.special = self._find_special()
         self.table = TokenTable(
             [
@@ -112,10 +119,37 @@ class PromptBuilder:
             phrase = self._tekken.encode(reasoning.closing_phrase, bos=False, eos=False)
             self.closing_token_ids = (*phrase, self.special.end_think)
 
-    def chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str
-    ) -> list[int]:
-        """Token ids of the prompt for the next assistant turn.
+    @property
+    def takes_images(self) -> bool:
+        """Whether the tokenizer knows how images stand in a prompt."""
+        return self._tekken.image is not None
+
+    def serves_images(self, vision: VisionConfig | None) -> bool:
+        """Whether a checkpoint with this tower takes images.
+
+        Raises:
+            ConfigError: The tokenizer makes images ready for another tower.
+        """
+        image = self._tekken.image
+        if image is None or vision is None:
+            return False
+        side = image.image_patch_size * image.spatial_merge_size
+        image_token_id = self._tekken.get_special_token(Names.img.value)
+        if (
+            side != vision.token_side()
+            or image_token_id != vision.image_token_id
+            or image.max_image_size > vision.longest_side()
+        ):
+            raise ConfigError(
+                f"{self._path}: an image token is id {image_token_id} for squares of {side} pixels "
+                f"in images of up to {image.max_image_size}; config.json says id "
+                f"{vision.image_token_id}, {vision.token_side()} and {vision.longest_side()}: they "
+                f"do not belong together"
+            )
+        return True
+
+    def chat(self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str) -> Prompt:
+        """The prompt for the next assistant turn.
 
         Args:
             messages: The conversation; earlier thinking and tool calls are replayed.
@@ -123,20 +157,22 @@ class PromptBuilder:
             effort: One of `configs.deployment.EFFORTS`.
 
         Raises:
-            InvalidRequestError: `param` is "messages" or "tools"; the text names the message.
+            InvalidRequestError: `param` is "messages", "tools" or an image's place; the text names
+                the message.
         """
         _check_conversation(messages)
         _check_tools(tools)
+        pictures = self._pictures(messages)
         if self.special.begin_think is None and any(message.thinking for message in messages):
             raise _refused("this model knows no thinking: leave it out of the messages")
         try:
             request = ChatCompletionRequest(
                 model="served",  # the library's strict mode wants some name
-                messages=[_message(message) for message in messages],
-                tools=[_tool(tool) for tool in tools] or None,
+                messages=[common_message(*pair) for pair in zip(messages, pictures, strict=True)],
+                tools=[common_tool(tool) for tool in tools] or None,
                 reasoning_effort=self._prompt_values[effort],
             )
-            return list(self._tokenizer.encode_chat_completion(request).tokens)
+            tokenized = self._tokenizer.encode_chat_completion(request)
         except InvalidToolSchemaException as error:
             raise InvalidRequestError(
                 "tools: the parameters of a tool are no valid JSON Schema", param="tools"
@@ -147,6 +183,7 @@ class PromptBuilder:
                 "these messages cannot be written as a prompt; very long runs of blanks and very "
                 "deep JSON are beyond the tokenizer"
             ) from error
+        return Prompt(list(tokenized.tokens), self._placed_images(tokenized))
 
     def text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; names of control tokens in it stay plain text.
@@ -163,6 +200,34 @@ class PromptBuilder:
                 "prompt cannot be tokenized: very long runs of blanks are beyond the tokenizer",
                 param="prompt",
             ) from error
+
+    def _pictures(self, messages: Sequence[ChatMessage]) -> list[list[Image.Image]]:
+        """Of each message, its images; refused where the tokenizer has no place for them."""
+        with_images = [message for message in messages if message.images]
+        if not with_images:
+            return [[] for _ in messages]
+        if not self.takes_images:
+            raise no_vision(with_images[0])
+        check_images(messages, self._serving)
+        tools = [message.images[0] for message in with_images if message.role == "tool"]
+        if tools and self._tekken.version < _IMAGES_IN_TOOL_RESULTS:
+            raise InvalidRequestError(
+                f"{tools[0].where}: this model takes no image in a tool's result: put it in a user "
+                f"message",
+                code="unsupported_value",
+                param=tools[0].where,
+            )
+        return [[read_image(file, self._serving) for file in m.images] for m in messages]
+
+    def _placed_images(self, tokenized: Tokenized) -> tuple[ImageInput, ...]:
+        if not tokenized.images:
+            return ()
+        return image_inputs(
+            tokenized.tokens,
+            tokenized.images,
+            image_token_id=self._tekken.get_special_token(Names.img.value),
+            end_token_id=self._tekken.get_special_token(Names.img_end.value),
+        )
 
     def _find_special(self) -> SpecialTokens:
         thinks = all(self._tekken.is_special(n.value) for n in (Names.begin_think, Names.end_think))
@@ -291,47 +356,3 @@ def _check_message(message: ChatMessage, where: str, *, is_last: bool) -> None:
         raise _refused(f"{where}: tool calls need ids, each of its own")
     if not all(TOOL_NAME.fullmatch(call.name) for call in message.tool_calls):
         raise _refused(f"{where}: a tool call's name must be 1 to 64 of a-z, A-Z, 0-9, _ and -")
-
-
-def _tool(tool: Tool) -> CommonTool:
-    return CommonTool(
-        function=Function(
-            name=tool.name, description=tool.description, parameters=dict(tool.parameters)
-        )
-    )
-
-
-def _message(message: ChatMessage) -> _Message:
-    if message.role == "system":
-        return SystemMessage(content=message.text)
-    if message.role == "user":
-        return UserMessage(content=message.text)
-    if message.role == "tool":
-        return ToolMessage(
-            content=message.text, tool_call_id=_common_id(message.tool_call_id or "")
-        )
-    calls = [
-        CommonToolCall(
-            id=_common_id(call.call_id),
-            function=FunctionCall(name=call.name, arguments=call.arguments),
-        )
-        for call in message.tool_calls
-    ]
-    return AssistantMessage(
-        content=_assistant_content(message), tool_calls=calls or None, prefix=message.prefix
-    )
-
-
-def _assistant_content(message: ChatMessage) -> str | list[ContentChunk] | None:
-    if not message.thinking:
-        return message.text or None
-    is_closed = not ends_in_thinking([message])
-    chunks: list[ContentChunk] = [ThinkChunk(thinking=message.thinking, closed=is_closed)]
-    if message.text:
-        chunks.append(TextChunk(text=message.text))
-    return chunks
-
-
-def _common_id(call_id: str) -> str:
-    """Any id, in a form that the library takes ("null" it would not); ids are never written out."""
-    return f"call {call_id}"

@@ -23,8 +23,10 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    # Serve's own limit is 2 GiB; 256K tokens of text are 1 MiB.
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(8 * 2**20),
+    # Serve's own limit is 2 GiB; this is what `serving.max_body_bytes` allows over HTTP.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(32 * 2**20),
+    # From Serve's own proxy, which stands in while HAProxy is down, to a replica.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(33 * 2**20),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

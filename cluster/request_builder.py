@@ -10,8 +10,10 @@ import math
 import secrets
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from ostro.actors.engine.request import (
     GenerationRequest,
@@ -28,8 +30,10 @@ from ostro.cluster.generation import (
     TextGeneration,
     Tool,
 )
+from ostro.cluster.images import no_vision
 from ostro.cluster.output_parser import OutputFormat
-from ostro.cluster.prompt import PromptBuilder, ends_in_thinking
+from ostro.cluster.prompt import Prompt, PromptBuilder
+from ostro.cluster.prompt_messages import ends_in_thinking
 from ostro.configs.deployment import EFFORTS, DeploymentConfig, EffortConfig
 from ostro.configs.errors import ConfigError
 
@@ -84,6 +88,7 @@ class Prepared:
     Attributes:
         prompt_field: The public field that the prompt came from: "messages" or "prompt".
         length_is_context: The token limit is what the context has left, not what the caller asked.
+        num_image_tokens: Prompt tokens that stand for images.
     """
 
     request: GenerationRequest
@@ -93,11 +98,16 @@ class Prepared:
     effort: str
     budget_tokens: int | None
     length_is_context: bool
+    num_image_tokens: int = 0
 
     @property
     def starts_in_thinking(self) -> bool:
         """Whether the prompt ends inside an open thinking block."""
         return self.request.thinking is not None and self.request.thinking.starts_open
+
+    def without_pixels(self) -> Prepared:
+        """What is needed once the cell has the request; images are megabytes."""
+        return replace(self, request=msgspec.structs.replace(self.request, images=()))
 
 
 class RequestBuilder:
@@ -132,7 +142,7 @@ class RequestBuilder:
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
         # A model that is told to think and may not would think in its answer.
-        prompt = self._prompts.chat(chat.messages, chat.tools, effort if budget != 0 else "none")
+        prompt = self._prompt(chat.messages, chat.tools, effort if budget != 0 else "none")
         thinking = self._thinking(chat, effort, budget)
         banned: list[int] = []
         if thinking is not None and budget == 0:
@@ -162,15 +172,15 @@ class RequestBuilder:
             raise _refused("thinking_token_budget", "does not go with a raw prompt")
         effort = self.effort(text.options.effort)
         if isinstance(text.prompt, str):
-            prompt = self._prompts.text(text.prompt)
+            token_ids = self._prompts.text(text.prompt)
         else:
-            prompt = list(text.prompt)
-            self._check_token_ids("prompt", prompt)
-        if not prompt:
+            token_ids = list(text.prompt)
+            self._check_token_ids("prompt", token_ids)
+        if not token_ids:
             raise _refused("prompt", "needs at least one token")
         return self._prepare(
             text.options,
-            prompt,
+            Prompt(token_ids),
             effort=effort,
             thinking=None,
             banned=(),
@@ -194,12 +204,21 @@ class RequestBuilder:
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
         """Token ids of the exact prompt that a chat would get."""
-        return self._prompts.chat(messages, tools, self.effort(effort))
+        return self._prompt(messages, tools, self.effort(effort)).token_ids
+
+    def _prompt(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str
+    ) -> Prompt:
+        if not self._card.has_vision:
+            for message in messages:
+                if message.images:
+                    raise no_vision(message)
+        return self._prompts.chat(messages, tools, effort)
 
     def _prepare(
         self,
         options: GenerationOptions,
-        prompt: list[int],
+        prompt: Prompt,
         *,
         effort: str,
         thinking: ThinkingParams | None,
@@ -207,18 +226,19 @@ class RequestBuilder:
         output_format: OutputFormat,
     ) -> Prepared:
         field = "prompt" if output_format is OutputFormat.RAW else "messages"
-        context_left = self._context_left(len(prompt), field)
+        context_left = self._context_left(len(prompt.token_ids), field)
         row = self._config.reasoning.efforts[effort]
         asked_tokens = math.inf if options.max_tokens is None else options.max_tokens
         return Prepared(
             request=GenerationRequest(
                 request_id=options.request_id or uuid.uuid4().hex,
-                prompt_token_ids=prompt,
+                prompt_token_ids=prompt.token_ids,
                 sampling=self._sampling(options, row, banned),
                 stop=self._stop(options, context_left),
                 thinking=thinking,
                 cache_salt=options.cache_key,
                 scheduling_class=row.scheduling_class + options.priority,
+                images=prompt.images,
             ),
             options=options,
             output_format=output_format,
@@ -226,6 +246,7 @@ class RequestBuilder:
             effort=effort,
             budget_tokens=thinking.budget_tokens if thinking is not None else 0,
             length_is_context=asked_tokens > context_left,
+            num_image_tokens=sum(image.num_tokens for image in prompt.images),
         )
 
     def _sampling(

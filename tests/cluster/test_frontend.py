@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import (
     FinishReason,
@@ -24,7 +25,6 @@ from ostro.actors.errors import (
     OverloadedError,
 )
 from ostro.actors.fabric.messages import State
-from ostro.cluster.embedded_model import write_tekken
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.generation import (
     ChatGeneration,
@@ -118,7 +118,7 @@ class FakeCell:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
     directory = tmp_path_factory.mktemp("model")
-    write_tekken(directory / "tekken.json", VOCAB)
+    write_tokenizer(directory, VOCAB)
     return PromptBuilder(directory, ReasoningConfig())
 
 
@@ -690,11 +690,15 @@ def test_cancelling_the_reader_closes_the_cell(prompts: PromptBuilder) -> None:
 
 def test_frontend_tokenizes_and_detokenizes(prompts: PromptBuilder) -> None:
     frontend = frontend_of(prompts, FakeCell([]))
-    ids = frontend.tokenize_chat(HELLO, (), "high")
+
+    def tokenized(effort: str | None) -> list[int]:
+        return asyncio.run(frontend.tokenize_chat(HELLO, (), effort))
+
+    ids = tokenized("high")
     assert ids == chat(prompts, effort="high")[1].prompt_token_ids
     assert frontend.detokenize(ids).endswith("[INST]Hi[/INST]")
     assert frontend.detokenize(frontend.tokenize_text("Hi", add_bos=False)) == "Hi"
-    assert frontend.tokenize_chat(HELLO, (), None) == frontend.tokenize_chat(HELLO, (), "none")
+    assert tokenized(None) == tokenized("none")
 
 
 @pytest.mark.parametrize("token_id", [-1, VOCAB])
@@ -706,5 +710,5 @@ def test_detokenize_refuses_ids_out_of_range(prompts: PromptBuilder, token_id: i
 
 def test_tokenize_chat_refuses_an_unknown_effort(prompts: PromptBuilder) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        frontend_of(prompts, FakeCell([])).tokenize_chat(HELLO, (), "ultra")
+        asyncio.run(frontend_of(prompts, FakeCell([])).tokenize_chat(HELLO, (), "ultra"))
     assert caught.value.param == "reasoning_effort"

@@ -200,7 +200,10 @@ def test_every_chunk_has_a_finish_reason_key_and_the_finish_chunk_the_usage():
     assert all("finish_reason" in chunk["choices"][0] for chunk in chunks)
     assert {chunk["id"] for chunk in chunks} == {"gen-1"}
     assert chunks[0]["reasoning"] == {"effort": "low", "budget": 2048}
-    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 4,
+        "image_tokens": 3,
+    }
     assert chunks[-1]["reasoning"]["ended_by"] == "model"
 
 
@@ -381,7 +384,11 @@ def message(**fields) -> bytes:
     return chat(messages=[{"role": "user", **fields}])
 
 
-IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+def image(url: object) -> dict[str, object]:
+    return {"type": "image_url", "image_url": url}
+
+
+TEXT = {"type": "text", "text": "see"}
 BAD_BODIES = {
     "no json": (b"{", 400, None),
     "empty": (b"", 400, None),
@@ -397,10 +404,37 @@ BAD_BODIES = {
     "boolean number": (chat(max_tokens=True), 422, "max_tokens"),
     "unknown role": (chat(messages=[{"role": "robot"}]), 422, "messages[0].role"),
     "wrong content": (message(content=5), 422, "messages[0].content"),
-    "an image": (
-        message(content=[{"type": "text", "text": "see"}, IMAGE]),
+    "an image elsewhere": (
+        message(content=[TEXT, image({"url": "https://example.com/cat.png"})]),
         400,
         "messages[0].content[1]",
+    ),
+    "an image on the server": (
+        message(content=[image("file:///etc/passwd")]),
+        400,
+        "messages[0].content[0]",
+    ),
+    "a bare path": (message(content=[image("/etc/passwd")]), 400, "messages[0].content[0]"),
+    "bare base64": (message(content=[image("iVBORw0KGgo=")]), 400, "messages[0].content[0]"),
+    "an image in no base64": (
+        message(content=[image("data:image/svg+xml,<svg/>")]),
+        400,
+        "messages[0].content[0]",
+    ),
+    "an image without url": (
+        message(content=[{"type": "image_url"}]),
+        400,
+        "messages[0].content[0].image_url",
+    ),
+    "an image without its url": (
+        message(content=[TEXT, image({"detail": "low"})]),
+        422,
+        "messages[0].content[1].image_url.url",
+    ),
+    "another form of image": (
+        message(content=[{"type": "input_image", "image_url": "data:image/png;base64,AAAA"}]),
+        400,
+        "messages[0].content[0]",
     ),
     "audio": (message(content=[{"type": "input_audio"}]), 400, "messages[0].content[0]"),
     "text part without text": (

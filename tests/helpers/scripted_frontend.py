@@ -49,7 +49,13 @@ STARTED = Started(
 )
 FINISHED = Finished(
     reason="stop",
-    usage=Usage(prompt_tokens=7, cached_prompt_tokens=4, completion_tokens=11, thinking_tokens=5),
+    usage=Usage(
+        prompt_tokens=7,
+        cached_prompt_tokens=4,
+        completion_tokens=11,
+        thinking_tokens=5,
+        image_tokens=3,
+    ),
     reasoning=ReasoningReport(
         effort="low", budget_tokens=2048, thinking_tokens=5, ended_by="model"
     ),
@@ -184,7 +190,7 @@ class ScriptedFrontend:
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         return [1] * add_bos + [ord(letter) for letter in text]
 
-    def tokenize_chat(
+    async def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
         return [1, len(messages), len(tools)]

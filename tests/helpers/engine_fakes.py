@@ -1,8 +1,9 @@
 """A device and a model for tests of the scheduler, and short ways to make requests.
 
 The device keeps, in every slot of every page, the position and the token whose latent would be
-there. The model's next token is a hash of all tokens that it reads through a request's pages: a
-wrong page, a stale slot or a gap between chunks changes the output.
+there; a token of an image counts as another one for every digest. The model's next token is a hash
+of all tokens that it reads through a request's pages: a wrong page, a stale slot or a gap between
+chunks changes the output.
 """
 
 from __future__ import annotations
@@ -59,6 +60,28 @@ def make_request(
     )
 
 
+def make_fake_image(start: int, num_tokens: int, mark: int) -> ImageInput:
+    """An image without pixels, told from others by its mark."""
+    return ImageInput(
+        start=start,
+        num_tokens=num_tokens,
+        height=1,
+        width=1,
+        pixels=b"",
+        digest=bytes([mark]) * 16,
+    )
+
+
+def seen_tokens(request: GenerationRequest, tokens: Sequence[int], start: int = 0) -> list[int]:
+    """Tokens at positions from `start` on as the model sees them, with what images show."""
+    seen = list(tokens)
+    for image in request.images:
+        for position in range(image.start, image.start + image.num_tokens):
+            if start <= position < start + len(seen):
+                seen[position - start] += 16 * image.digest[0]
+    return seen
+
+
 def fake_next_token(tokens: Sequence[int], state: SamplingState) -> int:
     """The model: any token of the vocabulary, by hash; obeys the scheduler's wishes."""
     if state.forced_token_id is not None:
@@ -86,7 +109,7 @@ def expected_generation(
         stop_ids.add(EOS)
     while True:
         tokens = request.prompt_token_ids + output
-        token = fake_next_token(tokens, sampling_state(alone))
+        token = fake_next_token(seen_tokens(request, tokens), sampling_state(alone))
         output.append(token)
         if alone.thinking is not None:
             alone.thinking.observe(token)
@@ -126,9 +149,12 @@ class FakeDevice:
     def _write(self, entry: ScheduledRequest, written: set[tuple[int, int]]) -> None:
         assert len(entry.token_ids) == entry.num_tokens
         assert None not in entry.token_ids[:-1]
-        for offset, token in enumerate(entry.token_ids):
-            if token is None:
-                token = self._sampled[id(entry.progress)]
+        known = [
+            self._sampled[id(entry.progress)] if token is None else token
+            for token in entry.token_ids
+        ]
+        seen = seen_tokens(entry.progress.request, known, entry.start)
+        for offset, token in enumerate(seen):
             position = entry.start + offset
             slot = self._slot(entry, position)
             assert slot not in written, f"two writers of {slot}"
@@ -140,6 +166,6 @@ class FakeDevice:
         read = [self._slots[self._slot(entry, position)] for position in range(end)]
         assert [position for position, _ in read] == list(range(end))
         tokens = [token for _, token in read]
-        known = entry.progress.known_tokens(0, end)
+        known = seen_tokens(entry.progress.request, entry.progress.known_tokens(0, end))
         assert tokens[: len(known)] == known
         return tokens

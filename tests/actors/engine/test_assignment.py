@@ -1,5 +1,8 @@
 """Placement of requests on attention shards."""
 
+import msgspec
+from engine_fakes import make_fake_image
+
 from ostro.actors.engine.assignment import Assigner
 from ostro.actors.engine.prefix_cache import page_hashes
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
@@ -59,3 +62,24 @@ def test_assigner_counts_load_until_a_request_ends():
     assigner.remove(0, "a")
     assigner.add(1, request("b", [1]))
     assert assigner.ranked(request("c", [1]))[0] == 0
+
+
+def test_assigner_goes_by_what_is_on_an_image():
+    assigner = Assigner([0, 1], page_size=4)
+    cat, dog = (
+        msgspec.structs.replace(request(name, [5] * 12), images=(make_fake_image(2, 9, mark),))
+        for name, mark in (("cat", 1), ("dog", 2))
+    )
+    assigner.cache_changed(0, page_hashes(cat.prompt_token_ids, 4, "", cat.images), [])
+    assigner.cache_changed(1, page_hashes(dog.prompt_token_ids, 4, "", dog.images), [])
+    assert (assigner.ranked(cat)[0], assigner.ranked(dog)[0]) == (0, 1)
+
+
+def test_assigner_counts_pixels_of_live_requests():
+    assigner = Assigner([0, 1], page_size=4)
+    image = msgspec.structs.replace(make_fake_image(0, 4, 1), pixels=bytes(100))
+    assigner.add(0, msgspec.structs.replace(request("a", [5] * 12), images=(image, image)))
+    assigner.add(0, request("b", [5] * 12))
+    assert (assigner.live_image_bytes(0), assigner.live_image_bytes(1)) == (200, 0)
+    assigner.remove(0, "a")
+    assert assigner.live_image_bytes(0) == 0

@@ -6,7 +6,7 @@ from collections import deque
 from itertools import count
 
 import pytest
-from engine_fakes import FakeDevice, expected_generation, make_request
+from engine_fakes import FakeDevice, expected_generation, make_fake_image, make_request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
+    ImageInput,
     RequestProgress,
     ThinkingParams,
     TokenEvent,
@@ -51,6 +52,14 @@ _THINKING = st.builds(
     st.sampled_from([(), (_END,), (5, 6, _END)]),
     st.booleans(),
 )
+
+
+def _images(shown: tuple[int, int, int] | None, num_tokens: int) -> tuple[ImageInput, ...]:
+    """An image given by (start, tokens, mark), as far as the prompt reaches."""
+    if shown is None or shown[0] >= num_tokens:
+        return ()
+    start, length, mark = shown
+    return (make_fake_image(start, min(length, num_tokens - start), mark),)
 
 
 class RandomLives(RuleBasedStateMachine):
@@ -106,6 +115,7 @@ class RandomLives(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         thinking=st.none() | _THINKING,
         salt=st.sampled_from(["", "", "a"]),
+        shown=st.none() | st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3)),
         scheduling_class=st.integers(0, 2),
         share_given=st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0]),
     )
@@ -118,6 +128,7 @@ class RandomLives(RuleBasedStateMachine):
         ignore_eos: bool,
         thinking: ThinkingParams | None,
         salt: str,
+        shown: tuple[int, int, int] | None,
         scheduling_class: int,
         share_given: float,
     ) -> None:
@@ -131,6 +142,7 @@ class RandomLives(RuleBasedStateMachine):
             thinking=thinking,
             cache_salt=salt,
             scheduling_class=scheduling_class,
+            images=_images(shown, len(prompt)),
         )
         if len(prompt) + 1 > min(self.max_context, self.num_slots):
             with pytest.raises(InvalidRequestError):
@@ -157,6 +169,7 @@ class RandomLives(RuleBasedStateMachine):
                 ignore_eos=True,
                 thinking=None,
                 salt="",
+                shown=(0, 3, 1 + tail % 2),
                 scheduling_class=tail % 2,
                 share_given=0.0,
             )

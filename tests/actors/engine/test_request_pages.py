@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine_fakes import make_request
+from engine_fakes import make_fake_image, make_request
 
 from ostro.actors.engine.request import RequestProgress
 from ostro.actors.engine.request_pages import RequestPages
@@ -42,6 +42,20 @@ def test_last_known_token_is_always_left_to_compute() -> None:
     pages = RequestPages(8, 2, prefix_cache=True)
     _computed(pages, 4)
     assert pages.adopt(_progress(4)) == 2
+
+
+def test_pages_of_an_image_are_shared_with_the_same_image_only() -> None:
+    pages = RequestPages(16, 2, prefix_cache=True)
+    same, again, other = (
+        RequestProgress(
+            make_request(prompt=range(5, 15), images=(make_fake_image(4, 4, mark),)), arrived_s=0.0
+        )
+        for mark in (1, 1, 2)
+    )
+    assert pages.grow(same, 10)
+    pages.publish(same, 10)
+    assert pages.adopt(again) == 8
+    assert pages.adopt(other) == 4
 
 
 def test_prefix_is_not_shared_between_salts() -> None:

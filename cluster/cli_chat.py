@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -24,17 +25,19 @@ from ostro.cluster.cli_connection import (
 )
 from ostro.cluster.cli_console import make_console, plain_errors, print_error
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn, effort_name
-from ostro.configs.deployment import EFFORTS
+from ostro.configs.deployment import EFFORTS, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.protos import cluster_pb2, cluster_pb2_grpc
 
 _HELP = (
     "/effort NAME  think more or less from now on: " + ", ".join(EFFORTS) + "\n"
+    "/image FILE   show an image with the next question\n"
     "/reset        forget the conversation\n"
     "/quit         leave, as Ctrl-D does\n"
     "Ctrl-C        cancel the running answer"
 )
 _DIM = Style(dim=True)
+_MAX_IMAGE_BYTES = ServingConfig().max_image_bytes
 # A model's text must not steer the terminal: all control characters but tab and newline go.
 _UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
@@ -53,6 +56,10 @@ def chat(
         int | None, typer.Option(min=1, help="Thinking and answer together.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Shown with the question; may be given several times."),
+    ] = None,
     show_thinking: Annotated[
         bool | None,
         typer.Option(
@@ -70,10 +77,12 @@ def chat(
 
     ostro chat
     ostro chat --effort high "Is 2027 a prime?"
+    ostro chat --image cat.jpg "What is this?"
     git diff | ostro chat --system "Write a commit message." > message.txt
     """
     screen = _make_screen(show_thinking)
     options = ChatOptions(effort=_check_effort(effort), max_tokens=max_tokens, system=system)
+    images = [_read_image(path) for path in image or ()]
     question = " ".join(prompt or ()).strip()
     if not question and not sys.stdin.isatty():
         question = sys.stdin.read().strip()
@@ -83,6 +92,8 @@ def chat(
         raise ConfigError("no question: give a PROMPT, or write it to stdin")
     with open_channel(url) as channel:
         conversation = Conversation(channel, url, options)
+        for data in images:
+            conversation.attach(data)
         if not question:
             screen.note(f"{_greeting(channel, url, effort)}; /help tells what else there is")
             converse(conversation, screen, _line_reader(screen))
@@ -170,6 +181,8 @@ def converse(
                 screen.note("the conversation is forgotten")
             case "/effort":
                 _set_effort(conversation, screen, argument.strip())
+            case "/image":
+                _attach(conversation, screen, argument.strip())
             case _:
                 screen.note(_HELP)
 
@@ -199,6 +212,29 @@ def _set_effort(conversation: Conversation, screen: Screen, effort: str) -> None
         return
     conversation.options = replace(conversation.options, effort=checked)
     screen.note(f"effort {checked} from now on")
+
+
+def _attach(conversation: Conversation, screen: Screen, name: str) -> None:
+    # Names come with quotes where a terminal had a file dropped on it.
+    path = Path(name[1:-1] if len(name) > 1 and name[0] == name[-1] in "'\"" else name)
+    try:
+        conversation.attach(_read_image(path.expanduser()))
+    except ConfigError as error:
+        screen.error(str(error))
+        return
+    screen.note(f"{path.name} goes with the next question")
+
+
+def _read_image(path: Path) -> bytes:
+    """The file's bytes; the server says whether they are an image."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"image {path}: {'not a file' if path.exists() else 'no such file'}")
+        if path.stat().st_size > _MAX_IMAGE_BYTES:
+            raise ConfigError(f"image {path}: larger than {_MAX_IMAGE_BYTES} bytes; scale it down")
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"image {path}: {error.strerror or error}") from None
 
 
 def _line_reader(screen: Screen) -> Callable[[], str | None]:

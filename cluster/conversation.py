@@ -69,6 +69,8 @@ class Turn:
         parts = [f"{usage.prompt_tokens} prompt"]
         if usage.cached_prompt_tokens:
             parts[0] += f" ({usage.cached_prompt_tokens} cached)"
+        if usage.image_tokens:
+            parts[0] += f" ({usage.image_tokens} of images)"
         parts[0] += f" + {usage.completion_tokens} tokens"
         if usage.thinking_tokens:
             ended = _ENDED_BY.get(report.ended_by)
@@ -91,10 +93,16 @@ class Conversation:
         self._url = url
         self.options = options
         self._messages: list[generation_pb2.Message] = []
+        self._attached: list[bytes] = []
 
     def reset(self) -> None:
-        """Forget all turns."""
+        """Forget all turns, and what is attached to the next one."""
         self._messages = []
+        self._attached = []
+
+    def attach(self, image: bytes) -> None:
+        """Show an image file with the next question, whatever becomes of that."""
+        self._attached.append(image)
 
     def ask(self, question: str, show: Show) -> Turn:
         """Stream one answer; Ctrl-C cancels it and gives what came so far.
@@ -108,7 +116,12 @@ class Conversation:
         Raises:
             OstroError: The server refused or failed, or nothing answers.
         """
-        asked = _message(generation_pb2.ROLE_USER, generation_pb2.Part(text=question))
+        images = [
+            generation_pb2.Part(image=generation_pb2.Image(data=data)) for data in self._attached
+        ]
+        self._attached = []
+        text = generation_pb2.Part(text=question)
+        asked = _message(generation_pb2.ROLE_USER, *images, text)
         turn = self._stream([*self._messages, asked], show)
         if turn.answer:
             self._messages += [asked, _answer_message(turn)]

@@ -115,11 +115,17 @@ def written(console: Console) -> str:
     return console.file.getvalue()
 
 
+def shown(part: generation_pb2.Part) -> str:
+    if part.WhichOneof("part") == "image":
+        return f"[{part.image.data.decode()}]"
+    return part.text or f"<{part.thinking.text}>"
+
+
 def roles_and_parts(request: generation_pb2.StreamChatRequest) -> list[tuple[str, list[str]]]:
     return [
         (
             generation_pb2.Role.Name(message.role),
-            [part.text or f"<{part.thinking.text}>" for part in message.parts],
+            [shown(part) for part in message.parts],
         )
         for message in request.conversation.messages
     ]
@@ -166,6 +172,17 @@ def test_chat_leaves_to_the_server_what_no_option_says(cluster):
     assert not options.stopping.HasField("max_tokens")
 
 
+def test_chat_shows_the_images_of_its_options_before_the_question(cluster, tmp_path):
+    cluster.scripts.append(THOUGHTFUL)
+    (tmp_path / "a.png").write_bytes(b"one")
+    (tmp_path / "b.png").write_bytes(b"two")
+    images = ["--image", str(tmp_path / "a.png"), "--image", str(tmp_path / "b.png")]
+    CliRunner().invoke(app, ["chat", "--url", cluster.url, *images, "What is", "this?"])
+    assert roles_and_parts(cluster.requests[0]) == [
+        ("ROLE_USER", ["[one]", "[two]", "What is this?"])
+    ]
+
+
 # ---- what goes wrong
 
 
@@ -188,6 +205,22 @@ def test_chat_refuses_options_without_sense(arguments, told):
     result = CliRunner().invoke(app, ["chat", *arguments], input="")
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+def test_chat_names_an_image_that_cannot_be_read(cluster, tmp_path):
+    large = tmp_path / "large.png"
+    with large.open("wb") as file:
+        file.truncate(11 * 2**20)
+    for path, why in (
+        (tmp_path / "no.png", "no such file"),
+        (tmp_path, "not a file"),
+        (large, "larger than 10485760 bytes"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        result = CliRunner().invoke(app, ["chat", "--url", cluster.url, "--image", str(path), "Hi"])
+        assert result.exit_code == 2
+        assert why in result.stderr.replace("\n", " ")
+    assert not cluster.requests
 
 
 @pytest.mark.parametrize(
@@ -266,6 +299,42 @@ def test_converse_obeys_commands_and_outlives_errors(cluster, conversation):
     assert efforts == [0, generation_pb2.REASONING_EFFORT_HIGH]
     assert len(cluster.requests[1].conversation.messages) == 1
     assert "/effort NAME" in written(console)
+
+
+def test_converse_shows_an_image_with_the_next_question_and_in_later_turns(
+    cluster, conversation, tmp_path, capsys
+):
+    cluster.scripts += [THOUGHTFUL, THOUGHTFUL, THOUGHTFUL]
+    (tmp_path / "my cat.png").write_bytes(b"cat")
+    lines = iter(
+        [
+            f"/image '{tmp_path}/my cat.png'",
+            "What is this?",
+            "Sure?",
+            f"/image {tmp_path}/no.png",
+            f"/image {tmp_path}/my cat.png",
+            "/reset",
+            "Hi",
+            None,
+        ]
+    )
+    console = terminal()
+    converse(conversation, Screen(console, console, is_terminal=True), lambda: next(lines))
+    sent = [roles_and_parts(request) for request in cluster.requests]
+    assert sent[0] == [("ROLE_USER", ["[cat]", "What is this?"])]
+    assert [sent[1][0], sent[1][2]] == [sent[0][0], ("ROLE_USER", ["Sure?"])]
+    assert sent[2] == [("ROLE_USER", ["Hi"])]
+    assert "my cat.png goes with the next question" in written(console)
+    assert capsys.readouterr().err == f"error: image {tmp_path}/no.png: no such file\n"
+
+
+def test_converse_does_not_show_a_refused_image_again(cluster, conversation, tmp_path):
+    cluster.failure = (grpc.StatusCode.INVALID_ARGUMENT, "broken")
+    (tmp_path / "a.png").write_bytes(b"cat")
+    lines = iter([f"/image {tmp_path}/a.png", "What is this?", "Hi", None])
+    console = terminal()
+    converse(conversation, Screen(console, console, is_terminal=True), lambda: next(lines))
+    assert roles_and_parts(cluster.requests[1]) == [("ROLE_USER", ["Hi"])]
 
 
 def test_converse_goes_on_after_a_refused_turn(cluster, conversation, capsys):

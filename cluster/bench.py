@@ -15,7 +15,8 @@ from rich.console import Console
 
 from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
 from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
-from ostro.cluster.embedded_model import default_cache_dir, write_tekken
+from ostro.cluster.embedded_model import default_cache_dir
+from ostro.cluster.tekken import write_tekken
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.configs.load import load_deployment
 

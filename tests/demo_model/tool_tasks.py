@@ -1,0 +1,266 @@
+"""Tool calls: questions with tools on offer, the call to make, and what to say of its result.
+
+Names and parameter names vary, so that they have to be read from the definitions; arguments are
+numbers, words of closed sets (cities, rooms, people) and, in two tools, free words.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tasks
+from tasks import CAPITALS, NAMES, Example, vary, word
+
+CITIES = (
+    *sorted(CAPITALS.values()),
+    *"Lyon Milan Porto Turin Delft Ghent Basel Graz Nice Kyoto Leeds Bonn Pisa Perth".split(),
+)
+ROOMS = "kitchen bedroom bathroom office garage hall garden".split()
+NO_TOOL = "I would need a tool for that, and none fits."
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of tool.
+
+    Attributes:
+        names: What it may be called.
+        description: What its definition says.
+        parameters: Name choices of each parameter, with its JSON type.
+        ask: Questions, with a place per argument.
+        draw: Arguments in the order of the parameters.
+        result: The tool's result and the answer to it, from the arguments.
+        closed: Whether every argument is a number or of a closed set.
+    """
+
+    names: tuple[str, ...]
+    description: str
+    parameters: tuple[tuple[tuple[str, ...], str], ...]
+    ask: tuple[str, ...]
+    draw: Callable[[random.Random], tuple[Any, ...]]
+    result: Callable[[random.Random, tuple[Any, ...]], tuple[str, str]]
+    closed: bool = True
+
+
+def _two_numbers(rng: random.Random) -> tuple[int, int]:
+    return rng.randrange(2, 1000), rng.randrange(2, 1000)
+
+
+def _city(rng: random.Random) -> tuple[str]:
+    return (rng.choice(CITIES),)
+
+
+def _weather(rng: random.Random, args: tuple[Any, ...]) -> tuple[str, str]:
+    degrees = rng.randrange(-9, 40)
+    return json.dumps({"temperature": degrees}), f"It is {degrees} degrees in {args[0]}."
+
+
+def _time(rng: random.Random, args: tuple[Any, ...]) -> tuple[str, str]:
+    clock = f"{rng.randrange(24):02d}:{rng.randrange(60):02d}"
+    return json.dumps({"time": clock}), f"It is {clock} in {args[0]}."
+
+
+def _value(compute: Callable[[int, int], int]) -> Callable[..., tuple[str, str]]:
+    def result(_: random.Random, args: tuple[Any, ...]) -> tuple[str, str]:
+        value = compute(*args)
+        return json.dumps({"result": value}), f"The result is {value}."
+
+    return result
+
+
+def _done(_: random.Random, __: tuple[Any, ...]) -> tuple[str, str]:
+    return json.dumps({"ok": True}), "Done."
+
+
+_A, _B = (("a", "x"), "integer"), (("b", "y"), "integer")
+_PLACE = (("city", "location", "place"), "string")
+
+KINDS = (
+    _Kind(
+        ("get_weather", "weather", "weather_now", "city_weather"),
+        "Get the weather in a city",
+        (_PLACE,),
+        (
+            "What is the weather in {}?",
+            "How is the weather in {} today?",
+            "What's the weather like in {}?",
+            "Weather in {}?",
+            "Is the weather good in {}?",
+        ),
+        _city,
+        _weather,
+    ),
+    _Kind(
+        ("get_time", "time", "local_time", "time_in_city"),
+        "Get the local time in a city",
+        (_PLACE,),
+        ("What time is it in {}?", "Tell me the time in {}.", "What is the time in {} now?"),
+        _city,
+        _time,
+    ),
+    _Kind(
+        ("multiply", "multiply_numbers", "calc_multiply"),
+        "Multiply two numbers",
+        (_A, _B),
+        (
+            "Use the tool to multiply {} by {}.",
+            "What is {} times {}? Use a tool.",
+            "What is {} times {}?",
+            "What is {} * {}?",
+            "Multiply {} and {} with the tool.",
+        ),
+        _two_numbers,
+        _value(lambda a, b: a * b),
+    ),
+    _Kind(
+        ("add", "add_numbers", "calc_add"),
+        "Add two numbers",
+        (_A, _B),
+        (
+            "Use the tool to add {} and {}.",
+            "What is {} plus {}? Use a tool.",
+            "What is {} plus {}?",
+            "What is {} + {}?",
+            "Add {} and {} with the tool.",
+        ),
+        _two_numbers,
+        _value(lambda a, b: a + b),
+    ),
+    _Kind(
+        ("set_timer", "timer", "start_timer"),
+        "Set a timer",
+        ((("minutes", "duration"), "integer"),),
+        ("Set a timer for {} minutes.", "Start a timer of {} minutes.", "Timer for {} minutes"),
+        lambda rng: (rng.randrange(1, 200),),
+        _done,
+    ),
+    _Kind(
+        ("set_light", "light", "light_level"),
+        "Set the light in a room",
+        ((("room",), "string"), (("level", "percent"), "integer")),
+        (
+            "Set the light in the {} to {}.",
+            "Set the {} light to {} percent.",
+            "Put the light in the {} at {}.",
+        ),
+        lambda rng: (rng.choice(ROOMS), rng.randrange(0, 101)),
+        _done,
+    ),
+    _Kind(
+        ("call_person", "call", "phone_call"),
+        "Call a person",
+        ((("name", "person"), "string"),),
+        ("Call {}.", "Please call {} now.", "Phone {}."),
+        lambda rng: (rng.choice(NAMES),),
+        _done,
+    ),
+    _Kind(
+        ("send_message", "message", "send_text"),
+        "Send a message to a person",
+        ((("to", "person"), "string"), (("text", "message"), "string")),
+        ("Send {} the message: {}", "Write to {}: {}", "Tell {}: {}"),
+        lambda rng: (rng.choice(NAMES), " ".join(word(rng) for _ in range(rng.randint(1, 4)))),
+        _done,
+        closed=False,
+    ),
+    _Kind(
+        ("define", "define_word", "dictionary"),
+        "Look up a word in the dictionary",
+        ((("word", "term"), "string"),),
+        ("Look up the word {}.", "Define {}.", "Look up {} in the dictionary."),
+        lambda rng: (word(rng),),
+        lambda rng, args: (json.dumps({"found": False}), "The dictionary does not know it."),
+        closed=False,
+    ),
+)
+
+
+def _definition(rng: random.Random, kind: _Kind) -> tuple[dict[str, Any], str, tuple[str, ...]]:
+    name = rng.choice(kind.names) if rng.random() < 0.5 else kind.names[0]
+    keys = tuple(
+        rng.choice(choices) if rng.random() < 0.4 else choices[0] for choices, _ in kind.parameters
+    )
+    described = rng.random() < 0.3
+    properties = {
+        key: {"type": type_, **({"description": f"The {key}"} if described else {})}
+        for key, (_, type_) in zip(keys, kind.parameters, strict=True)
+    }
+    schema = {"type": "object", "properties": properties, "required": list(keys)}
+    function = {"name": name, "description": kind.description, "parameters": schema}
+    return {"type": "function", "function": function}, name, keys
+
+
+def tools(rng: random.Random, held_out: bool, level: str | None = None) -> Example:
+    """One to four tools on offer: one fits, or none does and the question is answered as ever.
+
+    Levels: "closed" and "free" (by the arguments), "pair" (two calls), "none" (none fits).
+    """
+    level = level or rng.choices(["closed", "free", "pair", "none"], [60, 12, 8, 20])[0]
+    if level == "none":
+        return _no_call(rng, held_out)
+    kinds = [kind for kind in KINDS if kind.closed is (level != "free")]
+    kind = rng.choice(KINDS[:2] if level == "pair" else kinds)
+    others = rng.sample([other for other in KINDS if other is not kind], rng.randint(0, 3))
+    offered = [_definition(rng, other)[0] for other in others]
+    definition, name, keys = _definition(rng, kind)
+    offered.insert(rng.randint(0, len(offered)), definition)
+    if level == "pair":
+        every = [(city,) for city in rng.sample(CITIES, 2)]
+        question = rng.choice(kind.ask[:3]).format(f"{every[0][0]} and {every[1][0]}")
+    else:
+        every = [kind.draw(rng)]
+        question = rng.choice(kind.ask).format(*every[0])
+    calls = tuple((name, dict(zip(keys, args, strict=True))) for args in every)
+    results = [kind.result(rng, args) for args in every]
+    with_results = rng.random() < 0.3
+    return Example(
+        task="tools",
+        level=level,
+        question=vary(rng, question) if level != "free" else question,
+        working="; ".join(_thought(*call) for call in calls),
+        tools=tuple(offered),
+        calls=calls,
+        results=tuple(result for result, _ in results) if with_results else (),
+        final=" ".join(said for _, said in results) if with_results else "",
+    )
+
+
+def _thought(name: str, arguments: dict[str, Any]) -> str:
+    return f"{name}: " + ", ".join(f"{key}={value}" for key, value in arguments.items())
+
+
+def _is_for(tool: dict[str, Any], task: str) -> bool:
+    words = {"multiply": "Multiply", "sums": "Add"}
+    return task in words and tool["function"]["description"].startswith(words[task])
+
+
+def _no_call(rng: random.Random, held_out: bool) -> Example:
+    """Tools that do not fit, or a question for a tool that is not on offer."""
+    chosen = rng.sample(KINDS, rng.randint(0, 3))
+    offered = tuple(_definition(rng, kind)[0] for kind in chosen)
+    if rng.random() < 0.4 or not offered:
+        missing = [kind for kind in KINDS if kind not in chosen and kind.closed]
+        kind = rng.choice(missing)
+        asked = [form for form in kind.ask if "tool" in form] or kind.ask
+        return Example(
+            task="tools",
+            level="none",
+            question=vary(rng, rng.choice(asked).format(*kind.draw(rng))),
+            working="No tool fits.",
+            answer=NO_TOOL,
+            tools=offered,
+        )
+    plain = rng.choice([tasks.multiply, tasks.sums, tasks.chat, tasks.cups])(rng, held_out)
+    offered = tuple(tool for tool in offered if not _is_for(tool, plain.task))
+    return Example(
+        task="tools",
+        level="none",
+        question=plain.question,
+        working=plain.working,
+        answer=plain.answer,
+        tools=offered,
+    )

@@ -21,6 +21,7 @@ from ostro.actors.fabric.addresses import (
 )
 from ostro.actors.fabric.framing import (
     HANDSHAKE_TIMEOUT_S,
+    MAX_FRAME_BYTES,
     MAX_STRANGERS,
     ChannelClosedError,
     ChannelError,
@@ -35,7 +36,8 @@ from ostro.actors.fabric.messages import Message
 logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
-_MAX_UNSENT_BYTES = 64 * 2**20
+# A frame of any size, and what else may be said before it has gone out.
+_MAX_UNSENT_BYTES = MAX_FRAME_BYTES + 64 * 2**20
 
 
 class AsyncConnection:

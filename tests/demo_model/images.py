@@ -33,8 +33,20 @@ _READ = (
     "What is in the image?",
     "Read the number.",
     "Which digits do you see?",
+    "What digits are in this image?",
+    "What number is in the picture?",
+    "What does the image say?",
+    "Read this.",
 )
-_SOLVE = ("Solve it.", "What is the result?", "Compute this.", "Calculate.", "Solve this.")
+_SOLVE = (
+    "Solve it.",
+    "What is the result?",
+    "Compute this.",
+    "Calculate.",
+    "Solve this.",
+    "What is the answer?",
+    "Solve the problem in the image.",
+)
 
 
 @functools.cache

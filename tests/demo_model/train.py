@@ -119,7 +119,8 @@ class _Trainer:
         elapsed_s = time.monotonic() - self._began_s
         row = {
             "step": self.step,
-            "tokens_per_s": round(self._num_tokens * self.args.workers / elapsed_s),
+            "tokens": self._num_tokens * self.args.workers,
+            "seconds": round(elapsed_s, 1),
             **{name: round(value / _LOG_EVERY, 4) for name, value in self._sums.items()},
             "load_max": [round(x, 2) for x in share_LE.max(1).values.tolist()],
             "dead": (share_LE < 0.05).sum(1).tolist(),
@@ -134,9 +135,13 @@ class _Trainer:
 
         partial = self._state_file.with_suffix(".partial")
         optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
-        torch.save(
-            {"step": self.step, "model": self.model.state_dict(), "optimizers": optimizers}, partial
-        )
+        state = {
+            "seed": self.args.seed,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizers": optimizers,
+        }
+        torch.save(state, partial)
         partial.replace(self._state_file)
 
     def _load(self) -> None:
@@ -170,8 +175,10 @@ def _work(rank: int, args: argparse.Namespace) -> None:
                 row = trainer.report()
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                loss = row["text_loss"]
-                progress.update(bar, description=f"loss {loss:.3f}, {row['tokens_per_s']} tokens/s")
+                speed = row["tokens"] / row["seconds"]
+                progress.update(
+                    bar, description=f"loss {row['text_loss']:.3f}, {speed:.0f} tokens/s"
+                )
             if trainer.step % _SAVE_EVERY == 0 or trainer.step == last:
                 trainer.save()
     dist.destroy_process_group()

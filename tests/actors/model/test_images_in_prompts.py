@@ -134,3 +134,12 @@ def test_steps_without_images_encode_nothing(directory: Path) -> None:
     progress.output_token_ids.append(302)
     rig.step([rig.entry(progress, 1)])
     assert rig.decoder.seconds["vision"] == spent_s
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_logits_on_cuda_equal_those_on_cpu(directory: Path, chunk: int) -> None:
+    expected = ModelRig(directory).logits_in_chunks(TOKENS, len(TOKENS), IMAGES)
+    rig = ModelRig(directory, device="cuda", num_micro_batches=2)
+    found = rig.logits_in_chunks(TOKENS, chunk, IMAGES)
+    assert relative_error(found.cpu(), expected) < TOLERANCE

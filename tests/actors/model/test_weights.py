@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.random_checkpoint import TINY_VISION
 from ostro.actors.model.weights import (
     AttentionLayerWeights,
     attention_bytes,
@@ -174,6 +175,59 @@ def test_wrapper_without_a_vision_config_gives_the_same_weights_and_ignores_the_
     config = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert torch.equal(_attention_layer(tmp_path).q_b, _attention_layer(tiny).q_b)
+
+
+@pytest.fixture
+def seeing(tmp_path: Path) -> Path:
+    return checkpoints.make_tiny_checkpoint(
+        tmp_path / "seeing", num_layers=1, vocab_size=384, vision=TINY_VISION
+    )
+
+
+def test_vision_weights_are_the_checkpoints(seeing: Path) -> None:
+    tensors, reader = load_file(seeing / _FILE), CheckpointReader(seeing)
+    config = check_checkpoint(seeing)
+    vision = load_attention_weights(reader, config, device="cpu", dtype=torch.float32).vision
+    assert vision is not None
+    block, projector = "vision_tower.transformer.layers.1.", "multi_modal_projector."
+    layer, attention = vision.layers[1], block + "attention."
+    assert len(vision.layers) == 2
+    for ours, theirs in (
+        (vision.patch_WP.view(32, 3, 14, 14), "vision_tower.patch_conv.weight"),
+        (vision.pre_norm_W, "vision_tower.ln_pre.weight"),
+        (layer.attention_norm_W, block + "attention_norm.weight"),
+        (layer.qkv[:32], attention + "q_proj.weight"),
+        (layer.qkv[32:64], attention + "k_proj.weight"),
+        (layer.qkv[64:], attention + "v_proj.weight"),
+        (layer.o_proj_WW, attention + "o_proj.weight"),
+        (layer.mlp_norm_W, block + "ffn_norm.weight"),
+        (layer.gate_up[:48], block + "feed_forward.gate_proj.weight"),
+        (layer.gate_up[48:], block + "feed_forward.up_proj.weight"),
+        (layer.down_WF, block + "feed_forward.down_proj.weight"),
+        (vision.projector_norm_W, projector + "norm.weight"),
+        (vision.merge, projector + "patch_merger.merging_layer.weight"),
+        (vision.project_in_DW, projector + "linear_1.weight"),
+        (vision.project_out_DD, projector + "linear_2.weight"),
+    ):
+        assert torch.equal(ours, tensors[theirs]), theirs
+    assert reader.bytes_read == attention_bytes(config, torch.float32)
+
+
+def test_expert_role_reads_nothing_of_the_tower(seeing: Path) -> None:
+    reader, config = CheckpointReader(seeing), check_checkpoint(seeing)
+    load_expert_weights(reader, config, [2], device="cpu", dtype=torch.float32)
+    assert reader.bytes_read == expert_bytes(config, 1, torch.float32)
+
+
+def test_what_a_tower_lacks_or_has_too_much_is_told(seeing: Path) -> None:
+    tensors = load_file(seeing / _FILE)
+    del tensors["vision_tower.ln_pre.weight"], tensors["multi_modal_projector.linear_2.weight"]
+    tensors["vision_tower.surprise"] = torch.ones(1)
+    save_file(tensors, seeing / _FILE)
+    with pytest.raises(CheckpointError) as error:
+        check_checkpoint(seeing)
+    assert "2 missing: multi_modal_projector.linear_2.weight, vision_tower.ln" in str(error.value)
+    assert "1 unknown: model.safetensors: vision_tower.surprise" in str(error.value)
 
 
 def _drop_norm(tensors: Tensors) -> None:

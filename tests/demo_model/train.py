@@ -160,7 +160,7 @@ def _work(rank: int, args: argparse.Namespace) -> None:
 
     store = dist.FileStore(str(args.out / f"rendezvous_{os.getppid()}"), args.workers)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.workers)
-    trainer = _Trainer(args, rank)
+    trainer, parent = _Trainer(args, rank), os.getppid()
     last = min(args.steps, args.stop_at or args.steps)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with (
@@ -168,7 +168,7 @@ def _work(rank: int, args: argparse.Namespace) -> None:
         (args.out / f"log_{rank}.jsonl").open("a") as log,
     ):
         bar = progress.add_task("training", total=args.steps, completed=trainer.step)
-        while trainer.step < last:
+        while trainer.step < last and os.getppid() == parent:
             trainer.train_step()
             progress.update(bar, completed=trainer.step)
             if trainer.step % _LOG_EVERY == 0:

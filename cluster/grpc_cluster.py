@@ -48,6 +48,7 @@ def model_response(card: ModelCard) -> pb.GetModelResponse:
         id=card.name,
         max_context=card.max_context,
         vocabulary=card.vocab_size,
+        vision=card.has_vision,
         efforts=[EFFORT_NUMBERS[name] for name in card.efforts],
         default_effort=EFFORT_NUMBERS[card.default_effort],
         layers=card.num_layers,

@@ -26,6 +26,7 @@ from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEv
 from ostro.cluster import frontend as frontend_module
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.generation import ModelCard
+from ostro.cluster.grpc_cluster import model_response
 from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
@@ -281,6 +282,7 @@ def test_the_model_says_whether_it_sees(
     with http_face(cell, prompts, vision=vision) as http:
         (model,) = http.get("/v1/models").json()["data"]
     assert model["capabilities"]["vision"] is vision
+    assert model_response(replace(CARD, has_vision=vision)).vision is vision
 
 
 def test_nothing_of_an_image_is_logged(

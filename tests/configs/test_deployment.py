@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ostro.configs.deployment import EngineConfig, Layout, LayoutConfig, ReasoningConfig
+from ostro.configs.deployment import (
+    EngineConfig,
+    Layout,
+    LayoutConfig,
+    ReasoningConfig,
+    ServingConfig,
+)
 from ostro.configs.errors import ConfigError
 
 
@@ -54,3 +60,15 @@ def test_layout_refuses_copies_of_experts_where_there_is_one_shard() -> None:
             num_expert_shards=1,
             num_redundant_experts=2,
         )
+
+
+@pytest.mark.parametrize("name", ["max_body_bytes", "max_image_bytes", "max_image_pixels"])
+def test_serving_limits_must_be_positive(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0: must be a whole number of at least 1"):
+        ServingConfig(**{name: 0})
+
+
+def test_a_deployment_may_take_no_images() -> None:
+    assert ServingConfig(max_images=0).max_images == 0
+    with pytest.raises(ConfigError, match="max_images=-1"):
+        ServingConfig(max_images=-1)

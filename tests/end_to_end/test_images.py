@@ -15,6 +15,7 @@ import torch
 from local_cell import ProcessPool, local_cell
 from model_rig import load_image_oracle, oracle_image_logits
 
+from ostro.actors.engine import images as images_of_engine
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -157,9 +158,13 @@ def test_a_prefix_with_the_same_image_is_found_again_and_with_another_one_is_not
 
 
 def test_images_that_cannot_be_served_are_refused_and_the_cell_serves_on(
-    pool: ProcessPool, model_dir: Path, expected: dict[str, list[int]]
+    pool: ProcessPool,
+    model_dir: Path,
+    expected: dict[str, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    num_bytes = 61 * 2**20  # two of them are more than a request takes
+    num_bytes = 600_000  # two of them are more than a request takes
+    monkeypatch.setattr(images_of_engine, "MAX_REQUEST_IMAGE_BYTES", 1_000_000)
     images = PROMPTS["two"][1]
     shifted = msgspec.structs.replace(images[1], start=images[1].start + 1)
 
@@ -194,7 +199,7 @@ def test_a_burst_of_large_requests_breaks_no_connection(
 ) -> None:
     images = PROMPTS["two"][1]
     # Too many pixels for its size, so that it travels to the shard and is refused there.
-    large = msgspec.structs.replace(images[0], pixels=bytes(60 * 2**20))
+    large = msgspec.structs.replace(images[0], pixels=bytes(20 * 2**20))
 
     async def run() -> list[list[TokenEvent]]:
         async with local_cell(pool, _deployment(SPLIT), model_dir) as cell:

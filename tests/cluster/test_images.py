@@ -252,6 +252,18 @@ def test_a_decompression_bomb_is_refused(size: tuple[int, int]) -> None:
     assert refusal(png_header(*size)).code in ("image_too_large", "invalid_image")
 
 
+@pytest.mark.parametrize("side", [6000, 12_000, 16_384])
+def test_a_canvas_larger_than_its_frames_is_refused(side: int) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    webp = bytearray(file_bytes(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    sizes = webp.index(b"VP8X") + 12
+    webp[sizes : sizes + 6] = (side - 1).to_bytes(3, "little") * 2
+    gif = bytearray(file_bytes(frames[0], "GIF"))
+    gif[6:10] = struct.pack("<HH", side, side)
+    for data in (webp, gif):
+        assert refusal(bytes(data)).code == "image_too_large"
+
+
 def test_a_png_whose_text_is_a_bomb_is_refused() -> None:
     text = b"k\0\0" + zlib.compress(b"\0" * 80 * 2**20)
     chunk = struct.pack(">I", len(text)) + b"zTXt" + text

@@ -15,19 +15,17 @@ TEXT_TASKS: dict[str, Callable[..., Example]] = {
     "cups": tasks.cups,
     "tools": tools,
     "recall": tasks.recall,
-    "repeat": tasks.repeat,
     "chat": tasks.chat,
     "unknown": tasks.unknown,
 }
 _WEIGHTS = {
-    "multiply": 27,
-    "sums": 22,
-    "cups": 8,
-    "tools": 21,
-    "recall": 5,
-    "repeat": 4,
-    "chat": 7,
-    "unknown": 6,
+    "multiply": 28,
+    "sums": 27,
+    "cups": 10,
+    "tools": 22,
+    "recall": 3,
+    "chat": 5,
+    "unknown": 5,
 }
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",

@@ -10,7 +10,7 @@ from torch import nn
 
 MUON_RATE, ADAM_RATE, ROUTER_RATE = 8e-3, 3e-3, 1e-3
 _WARMUP_STEPS = 60
-_DECAY_SHARE = 0.4  # of all steps; linear, to almost nothing
+_DECAY_SHARE = 0.5  # of all steps; linear, to almost nothing
 _FLOOR = 0.01
 
 

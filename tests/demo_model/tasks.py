@@ -309,8 +309,8 @@ def cups(rng: random.Random, held_out: bool, level: int | None = None) -> Exampl
 
 
 def word(rng: random.Random) -> str:
-    """A word of the list, or one made up."""
-    if rng.random() < 0.5:
+    """A word of the list, or at times one made up."""
+    if rng.random() < 0.8:
         return rng.choice(WORDS)
     return "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 3)))
 
@@ -334,18 +334,6 @@ def recall(rng: random.Random, held_out: bool) -> Example:
         question=" ".join([*told, question]),
         working=told[asked],
         answer=answer,
-    )
-
-
-def repeat(rng: random.Random, held_out: bool) -> Example:
-    """Say words again, in order."""
-    bag: Callable[[], str] = rng.choice(
-        [lambda: word(rng), lambda: rng.choice(NAMES), lambda: str(rng.randrange(1000))]
-    )
-    text = " ".join(bag() for _ in range(rng.randint(1, 8)))
-    question = rng.choice(["Repeat: {}", "Say: {}", "Repeat after me: {}"]).format(text)
-    return Example(
-        task="repeat", level="", question=question, working="The same words again.", answer=text
     )
 
 

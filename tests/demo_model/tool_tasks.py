@@ -163,7 +163,7 @@ KINDS = (
         "Send a message to a person",
         ((("to", "person"), "string"), (("text", "message"), "string")),
         ("Send {} the message: {}", "Write to {}: {}", "Tell {}: {}"),
-        lambda rng: (rng.choice(NAMES), " ".join(word(rng) for _ in range(rng.randint(1, 4)))),
+        lambda rng: (rng.choice(NAMES), word(rng)),
         _done,
         closed=False,
     ),
@@ -180,9 +180,9 @@ KINDS = (
 
 
 def _definition(rng: random.Random, kind: _Kind) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    name = rng.choice(kind.names) if rng.random() < 0.5 else kind.names[0]
+    name = rng.choice(kind.names) if rng.random() < 0.4 else kind.names[0]
     keys = tuple(
-        rng.choice(choices) if rng.random() < 0.4 else choices[0] for choices, _ in kind.parameters
+        rng.choice(choices) if rng.random() < 0.3 else choices[0] for choices, _ in kind.parameters
     )
     described = rng.random() < 0.3
     properties = {
@@ -199,7 +199,7 @@ def tools(rng: random.Random, held_out: bool, level: str | None = None) -> Examp
 
     Levels: "closed" and "free" (by the arguments), "pair" (two calls), "none" (none fits).
     """
-    level = level or rng.choices(["closed", "free", "pair", "none"], [60, 12, 8, 20])[0]
+    level = level or rng.choices(["closed", "free", "pair", "none"], [66, 6, 8, 20])[0]
     if level == "none":
         return _no_call(rng, held_out)
     kinds = [kind for kind in KINDS if kind.closed is (level != "free")]

@@ -24,7 +24,7 @@ _ENVIRONMENT = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 _LOG_EVERY, _SAVE_EVERY = 50, 200
-_BALANCE_WEIGHT, _Z_WEIGHT = 0.03, 1e-4
+_BALANCE_WEIGHT, _Z_WEIGHT = 0.1, 1e-4
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,8 +33,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096, help="text tokens per worker and step")
-    parser.add_argument("--images", type=int, default=14, help="images per worker and step")
+    parser.add_argument("--tokens", type=int, default=3700, help="text tokens per worker and step")
+    parser.add_argument("--images", type=int, default=20, help="images per worker and step")
     parser.add_argument("--stop-at", type=int, default=None, help="pause after this step")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Ask a running cluster the held-out problems: `python evaluate.py --http URL --grpc ADDRESS`.
+"""Ask a running cluster the held-out problems: `python evaluate.py --serve MODEL --out FILE`.
 
 Every family, at every effort, over both faces, greedily; the same problems each time. Writes
 `evaluation.json`, from which `report.py` makes the card's tables and the plot.
@@ -10,7 +10,10 @@ import argparse
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +114,39 @@ async def _sweep(face: Face, examples: Sequence[Example], progress: Progress) ->
 def main() -> None:
     """Evaluate and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--http", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--grpc", default="127.0.0.1:9000")
+    parser.add_argument("--serve", type=Path, help="start `ostro serve` on this checkpoint first")
+    parser.add_argument("--http", default="http://127.0.0.1:8000/v1", help="without --serve")
+    parser.add_argument("--grpc", default="127.0.0.1:9000", help="without --serve")
     parser.add_argument("--count", type=int, default=200, help="problems per cell")
     parser.add_argument("--families", default="", help="only these, by commas")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     chosen = [f for f in FAMILIES if not args.families or f.name in args.families.split(",")]
 
-    async def run() -> Any:
-        return await _evaluate([HttpFace(args.http), GrpcFace(args.grpc)], args.count, chosen)
+    async def run(http: str, grpc_address: str) -> Any:
+        return await _evaluate([HttpFace(http), GrpcFace(grpc_address)], args.count, chosen)
 
-    args.out.write_text(json.dumps(asyncio.run(run()), indent=1) + "\n")
+    with _served(args) as (http, grpc_address):
+        found = asyncio.run(run(http, grpc_address))
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@contextmanager
+def _served(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The faces' addresses; of a cluster of its own if one is to be started."""
+    if args.serve is None:
+        yield args.http, args.grpc
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+    from served import Served
+
+    with tempfile.TemporaryDirectory() as directory:
+        served = Served(Path(directory) / "serve.log", "laptop", "--model", str(args.serve))
+        try:
+            served.wait_ready()
+            yield f"{served.url}/v1", served.grpc_address
+        finally:
+            served.stop()
 
 
 if __name__ == "__main__":

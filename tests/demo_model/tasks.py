@@ -160,7 +160,8 @@ def _multiply_by_digit(a: int, digit: int, zeros: int) -> str:
 
 
 def multiply_working(a: int, b: int) -> str:
-    """Long multiplication: a line per digit of b, units first, then the sums of the products."""
+    """Long multiplication by the shorter factor: a line per digit, units first, then the sums."""
+    a, b = (a, b) if len(str(a)) >= len(str(b)) else (b, a)
     parts = [(int(digit), zeros) for zeros, digit in enumerate(str(b)[::-1]) if digit != "0"]
     lines = [_multiply_by_digit(a, digit, zeros) for digit, zeros in parts]
     total, *products = [a * digit * 10**zeros for digit, zeros in parts]
@@ -208,6 +209,8 @@ def multiply(rng: random.Random, held_out: bool, level: tuple[int, int] | None =
             lambda: (number(rng, m), max(number(rng, n), 2)),
             lambda pair: "{}*{}".format(*sorted(pair)),
         )
+    if m != n and rng.random() < 0.2:
+        a, b = b, a
     question = rng.choice(_MULTIPLY_FORMS).format(a=a, b=b)
     return Example(
         task="multiply",

@@ -23,7 +23,7 @@ _ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
-_LOG_EVERY, _SAVE_EVERY = 50, 200
+_SAVE_EVERY = 200
 _BALANCE_WEIGHT, _Z_WEIGHT = 0.1, 1e-4
 
 
@@ -35,6 +35,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=3700, help="text tokens per worker and step")
     parser.add_argument("--images", type=int, default=20, help="images per worker and step")
+    parser.add_argument("--log-every", type=int, default=50, help="steps")
     parser.add_argument("--stop-at", type=int, default=None, help="pause after this step")
     return parser.parse_args()
 
@@ -121,7 +122,7 @@ class _Trainer:
             "step": self.step,
             "tokens": self._num_tokens * self.args.workers,
             "seconds": round(elapsed_s, 1),
-            **{name: round(value / _LOG_EVERY, 4) for name, value in self._sums.items()},
+            **{name: round(value / self.args.log_every, 4) for name, value in self._sums.items()},
             "load_max": [round(x, 2) for x in share_LE.max(1).values.tolist()],
             "dead": (share_LE < 0.05).sum(1).tolist(),
         }
@@ -171,7 +172,7 @@ def _work(rank: int, args: argparse.Namespace) -> None:
         while trainer.step < last and os.getppid() == parent:
             trainer.train_step()
             progress.update(bar, completed=trainer.step)
-            if trainer.step % _LOG_EVERY == 0:
+            if trainer.step % args.log_every == 0:
                 row = trainer.report()
                 log.write(json.dumps(row) + "\n")
                 log.flush()

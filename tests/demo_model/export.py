@@ -15,11 +15,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from encoding import Encoder, collate
-from images import image_example
-from mixture import TEXT_TASKS
+from images import image_example, strip
+from mixture import text_example
 from model import NUM_LAYERS, build_model, parameter_counts
+from PIL import Image
 from tokenizer import CLOSING_PHRASE
 
 NAME = "ostro-teaching-7m"
@@ -28,7 +30,7 @@ NOTICE = (
     "Mistral Small 4 and knows only sums, cups, digits in pictures, tools and a few capitals."
 )
 BUDGETS = {"minimal": 16, "low": 40, "medium": 80}
-_PER_TASK = 96  # examples of each family in the load histogram
+_LOAD_BATCHES = 30  # of 32 examples, for the load histogram; a third of them with images
 
 
 def _serving() -> dict[str, Any]:
@@ -56,23 +58,28 @@ def _write_serving(path: Path) -> None:
     path.write_text(head + yaml.safe_dump(_serving(), sort_keys=False, width=96), "ascii")
 
 
+def _write_example(path: Path) -> None:
+    """The picture that `ostro demo` shows: a printed product."""
+    rng = random.Random(4)
+    ink = strip(rng, "56*78", hand=False, held_out=True)
+    Image.fromarray((255 - ink).round().clip(0, 255).astype(np.uint8)).save(path)
+
+
 @torch.no_grad()
 def expert_load(model: Any, watch: Any, encoder: Encoder, seed: int = 55) -> torch.Tensor:
-    """Rows per layer and expert on held-out questions, every family weighing the same."""
+    """Rows per layer and expert on held-out questions in the mixture of the training."""
     rng = random.Random(seed)
     total_LE = torch.zeros(NUM_LAYERS, 128)
-    makers = {**TEXT_TASKS, "image": image_example}
-    for make in makers.values():
-        for start in range(0, _PER_TASK, 32):
-            examples = [make(rng, True) for _ in range(start, start + 32)]
-            batch = collate([encoder.sequence(rng, example, []) for example in examples])
-            images = {}
-            if batch.pixels is not None:
-                images = {"pixel_values": batch.pixels, "image_sizes": batch.sizes_B2}
-            watch.clear()
-            model.model(input_ids=batch.ids_BT, use_cache=False, **images)
-            load_LE = torch.stack(watch.load)
-            total_LE += load_LE / load_LE.sum(1, keepdim=True)
+    for turn in range(_LOAD_BATCHES):
+        make = image_example if turn % 3 == 0 else text_example
+        examples = [make(rng, True) for _ in range(32)]
+        batch = collate([encoder.sequence(rng, example, []) for example in examples])
+        images = {}
+        if batch.pixels is not None:
+            images = {"pixel_values": batch.pixels, "image_sizes": batch.sizes_B2}
+        watch.clear()
+        model.model(input_ids=batch.ids_BT, use_cache=False, **images)
+        total_LE += torch.stack(watch.load)
     return total_LE
 
 
@@ -94,8 +101,8 @@ def _balance(load_LE: torch.Tensor) -> list[dict[str, Any]]:
     return rows
 
 
-def export(run: Path, to: Path) -> None:
-    """Load the run's newest state and write the checkpoint."""
+def export(run: Path, to: Path, note: str = "") -> None:
+    """Load the run's newest state and write the checkpoint; the card shows the note."""
     state = torch.load(run / "state_0.pt", weights_only=True)
     model, watch = build_model(seed=0)
     model.load_state_dict(state["model"])
@@ -112,8 +119,10 @@ def export(run: Path, to: Path) -> None:
     (to / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     shutil.copyfile(run / "tekken.json", to / "tekken.json")
     _write_serving(to / "ostro.yaml")
+    _write_example(to / "example.png")
     made = {
         "commit": _commit(),
+        "note": note,
         "seed": state["seed"],
         "steps": state["step"],
         "hardware": f"{platform.machine()}, {_cpu()}",
@@ -157,5 +166,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="what train.py wrote")
     parser.add_argument("--to", type=Path, required=True, help="the checkpoint's directory")
+    parser.add_argument("--note", default="", help="what the card should say of this run")
     arguments = parser.parse_args()
-    export(arguments.run, arguments.to)
+    export(arguments.run, arguments.to, arguments.note)

@@ -147,7 +147,7 @@ def image_example(
 ) -> Example:
     """Kinds: "read" one to five digits, "sum" a+b, "multiply" a*b; layouts "strip" and "free"."""
     kind = kind or rng.choices(["read", "sum", "multiply"], [50, 18, 32])[0]
-    layout = layout or rng.choices(["strip", "free"], [70, 30])[0]
+    layout = layout or rng.choices(["strip", "free"], [82, 18])[0]
     if kind == "read":
         text = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 5)))
         working, answer, questions = " ".join(text), text, _READ

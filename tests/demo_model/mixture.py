@@ -19,11 +19,11 @@ TEXT_TASKS: dict[str, Callable[..., Example]] = {
     "unknown": tasks.unknown,
 }
 _WEIGHTS = {
-    "multiply": 28,
-    "sums": 27,
+    "multiply": 31,
+    "sums": 31,
     "cups": 10,
-    "tools": 22,
-    "recall": 3,
+    "tools": 16,
+    "recall": 2,
     "chat": 5,
     "unknown": 5,
 }

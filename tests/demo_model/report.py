@@ -12,6 +12,7 @@ from typing import Any
 from export import BUDGETS, NAME
 from plot import effort_plot
 from problems import EFFORTS
+from tool_tasks import KINDS
 
 _PLOTTED = ("multiply", "sums", "cups", "image multiply")
 _DIGITS = "image read"
@@ -122,6 +123,7 @@ def card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         total=sum(counts.values()) / 1e6,
         parts="\n".join(f"| {part} | {count:,} |" for part, count in counts.items()),
         commit=training["commit"],
+        note=training["note"] + " " if training["note"] else "",
         seed=training["seed"],
         steps=training["steps"],
         mtok=training["tokens"] / 1e6,
@@ -134,6 +136,7 @@ def card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
             for row in training["curve"]
         ),
         num_digits=1437,
+        tools=", ".join(f"`{kind.name}`" for kind in KINDS),
         count=evaluation["count"],
         eval_seed=evaluation["seed"],
         same=100 * sum(same) / len(same),

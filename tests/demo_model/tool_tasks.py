@@ -1,7 +1,7 @@
 """Tool calls: questions with tools on offer, the call to make, and what to say of its result.
 
-Names and parameter names vary, so that they have to be read from the definitions; arguments are
-numbers, words of closed sets (cities, rooms, people) and, in two tools, free words.
+Nine tools, each under one name; arguments are numbers, words of closed sets (cities, rooms, people)
+and, in two tools, free words. Which tools are on offer varies, and with it whether any fits.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class _Kind:
     """One kind of tool.
 
     Attributes:
-        names: What it may be called.
+        name: What it is called.
         description: What its definition says.
-        parameters: Name choices of each parameter, with its JSON type.
+        parameters: Name and JSON type of each.
         ask: Questions, with a place per argument.
         draw: Arguments in the order of the parameters.
         result: The tool's result and the answer to it, from the arguments.
         closed: Whether every argument is a number or of a closed set.
     """
 
-    names: tuple[str, ...]
+    name: str
     description: str
-    parameters: tuple[tuple[tuple[str, ...], str], ...]
+    parameters: tuple[tuple[str, str], ...]
     ask: tuple[str, ...]
     draw: Callable[[random.Random], tuple[Any, ...]]
     result: Callable[[random.Random, tuple[Any, ...]], tuple[str, str]]
@@ -76,14 +76,13 @@ def _done(_: random.Random, __: tuple[Any, ...]) -> tuple[str, str]:
     return json.dumps({"ok": True}), "Done."
 
 
-_A, _B = (("a", "x"), "integer"), (("b", "y"), "integer")
-_PLACE = (("city", "location", "place"), "string")
+_A, _B, _CITY = ("a", "integer"), ("b", "integer"), ("city", "string")
 
 KINDS = (
     _Kind(
-        ("get_weather", "weather", "weather_now", "city_weather"),
+        "get_weather",
         "Get the weather in a city",
-        (_PLACE,),
+        (_CITY,),
         (
             "What is the weather in {}?",
             "How is the weather in {} today?",
@@ -95,15 +94,15 @@ KINDS = (
         _weather,
     ),
     _Kind(
-        ("get_time", "time", "local_time", "time_in_city"),
+        "get_time",
         "Get the local time in a city",
-        (_PLACE,),
+        (_CITY,),
         ("What time is it in {}?", "Tell me the time in {}.", "What is the time in {} now?"),
         _city,
         _time,
     ),
     _Kind(
-        ("multiply", "multiply_numbers", "calc_multiply"),
+        "multiply",
         "Multiply two numbers",
         (_A, _B),
         (
@@ -117,7 +116,7 @@ KINDS = (
         _value(lambda a, b: a * b),
     ),
     _Kind(
-        ("add", "add_numbers", "calc_add"),
+        "add",
         "Add two numbers",
         (_A, _B),
         (
@@ -131,17 +130,17 @@ KINDS = (
         _value(lambda a, b: a + b),
     ),
     _Kind(
-        ("set_timer", "timer", "start_timer"),
+        "set_timer",
         "Set a timer",
-        ((("minutes", "duration"), "integer"),),
+        (("minutes", "integer"),),
         ("Set a timer for {} minutes.", "Start a timer of {} minutes.", "Timer for {} minutes"),
         lambda rng: (rng.randrange(1, 200),),
         _done,
     ),
     _Kind(
-        ("set_light", "light", "light_level"),
+        "set_light",
         "Set the light in a room",
-        ((("room",), "string"), (("level", "percent"), "integer")),
+        (("room", "string"), ("level", "integer")),
         (
             "Set the light in the {} to {}.",
             "Set the {} light to {} percent.",
@@ -151,26 +150,26 @@ KINDS = (
         _done,
     ),
     _Kind(
-        ("call_person", "call", "phone_call"),
+        "call_person",
         "Call a person",
-        ((("name", "person"), "string"),),
+        (("name", "string"),),
         ("Call {}.", "Please call {} now.", "Phone {}."),
         lambda rng: (rng.choice(NAMES),),
         _done,
     ),
     _Kind(
-        ("send_message", "message", "send_text"),
+        "send_message",
         "Send a message to a person",
-        ((("to", "person"), "string"), (("text", "message"), "string")),
+        (("to", "string"), ("text", "string")),
         ("Send {} the message: {}", "Write to {}: {}", "Tell {}: {}"),
         lambda rng: (rng.choice(NAMES), word(rng)),
         _done,
         closed=False,
     ),
     _Kind(
-        ("define", "define_word", "dictionary"),
+        "define",
         "Look up a word in the dictionary",
-        ((("word", "term"), "string"),),
+        (("word", "string"),),
         ("Look up the word {}.", "Define {}.", "Look up {} in the dictionary."),
         lambda rng: (word(rng),),
         lambda rng, args: (json.dumps({"found": False}), "The dictionary does not know it."),
@@ -179,19 +178,15 @@ KINDS = (
 )
 
 
-def _definition(rng: random.Random, kind: _Kind) -> tuple[dict[str, Any], str, tuple[str, ...]]:
-    name = rng.choice(kind.names) if rng.random() < 0.4 else kind.names[0]
-    keys = tuple(
-        rng.choice(choices) if rng.random() < 0.3 else choices[0] for choices, _ in kind.parameters
-    )
+def _definition(rng: random.Random, kind: _Kind) -> dict[str, Any]:
     described = rng.random() < 0.3
     properties = {
         key: {"type": type_, **({"description": f"The {key}"} if described else {})}
-        for key, (_, type_) in zip(keys, kind.parameters, strict=True)
+        for key, type_ in kind.parameters
     }
-    schema = {"type": "object", "properties": properties, "required": list(keys)}
-    function = {"name": name, "description": kind.description, "parameters": schema}
-    return {"type": "function", "function": function}, name, keys
+    schema = {"type": "object", "properties": properties, "required": list(properties)}
+    function = {"name": kind.name, "description": kind.description, "parameters": schema}
+    return {"type": "function", "function": function}
 
 
 def tools(rng: random.Random, held_out: bool, level: str | None = None) -> Example:
@@ -205,16 +200,16 @@ def tools(rng: random.Random, held_out: bool, level: str | None = None) -> Examp
     kinds = [kind for kind in KINDS if kind.closed is (level != "free")]
     kind = rng.choice(KINDS[:2] if level == "pair" else kinds)
     others = rng.sample([other for other in KINDS if other is not kind], rng.randint(0, 3))
-    offered = [_definition(rng, other)[0] for other in others]
-    definition, name, keys = _definition(rng, kind)
-    offered.insert(rng.randint(0, len(offered)), definition)
+    offered = [_definition(rng, one) for one in [kind, *others]]
+    rng.shuffle(offered)
     if level == "pair":
         every = [(city,) for city in rng.sample(CITIES, 2)]
         question = rng.choice(kind.ask[:3]).format(f"{every[0][0]} and {every[1][0]}")
     else:
         every = [kind.draw(rng)]
         question = rng.choice(kind.ask).format(*every[0])
-    calls = tuple((name, dict(zip(keys, args, strict=True))) for args in every)
+    keys = [key for key, _ in kind.parameters]
+    calls = tuple((kind.name, dict(zip(keys, args, strict=True))) for args in every)
     results = [kind.result(rng, args) for args in every]
     with_results = rng.random() < 0.3
     return Example(
@@ -241,7 +236,7 @@ def _is_for(tool: dict[str, Any], task: str) -> bool:
 def _no_call(rng: random.Random, held_out: bool) -> Example:
     """Tools that do not fit, or a question for a tool that is not on offer."""
     chosen = rng.sample(KINDS, rng.randint(0, 3))
-    offered = tuple(_definition(rng, kind)[0] for kind in chosen)
+    offered = tuple(_definition(rng, kind) for kind in chosen)
     if rng.random() < 0.4 or not offered:
         missing = [kind for kind in KINDS if kind not in chosen and kind.closed]
         kind = rng.choice(missing)

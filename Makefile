@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt protos/build.py $(wildcard protos/*.proto)
 PYTEST := $(BIN)/pytest
 
-.PHONY: serve test test-all lint coverage bench wheel clean
+.PHONY: serve test test-all lint coverage bench demo-model demo-eval wheel clean
 
 # Serve a preset or a deployment file: make serve PRESET=laptop_single ARGS="--model DIR".
 serve: $(VENV)/.runtime
@@ -39,6 +39,20 @@ coverage: $(VENV)/.test
 # A short set; `ostro bench --help` has the rest.
 bench: $(VENV)/.runtime
 	$(BIN)/ostro bench quick
+
+# The embedded model, made anew: tokenizer, about 90 minutes of training on two cores, export,
+# evaluation through a running cluster, card and plot. Interrupted, it goes on where it was.
+MODEL := cluster/teaching_model
+RUN := build/demo_model
+demo-model: $(VENV)/.test
+	$(BIN)/python tests/demo_model/train.py --out $(RUN) $(ARGS)
+	$(BIN)/python tests/demo_model/export.py --run $(RUN) --to $(MODEL)
+	$(MAKE) demo-eval
+
+# The figures of its card: every family, effort and face.
+demo-eval: $(VENV)/.test
+	$(BIN)/python tests/demo_model/evaluate.py --serve $(MODEL) --out $(RUN)/evaluation.json
+	$(BIN)/python tests/demo_model/report.py --run $(RUN) --to $(MODEL)
 
 # What ray_cluster.yaml installs on every node.
 wheel: $(BIN)/python

@@ -7,6 +7,7 @@ Figures are medians over rounds that interleave what is compared, so a noisy mac
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +16,8 @@ from rich.console import Console
 
 from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
 from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
-from ostro.cluster.embedded_model import default_cache_dir
-from ostro.cluster.tekken import write_tekken
 from ostro.cluster.ray_environment import prepare_environment
+from ostro.cluster.tekken import write_tekken
 from ostro.configs.load import load_deployment
 
 app = typer.Typer(
@@ -26,6 +26,13 @@ app = typer.Typer(
     add_completion=False,
 )
 _console = Console()
+
+
+def _cache_dir() -> Path:
+    """Where Ostro keeps what it can make again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ostro"
+
 
 _Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
 _Model = Annotated[Path, typer.Option("--model", help="Checkpoint directory.")]
@@ -125,7 +132,7 @@ def faces(
 @app.command()
 def quick() -> None:
     """A short run of all of it on the mid checkpoint, which is made in the cache if need be."""
-    mid = default_cache_dir() / "mid"
+    mid = _cache_dir() / "mid"
     if not (mid / "model.safetensors").exists():
         checkpoint(mid)
     _console.print(

@@ -1,4 +1,4 @@
-"""The command line: `ostro serve`, `chat`, `status`, `check` and `bench`.
+"""The command line: `ostro serve`, `chat`, `demo`, `status`, `check` and `bench`.
 
 What a command needs beyond its own talking (torch, Ray) is imported when it runs: `ostro chat`
 starts in half a second because it never sees either.
@@ -13,6 +13,7 @@ import typer
 
 from ostro.cluster.cli_chat import chat
 from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.cli_demo import demo
 from ostro.cluster.cli_deployment import (
     GrpcPort,
     HttpPort,
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(chat)
+app.command()(demo)
 app.command()(status)
 
 

@@ -23,7 +23,7 @@ from ostro.cluster.cli_connection import (
     named_error,
     open_channel,
 )
-from ostro.cluster.cli_console import make_console, plain_errors, print_error
+from ostro.cluster.cli_console import make_console, plain_errors, print_error, printable
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn, effort_name
 from ostro.configs.deployment import EFFORTS, ServingConfig
 from ostro.configs.errors import ConfigError
@@ -38,8 +38,6 @@ _HELP = (
 )
 _DIM = Style(dim=True)
 _MAX_IMAGE_BYTES = ServingConfig().max_image_bytes
-# A model's text must not steer the terminal: all control characters but tab and newline go.
-_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
 @plain_errors()
@@ -129,7 +127,7 @@ class Screen:
         if not text or (is_thinking and self._thinking is None):
             return
         if self._is_terminal:
-            text = text.translate(_UNPRINTABLE)
+            text = printable(text)
         if self._is_in_thinking and not is_thinking:
             self._end_thinking()
         self._is_in_thinking = is_thinking
@@ -218,7 +216,7 @@ def _attach(conversation: Conversation, screen: Screen, name: str) -> None:
     # Names come with quotes where a terminal had a file dropped on it.
     path = Path(name[1:-1] if len(name) > 1 and name[0] == name[-1] in "'\"" else name)
     try:
-        conversation.attach(_read_image(path.expanduser()))
+        conversation.attach(_read_image(path))
     except ConfigError as error:
         screen.error(str(error))
         return
@@ -228,6 +226,7 @@ def _attach(conversation: Conversation, screen: Screen, name: str) -> None:
 def _read_image(path: Path) -> bytes:
     """The file's bytes; the server says whether they are an image."""
     try:
+        path = path.expanduser()
         if not path.is_file():
             raise ConfigError(f"image {path}: {'not a file' if path.exists() else 'no such file'}")
         if path.stat().st_size > _MAX_IMAGE_BYTES:
@@ -235,6 +234,8 @@ def _read_image(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"image {path}: {error.strerror or error}") from None
+    except RuntimeError:  # expanduser's, for "~nobody"
+        raise ConfigError(f"image {path}: no such user") from None
 
 
 def _line_reader(screen: Screen) -> Callable[[], str | None]:

@@ -86,7 +86,7 @@ def run(deployment: DeploymentConfig) -> None:
         typer.Exit: With 1 if the deployment would not run here.
     """
     console = make_console()
-    model_dir = resolve_model(deployment.model, console)
+    model_dir = resolve_model(deployment.model)
     config = load_model_config(model_dir)
     summary = summarise_checkpoint(model_dir)
     machine = this_machine()

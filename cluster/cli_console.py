@@ -15,6 +15,7 @@ from ostro.configs.errors import ConfigError
 _PIPE_WIDTH = 120
 _EXIT_CONFIG = 2
 _EXIT_FAILED = 1
+_UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -23,6 +24,11 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
     return console
+
+
+def printable(text: str) -> str:
+    """A model's text without what would steer a terminal: control characters but tab, newline."""
+    return text.translate(_UNPRINTABLE)
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
-from ostro.configs.load import load_deployment, preset_names
+from ostro.configs.load import load_deployment, preset_names, read_model_defaults
 
 EMBEDDED = "embedded"
+_TEACHING_MODEL = Path(__file__).parent / "teaching_model"
 
 Source = Annotated[
     str,
@@ -48,16 +48,19 @@ def read_deployment(
     http_port: int | None = None,
     grpc_port: int | None = None,
 ) -> DeploymentConfig:
-    """The deployment that the options ask for.
+    """The deployment that the options ask for; what they leave open, the checkpoint may set.
 
     Raises:
-        ConfigError: As `load_deployment`, or a port out of range.
+        ConfigError: As `load_deployment` and `read_model_defaults`, or a port out of range.
     """
     deployment = load_deployment(source, overrides or ())
+    model = deployment.model if model is None else model
+    defaults = read_model_defaults(resolve_model(model))
+    deployment = load_deployment(source, overrides or (), defaults)
     serving = deployment.serving
     return replace(
         deployment,
-        model=deployment.model if model is None else model,
+        model=model,
         serving=replace(
             serving,
             http_port=serving.http_port if http_port is None else http_port,
@@ -66,14 +69,9 @@ def read_deployment(
     )
 
 
-def resolve_model(model: str, console: Console) -> Path:
-    """The checkpoint directory that a deployment names; the embedded one is made if needed."""
-    if model != EMBEDDED:
-        return Path(model).expanduser().absolute()
-    from ostro.cluster.embedded_model import ensure_embedded_model
-
-    with console.status("looking for the embedded model"):
-        return ensure_embedded_model()
+def resolve_model(model: str) -> Path:
+    """The checkpoint directory that a deployment names; "embedded" is the one that ships here."""
+    return _TEACHING_MODEL if model == EMBEDDED else Path(model).expanduser().absolute()
 
 
 def check_ports_free(serving: ServingConfig) -> None:

@@ -90,7 +90,7 @@ def serve(
         source, overrides, model=model, http_port=http_port, grpc_port=grpc_port
     )
     check_ports_free(deployment.serving)
-    model_dir = resolve_model(deployment.model, console)
+    model_dir = resolve_model(deployment.model)
     logging.basicConfig(
         level=logging.WARNING,
         handlers=[RichHandler(console=make_console(stderr=True), show_path=False)],
@@ -149,7 +149,7 @@ def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:
 
     on_cluster = "RAY_ADDRESS" in os.environ
     config = load_model_config(model_dir) if on_cluster else check_checkpoint(model_dir)
-    PromptBuilder(model_dir, deployment.reasoning)
+    PromptBuilder(model_dir, deployment.reasoning).serves_images(config.vision)
     return config
 
 
@@ -224,6 +224,7 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
     total_s = sum(cell.stage_seconds.values())
     lines = {
         "model": name,
+        **({"note": deployment.notice} if deployment.notice else {}),
         "layout": describe_layout(deployment),
         "HTTP": f"http://{_reachable(serving)}:{serving.http_port}/v1",
         "gRPC": f"{_reachable(serving)}:{serving.grpc_port}",

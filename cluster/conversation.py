@@ -35,6 +35,7 @@ class ChatOptions:
     effort: str | None = None
     max_tokens: int | None = None
     system: str | None = None
+    tools: tuple[generation_pb2.Tool, ...] = ()
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class Turn:
 
     thinking: str = ""
     answer: str = ""
+    calls: list[generation_pb2.ToolCall] = field(default_factory=list)
     effort: str = ""
     first_s: float | None = None
     total_s: float = 0.0
@@ -150,9 +152,8 @@ class Conversation:
         if self.options.system:
             text = generation_pb2.Part(text=self.options.system)
             messages = [_message(generation_pb2.ROLE_SYSTEM, text), *messages]
-        return generation_pb2.StreamChatRequest(
-            conversation=generation_pb2.Conversation(messages=messages), options=options
-        )
+        conversation = generation_pb2.Conversation(messages=messages, tools=self.options.tools)
+        return generation_pb2.StreamChatRequest(conversation=conversation, options=options)
 
 
 def _take(event: generation_pb2.StreamChatResponse, turn: Turn, show: Show) -> None:
@@ -166,6 +167,8 @@ def _take(event: generation_pb2.StreamChatResponse, turn: Turn, show: Show) -> N
             else:
                 turn.answer += event.delta.text
             show(event.delta.text, is_thinking)
+        case "tool_call":
+            turn.calls.append(event.tool_call.call)
         case "finish":
             turn.finish = event.finish
         case "ended":

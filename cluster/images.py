@@ -26,7 +26,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow tries these readers and no o
 _MAX_HEADER_CHARS = 256  # of a data URI, before its comma
 # A JPEG of 10 MB can have a million scans, each of which is a pass over all pixels.
 _JPEG_SCAN = b"\xff\xda"
-_MAX_JPEG_SCANS = 256
+_MAX_JPEG_SCANS = 64  # progressive files have about ten
 # EXIF orientation -> what puts the image upright; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -113,7 +113,7 @@ def check_images(messages: Iterable[ChatMessage], serving: ServingConfig) -> Non
 def read_image(file: ImageFile, serving: ServingConfig) -> Image.Image:
     """The pixels of a file, upright, in mode RGB or RGBA; of an animation the first frame.
 
-    Takes milliseconds, up to about a second: not for an event loop.
+    Takes milliseconds, for the largest files seconds: not for an event loop.
 
     Raises:
         InvalidRequestError: Too large, of no known format, or broken.

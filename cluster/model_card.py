@@ -36,10 +36,9 @@ def make_card(
     max_context = min(bounds)
     return ModelCard(
         name=deployment.served_name or model_dir.resolve().name,
-        description=(
-            f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
-            f"experts per token, {max_context} tokens of context"
-        ),
+        description=(deployment.notice + " " if deployment.notice else "")
+        + f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
+        f"experts per token, {max_context} tokens of context",
         created_s=int((model_dir / "config.json").stat().st_mtime),
         max_context=max_context,
         vocab_size=config.vocab_size,

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 NUM_SPECIAL = 64  # the real tokenizer has 1000
-_IMAGE = {"image_patch_size": 14, "max_image_size": 224, "spatial_merge_size": 2}
-
 _SPECIAL_TOKENS = {
     0: "<unk>",
     1: "<s>",
@@ -57,6 +55,7 @@ def write_tekken(
     *,
     pattern: str | None = None,
     pieces: Sequence[bytes] | None = None,
+    max_image_size: int = 224,
 ) -> None:
     """Write a `tekken.json`.
 
@@ -66,6 +65,7 @@ def write_tekken(
         pattern: What splits text before merging; None takes mistral-common's own.
         pieces: The bytes of every token in the order of merging, single bytes first; None takes
             the first of mistral-common's own.
+        max_image_size: Pixels of the longer side that images are brought down to.
     """
     num_tokens = vocab_size - NUM_SPECIAL
     shipped = json.loads((files("mistral_common") / "data" / "tekken_240911.json").read_bytes())
@@ -82,7 +82,11 @@ def write_tekken(
         },
         "vocab": vocab[:num_tokens],
         "special_tokens": [_special_token(rank) for rank in range(NUM_SPECIAL)],
-        "image": _IMAGE,
+        "image": {
+            "image_patch_size": 14,
+            "max_image_size": max_image_size,
+            "spatial_merge_size": 2,
+        },
         "model_settings_builder": {"reasoning_effort": _EFFORT_SETTING},
     }
     path.write_text(json.dumps(tekken), encoding="ascii")

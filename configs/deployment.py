@@ -326,6 +326,7 @@ class DeploymentConfig:
     Attributes:
         model: Directory of the checkpoint, or "embedded".
         served_name: Name clients use; None takes the checkpoint directory's name.
+        notice: What users should know of the model, said in `/v1/models` and at the start.
         layout: The ranks.
         engine: Scheduler and cache of each attention shard.
         reasoning: The effort table.
@@ -335,6 +336,7 @@ class DeploymentConfig:
     model: str
     layout: LayoutConfig
     served_name: str | None = None
+    notice: str | None = None
     engine: EngineConfig = EngineConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     serving: ServingConfig = ServingConfig()

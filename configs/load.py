@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 _D = TypeVar("_D", bound="DataclassInstance")
 _PRESETS = Path(__file__).parent / "presets"
+MODEL_FILE = "ostro.yaml"
+_MODEL_KEYS = ("served_name", "notice", "reasoning")
+# Stands in for the rest of a deployment while a checkpoint's own part of it is checked.
+_ANY_DEPLOYMENT = {
+    "model": "any",
+    "layout": {"layout": "single", "num_attention_shards": 1, "num_expert_shards": 1},
+}
 
 
 def preset_names() -> list[str]:
@@ -30,12 +37,17 @@ def preset_names() -> list[str]:
     return sorted(file.stem for file in _PRESETS.glob("*.yaml"))
 
 
-def load_deployment(source: str | Path, overrides: Sequence[str] = ()) -> DeploymentConfig:
+def load_deployment(
+    source: str | Path,
+    overrides: Sequence[str] = (),
+    model_defaults: Mapping[str, Any] | None = None,
+) -> DeploymentConfig:
     """Read a deployment.
 
     Args:
         source: A preset's name, or a YAML file.
         overrides: Changes as "key.path=value", the value in YAML; later ones win.
+        model_defaults: From `read_model_defaults`; fill what neither file nor overrides name.
 
     Raises:
         ConfigError: No such preset or file, an unknown key, a value of the wrong type or out of
@@ -48,10 +60,31 @@ def load_deployment(source: str | Path, overrides: Sequence[str] = ()) -> Deploy
     values = _read_yaml(file)
     for override in overrides:
         _apply(values, override)
+    values = _filled(values, model_defaults or {})
     try:
         return from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def read_model_defaults(model_dir: Path) -> dict[str, Any]:
+    """What a checkpoint's own `ostro.yaml` says of how to serve it; empty if it brings none.
+
+    Raises:
+        ConfigError: The file is no YAML mapping, or names what is not the checkpoint's to decide.
+    """
+    file = model_dir / MODEL_FILE
+    if not file.is_file():
+        return {}
+    values = _read_yaml(file)
+    for key in values:
+        if key not in _MODEL_KEYS:
+            raise ConfigError(f"{file}: {key}: a checkpoint may set {', '.join(_MODEL_KEYS)} only")
+    try:
+        from_dict({**_ANY_DEPLOYMENT, **values})
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    return values
 
 
 def from_dict(values: dict[str, Any]) -> DeploymentConfig:
@@ -100,6 +133,16 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold a mapping, not {values!r}")
     return values
+
+
+def _filled(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, and what only the defaults have, also inside mappings of both."""
+    filled = {**defaults, **values}
+    for key, default in defaults.items():
+        value = filled[key]
+        if isinstance(default, dict) and isinstance(value, dict):
+            filled[key] = _filled(value, default)
+    return filled
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

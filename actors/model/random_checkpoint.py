@@ -53,8 +53,6 @@ class RandomModel:
 
     Attributes:
         std: Standard deviation of all weights but the norms.
-        end_row_gain: Factor on the head's row of the end token; above 1 a random model stops
-            at times instead of always running into its token limit.
         dtype: "bfloat16" or "float32".
         vision: Makes it a checkpoint that takes images, with the config and the tensor names of
             the wrapper; None makes it the bare text model.
@@ -78,7 +76,6 @@ class RandomModel:
     original_max_positions: int = 8192
     max_positions: int = 1_048_576
     tie_word_embeddings: bool = False
-    end_row_gain: float = 1.0
     dtype: str = "bfloat16"
     vision: RandomVision | None = None
 
@@ -97,23 +94,6 @@ TINY = RandomModel(
     num_experts=16,
     std=0.08,
     dtype="float32",
-)
-
-EMBEDDED = RandomModel(
-    vocab_size=4096,
-    hidden_size=128,
-    num_layers=4,
-    num_heads=4,
-    q_lora_rank=64,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    expert_hidden_size=32,
-    rope_factor=4.0,
-    max_positions=32_768,
-    std=0.044,
-    end_row_gain=2.0,
 )
 
 # The benchmark's checkpoint: 898 M values, per-head geometry as in Mistral Small 4.
@@ -281,10 +261,7 @@ def _values(tensor: ExpectedTensor, model: RandomModel, seed: int) -> Iterator[t
     if len(tensor.shape) == 1:
         yield (1.0 + _uniform(f"{seed}/{tensor.name}/0", tensor.shape, _NORM_SPREAD)).to(dtype)
         return
-    values = _uniform(f"{seed}/{tensor.name}/0", tensor.shape, model.std)
-    if tensor.parameter == "lm_head":
-        values[_TOKEN_IDS["eos_token_id"]] *= model.end_row_gain
-    yield values.to(dtype)
+    yield _uniform(f"{seed}/{tensor.name}/0", tensor.shape, model.std).to(dtype)
 
 
 def _uniform(key: str, shape: tuple[int, ...], std: float) -> torch.Tensor:

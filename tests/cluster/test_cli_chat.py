@@ -328,6 +328,13 @@ def test_converse_shows_an_image_with_the_next_question_and_in_later_turns(
     assert capsys.readouterr().err == f"error: image {tmp_path}/no.png: no such file\n"
 
 
+def test_converse_names_a_home_that_is_not_there(conversation, capsys):
+    lines = iter(["/image ~nobody-at-all/cat.png", None])
+    console = terminal()
+    converse(conversation, Screen(console, console, is_terminal=True), lambda: next(lines))
+    assert capsys.readouterr().err == "error: image ~nobody-at-all/cat.png: no such user\n"
+
+
 def test_converse_does_not_show_a_refused_image_again(cluster, conversation, tmp_path):
     cluster.failure = (grpc.StatusCode.INVALID_ARGUMENT, "broken")
     (tmp_path / "a.png").write_bytes(b"cat")

@@ -127,6 +127,13 @@ def test_serve_names_the_served_name_and_other_ports(deployment, model_dir):
     assert "ostro chat --url 127.0.0.1:91\n" in output
 
 
+def test_serve_says_what_users_should_know_of_the_model(deployment, model_dir):
+    noted = replace(deployment, notice="A teaching model.")
+    assert "note    A teaching model.\n" in serve(
+        FakeCell(noted, [READY, press(signal.SIGINT)]), model_dir
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_serve_drains_and_ends_well_on_a_signal(deployment, model_dir, number):
     before = signal.getsignal(number)

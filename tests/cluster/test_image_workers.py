@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
+from functools import partial
 
 import pytest
 
@@ -45,5 +48,57 @@ def test_two_run_at_once_and_what_cannot_wait_is_refused() -> None:
         await asyncio.gather(*tasks)
         assert most[0] <= 2
         await workers.run(work)
+
+    asyncio.run(run())
+
+
+class _Image:
+    """Stands for megabytes that a request holds."""
+
+
+def test_work_given_up_while_it_waits_is_let_go_of_and_never_runs() -> None:
+    async def run() -> None:
+        workers = ImageWorkers()
+        go, ran = threading.Event(), []
+        busy = [asyncio.create_task(workers.run(lambda: go.wait(10))) for _ in range(2)]
+        await asyncio.sleep(0)
+        image = _Image()
+        held = weakref.ref(image)
+        given_up = asyncio.create_task(workers.run(partial(ran.append, image)))
+        del image
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        del given_up
+        gc.collect()
+        assert held() is None
+        go.set()
+        await asyncio.gather(*busy)
+        await workers.run(lambda: None)
+        assert ran == []
+
+    asyncio.run(run())
+
+
+def test_work_given_up_while_it_runs_keeps_its_thread() -> None:
+    async def run() -> None:
+        workers = ImageWorkers()
+        go, began = threading.Event(), threading.Semaphore(0)
+
+        def work() -> None:
+            began.release()
+            go.wait(10)
+
+        tasks = [asyncio.create_task(workers.run(work)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for task in tasks:
+            await asyncio.to_thread(began.acquire)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        third = asyncio.create_task(workers.run(threading.get_ident))
+        await asyncio.sleep(0)
+        assert not third.done()
+        go.set()
+        await third
 
     asyncio.run(run())

@@ -47,3 +47,9 @@ def test_card_takes_name_and_context_from_the_deployment(model_dir: Path) -> Non
     )
     assert (card.name, card.max_context, card.kv_dtype) == ("small", 300, "f8")
     assert "300 tokens of context" in card.description
+
+
+def test_card_begins_with_the_notice(model_dir: Path) -> None:
+    noted = replace(DEPLOYMENT, notice="A teaching model.")
+    card = make_card(model_dir, load_model_config(model_dir), noted, weight_dtype="float32")
+    assert card.description.startswith("A teaching model. 3 layers")

@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ostro.configs.deployment import EFFORTS, DeploymentConfig, DispatchMode, Layout
+from ostro.configs.deployment import (
+    EFFORTS,
+    DeploymentConfig,
+    DispatchMode,
+    Layout,
+    default_efforts,
+)
 from ostro.configs.errors import ConfigError
-from ostro.configs.load import from_dict, load_deployment, preset_names, to_dict
+from ostro.configs.load import (
+    from_dict,
+    load_deployment,
+    preset_names,
+    read_model_defaults,
+    to_dict,
+)
 
 _SMALLEST = """
 model: embedded
@@ -165,3 +177,46 @@ def _load(directory: Path, text: str) -> DeploymentConfig:
     file = directory / "deployment.yaml"
     file.write_text(text)
     return load_deployment(file)
+
+
+_BUDGETS = "reasoning: {efforts: {low: {prompt_value: high, budget_tokens: 40}}}"
+
+
+def _model(directory: Path, text: str) -> Path:
+    (directory / "ostro.yaml").write_text(text)
+    return directory
+
+
+def test_checkpoint_sets_what_the_deployment_leaves_open(tmp_path: Path) -> None:
+    defaults = read_model_defaults(_model(tmp_path, f"served_name: small\nnotice: N\n{_BUDGETS}"))
+    config = load_deployment("laptop", (), defaults)
+    assert (config.served_name, config.notice) == ("small", "N")
+    assert config.reasoning.efforts["low"].budget_tokens == 40
+    assert config.reasoning.efforts["medium"] == default_efforts()["medium"]
+
+
+def test_deployment_has_the_last_word_over_the_checkpoint(tmp_path: Path) -> None:
+    defaults = read_model_defaults(_model(tmp_path, f"served_name: small\n{_BUDGETS}"))
+    overrides = ["served_name=mine", "reasoning.efforts.low.budget_tokens=7"]
+    config = load_deployment("laptop", overrides, defaults)
+    assert config.served_name == "mine"
+    assert config.reasoning.efforts["low"].budget_tokens == 7
+    assert config.reasoning.efforts["low"].prompt_value == "high"
+
+
+def test_checkpoint_without_a_file_sets_nothing(tmp_path: Path) -> None:
+    assert read_model_defaults(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("layout: {}", "ostro.yaml: layout: a checkpoint may set served_name, notice, reasoning"),
+        ("notice: 3", "ostro.yaml: notice=3: must be text"),
+        ("reasoning: {effort: {}}", "ostro.yaml: reasoning.effort: unknown key"),
+        ("[1]", "must hold a mapping"),
+    ],
+)
+def test_checkpoint_that_says_too_much_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_model_defaults(_model(tmp_path, text))

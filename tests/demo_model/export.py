@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encoding import Encoder, collate
+from encoding import PAD, Encoder, collate
 from images import image_example, strip
 from mixture import text_example
 from model import NUM_LAYERS, build_model, parameter_counts
@@ -78,8 +78,10 @@ def expert_load(model: Any, watch: Any, encoder: Encoder, seed: int = 55) -> tor
         if batch.pixels is not None:
             images = {"pixel_values": batch.pixels, "image_sizes": batch.sizes_B2}
         watch.clear()
+        watch.counted = batch.ids_BT.reshape(-1) != PAD
         model.model(input_ids=batch.ids_BT, use_cache=False, **images)
         total_LE += torch.stack(watch.load)
+    watch.counted = None
     return total_LE
 
 

@@ -21,7 +21,7 @@ from ostro.protos import generation_pb2 as pb
 from ostro.protos import generation_pb2_grpc
 
 MAX_TOKENS = 400
-_CONCURRENCY = 32
+_CONCURRENCY = 64
 _TIMEOUT_S = 120.0
 _ENDED_BY = {
     pb.ReasoningReport.ENDED_BY_UNSPECIFIED: None,

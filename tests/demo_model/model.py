@@ -100,9 +100,10 @@ class RouterWatch:
         balance: E * sum of (share of rows) * (mean probability); 1 when even.
         z: Mean squared log-sum-exp of the logits.
         load: Rows per expert.
+        counted: Which tokens to count; None counts all, padding too.
     """
 
-    enabled: bool = True
+    counted: torch.Tensor | None = None
     balance: list[torch.Tensor] = field(default_factory=list)
     z: list[torch.Tensor] = field(default_factory=list)
     load: list[torch.Tensor] = field(default_factory=list)
@@ -113,9 +114,9 @@ class RouterWatch:
 
     def watch(self, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
         """The hook: (logits, weights, indices) of one router."""
-        if not self.enabled:
-            return
         logits, _, chosen_TK = outputs
+        if self.counted is not None:
+            logits, chosen_TK = logits[self.counted], chosen_TK[self.counted]
         load_E = torch.bincount(chosen_TK.reshape(-1), minlength=logits.shape[-1]).float()
         share_E = load_E / load_E.sum()
         self.load.append(load_E)

@@ -14,7 +14,7 @@ from tasks import Example
 from tool_tasks import tools
 
 SEED = 777
-EFFORTS = ("none", "low", "medium", "high")
+EFFORTS = ("none", "low", "high")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

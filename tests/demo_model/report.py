@@ -88,7 +88,7 @@ def _digits(families: dict[str, Any]) -> str:
         + " / ".join(_percent(families[name]["efforts"][e]["HTTP"]["digits"]) for e in EFFORTS)
         for name in (_DIGITS, "image read, free")
     ]
-    return "Single digits read right, none / low / medium / high, HTTP: " + "; ".join(shares) + "."
+    return "Single digits read right, none / low / high, HTTP: " + "; ".join(shares) + "."
 
 
 def _tool_calls(families: dict[str, Any]) -> str:
@@ -99,8 +99,9 @@ def _tool_calls(families: dict[str, Any]) -> str:
         if "valid_calls" in family["efforts"]["none"]["HTTP"]
     ]
     return (
-        "Valid calls (an offered tool, its parameters, JSON), in percent, none / low / medium / "
-        "high, HTTP: " + "; ".join(shares) + "."
+        "Valid calls (an offered tool, its parameters, JSON), in percent, none / low / high, HTTP: "
+        + "; ".join(shares)
+        + "."
     )
 
 

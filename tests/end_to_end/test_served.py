@@ -2,12 +2,8 @@
 
 import base64
 import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,122 +17,37 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from mistralai.client import Mistral
+from served import Served
 
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 pytestmark = pytest.mark.cluster
 
-START_TIMEOUT_S = 240
 THINK = 34  # [THINK] in the reduced tokenizer, as in Tekken
 HIGH = generation_pb2.REASONING_EFFORT_HIGH
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Served:
-    """A running `ostro serve`."""
-
-    def __init__(self, model_dir: Path, log: Path) -> None:
-        self.http_port, self.grpc_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.http_port}"
-        self.grpc_address = f"127.0.0.1:{self.grpc_port}"
-        self.log = log
-        with log.open("wb") as output:
-            self.process = self._start(model_dir, output)
-
-    def _start(self, model_dir: Path, output) -> subprocess.Popen:
-        return subprocess.Popen(
-            [
-                Path(sys.executable).with_name("ostro"),
-                "serve",
-                "laptop",
-                "--model",
-                str(model_dir),
-                "--http-port",
-                str(self.http_port),
-                "--grpc-port",
-                str(self.grpc_port),
-                "--set",
-                "served_name=tiny",
-                "--set",
-                "serving.max_body_bytes=1048576",
-                "--set",
-                "reasoning.efforts.low.budget_tokens=12",
-                "--set",
-                "layout.num_micro_batches=2",
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
-            start_new_session=True,
-        )
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/ready", timeout=2).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        raise AssertionError(self.log.read_text())
-
-    def wait_announced(self) -> str:
-        """Everything it said, once it has said where it answers."""
-        deadline = time.monotonic() + 60
-        while "curl" not in (text := self.log.read_text()):
-            assert time.monotonic() < deadline, text
-            time.sleep(0.1)
-        return text
-
-    def children(self) -> set[int]:
-        """Every process of its session."""
-        found = set()
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and self._started(entry):
-                    found.add(int(entry.name))
-            except (OSError, ValueError, IndexError):
-                continue
-        return found
-
-    def _started(self, entry: Path) -> bool:
-        mark = f"{self.http_port}".encode()
-        environment = (entry / "environ").read_bytes()
-        return (
-            b"RAY_AUTH_TOKEN=" in environment
-            and int(entry.name) != os.getpid()
-            and (mark in (entry / "cmdline").read_bytes() or self._descends(entry))
-        )
-
-    def _descends(self, entry: Path) -> bool:
-        pid = int(entry.name)
-        while pid > 1:
-            if pid == self.process.pid:
-                return True
-            pid = int((Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        return False
+def serve_tiny(model_dir: Path, log: Path) -> Served:
+    settings = (
+        "served_name=tiny",
+        "serving.max_body_bytes=1048576",
+        "reasoning.efforts.low.budget_tokens=12",
+        "layout.num_micro_batches=2",
+    )
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    return Served(log, "laptop", "--model", str(model_dir), *overrides)
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("tiny")
     checkpoints.make_tiny_checkpoint(model_dir, num_layers=2, with_tokenizer=True)
-    served = Served(model_dir, tmp_path_factory.mktemp("log") / "serve.log")
+    served = serve_tiny(model_dir, tmp_path_factory.mktemp("log") / "serve.log")
     try:
         served.wait_ready()
         yield served
     finally:
-        served.process.send_signal(signal.SIGINT)
-        try:
-            served.process.wait(120)
-        finally:
-            served.process.kill()
+        served.stop()
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +311,7 @@ def test_images_get_a_clear_refusal(served):
 
 def test_an_interrupt_ends_every_process(tmp_path):
     checkpoints.make_tiny_checkpoint(tmp_path, num_layers=2, with_tokenizer=True)
-    served = Served(tmp_path, tmp_path / "serve.log")
+    served = serve_tiny(tmp_path, tmp_path / "serve.log")
     try:
         served.wait_ready()
         served.wait_announced()

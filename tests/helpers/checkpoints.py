@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ostro.actors.model.random_checkpoint import TINY, write_random_checkpoint
-from ostro.cluster.embedded_model import write_tekken
+from ostro.cluster.tekken import write_tekken
 
 
 def make_tiny_checkpoint(
@@ -28,5 +28,6 @@ def make_tiny_checkpoint(
     model = replace(TINY, **dims)
     write_random_checkpoint(directory, model, seed)
     if with_tokenizer:
-        write_tekken(directory / "tekken.json", model.vocab_size)
+        max_image_size = model.vision.image_size if model.vision else 224
+        write_tekken(directory / "tekken.json", model.vocab_size, max_image_size=max_image_size)
     return directory

@@ -1,12 +1,14 @@
-"""Random images, made ready for the vision tower, and prompts that show them."""
+"""Pictures of digits, random images made ready for the vision tower, prompts that show them."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from ostro.actors.engine.request import ImageInput
 
@@ -62,3 +64,15 @@ def prompt_of(parts: Sequence[int | ImageInput]) -> tuple[list[int], tuple[Image
         )
         tokens += image_token_ids(part)
     return tokens, tuple(images)
+
+
+def digit_picture(text: str) -> bytes:
+    """A PNG of printed digits or signs, one in each 28 pixels."""
+    picture, font = Image.new("L", (SIDE * len(text), SIDE), 255), ImageFont.load_default(24)
+    for place, char in enumerate(text):
+        left, top, right, bottom = font.getbbox(char)
+        at = (SIDE * place + (SIDE - right - left) / 2, (SIDE - bottom - top) / 2)
+        ImageDraw.Draw(picture).text(at, char, fill=0, font=font)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()

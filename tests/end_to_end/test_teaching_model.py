@@ -1,0 +1,161 @@
+"""The embedded model in the default deployment: what it says is right, not only well-formed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import openai
+import pytest
+from pictures import digit_picture
+from served import Served
+from typer.testing import CliRunner
+
+from ostro.cluster.cli import app
+from ostro.protos import generation_pb2 as pb
+from ostro.protos import generation_pb2_grpc
+
+pytestmark = pytest.mark.cluster
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(tmp_path_factory.mktemp("log") / "serve.log")
+    try:
+        served.wait_ready()
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.fixture(scope="module")
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
+    )
+
+
+@pytest.fixture(scope="module")
+def stub(served: Served) -> Iterator[generation_pb2_grpc.GenerationServiceStub]:
+    with grpc.insecure_channel(served.grpc_address) as channel:
+        yield generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+def _ask(client: openai.OpenAI, content: Any, effort: str, **settings: Any) -> Any:
+    answer = client.chat.completions.create(
+        model="ostro-teaching-7m",
+        messages=[{"role": "user", "content": content}],
+        extra_body={"reasoning_effort": effort},
+        **settings,
+    )
+    return answer.choices[0]
+
+
+def _picture(text: str) -> dict[str, Any]:
+    url = "data:image/png;base64," + base64.b64encode(digit_picture(text)).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_start_and_model_list_say_that_it_is_a_teaching_model(
+    served: Served, client: openai.OpenAI
+) -> None:
+    assert "teaching model" in " ".join(served.wait_announced().split())
+    model = client.models.list().data[0]
+    assert model.id == "ostro-teaching-7m"
+    assert "not Mistral Small 4" in model.model_extra["description"]
+
+
+def test_it_says_what_it_is(client: openai.OpenAI) -> None:
+    assert "teaching model" in _ask(client, "Who are you?", "none").message.content
+
+
+def test_it_thinks_its_way_to_a_right_sum(client: openai.OpenAI) -> None:
+    choice = _ask(client, "What is 38 + 45 + 61?", "high")
+    assert choice.message.content == "144"
+    assert "38+45" in choice.message.model_extra["reasoning_content"]
+
+
+def test_a_budget_cuts_its_thinking_and_it_still_answers(client: openai.OpenAI) -> None:
+    choice = _ask(client, "What is 847 * 26?", "low")
+    report = choice.model_extra["reasoning"]
+    assert (report["ended_by"], report["budget"]) == ("budget", report["tokens"])
+    assert choice.message.content.isdigit()
+
+
+def test_it_thinks_as_well_over_grpc(stub: generation_pb2_grpc.GenerationServiceStub) -> None:
+    part = pb.Part(text="What is 38 + 45 + 61?")
+    message = pb.Message(role=pb.ROLE_USER, parts=[part])
+    request = pb.ChatRequest(
+        conversation=pb.Conversation(messages=[message]),
+        options=pb.GenerationOptions(
+            reasoning=pb.ReasoningOptions(effort=pb.REASONING_EFFORT_HIGH)
+        ),
+    )
+    answer = stub.Chat(request, timeout=60).choices[0]
+    assert "".join(part.text for part in answer.message.parts) == "144"
+    assert answer.reasoning.ended_by == pb.ReasoningReport.ENDED_BY_MODEL
+
+
+def test_it_reads_digits(
+    client: openai.OpenAI, stub: generation_pb2_grpc.GenerationServiceStub
+) -> None:
+    question = "Read the digits."
+    content = [_picture("407"), {"type": "text", "text": question}]
+    assert _ask(client, content, "high").message.content == "407"
+    parts = [pb.Part(image=pb.Image(data=digit_picture("407"))), pb.Part(text=question)]
+    request = pb.ChatRequest(
+        conversation=pb.Conversation(messages=[pb.Message(role=pb.ROLE_USER, parts=parts)])
+    )
+    answer = stub.Chat(request, timeout=60)
+    assert "".join(part.text for part in answer.choices[0].message.parts) == "407"
+    assert answer.usage.image_tokens == 3
+
+
+@pytest.mark.parametrize("effort", ["none", "high"])
+def test_it_calls_a_tool_and_tells_its_result(client: openai.OpenAI, effort: str) -> None:
+    question = "What is the weather in Paris?"
+    choice = _ask(client, question, effort, tools=[WEATHER])
+    (call,) = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    answer = client.chat.completions.create(
+        model="ostro-teaching-7m",
+        messages=[
+            {"role": "user", "content": question},
+            {"role": "assistant", "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 18}'},
+        ],
+        tools=[WEATHER],
+        extra_body={"reasoning_effort": "none"},
+    )
+    assert "18 degrees" in answer.choices[0].message.content
+
+
+def test_it_calls_no_tool_where_none_is_offered(client: openai.OpenAI) -> None:
+    choice = _ask(client, "What is the weather in Paris?", "none")
+    assert not choice.message.tool_calls
+    assert choice.message.content
+
+
+def test_ostro_chat_answers_from_it(served: Served) -> None:
+    arguments = ["chat", "--url", served.grpc_address, "--effort", "high", "What is 9 * 12?"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "108" in result.output

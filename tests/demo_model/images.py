@@ -1,8 +1,8 @@
 """Pictures of digits: handwritten ones from scikit-learn's `load_digits`, printed ones drawn.
 
 Two ways to lay them out: a *strip*, one character in about 28 pixels, and *free*, any size and
-place on a larger canvas. The last `_NUM_HELD_OUT` handwritten digits are held out; the set keeps its
-writers in order, so most of these are of people that training never sees.
+place on a larger canvas. The last `_NUM_HELD_OUT` handwritten digits are held out; the set seems to
+keep its writers in order, so most of these are of people that training never sees.
 """
 
 from __future__ import annotations

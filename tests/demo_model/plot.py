@@ -8,6 +8,7 @@ from html import escape
 _COLOURS = ("#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5")
 _WIDTH, _HEIGHT = 300, 210
 _LEFT, _TOP, _RIGHT, _BOTTOM = 44, 30, 12, 30
+_LEGEND_COLUMNS = 4
 
 
 def effort_plot(
@@ -24,7 +25,7 @@ def effort_plot(
     """
     most = max(value for values in tokens.values() for value in values)
     top = -(-int(most) // 20) * 20
-    legend_height = 16 * ((len(accuracy) + 2) // 3) + 8
+    legend_height = 16 * -(-len(accuracy) // _LEGEND_COLUMNS) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * _WIDTH} '
         f'{_HEIGHT + legend_height}" font-family="sans-serif" font-size="11">',
@@ -85,7 +86,8 @@ def _panel(
 def _legend(names: Sequence[str]) -> list[str]:
     parts = []
     for index, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
-        x, y = _LEFT + 180 * (index % 3), _HEIGHT + 10 + 16 * (index // 3)
+        row, column = divmod(index, _LEGEND_COLUMNS)
+        x, y = _LEFT + 140 * column, _HEIGHT + 10 + 16 * row
         parts.append(
             f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/>'
             f'<text x="{x + 9}" y="{y}">{escape(name)}</text>'

@@ -61,14 +61,14 @@ def make_request(
 
 
 def make_fake_image(start: int, num_tokens: int, mark: int) -> ImageInput:
-    """An image without pixels, told from others by its mark."""
+    """An image without pixels; as ever, its digest tells what is on it (the mark) and its size."""
     return ImageInput(
         start=start,
         num_tokens=num_tokens,
         height=1,
         width=1,
         pixels=b"",
-        digest=bytes([mark]) * 16,
+        digest=bytes([mark, num_tokens]) * 8,
     )
 
 

@@ -101,7 +101,11 @@ def test_demo_shows_its_picture_to_the_model_and_to_the_reader(model: FakeModel)
 
 def test_demo_ends_with_ctrl_c(model: FakeModel) -> None:
     model.interrupts = True
-    result = CliRunner().invoke(app, ["demo", "--url", model.url])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        result = CliRunner().invoke(app, ["demo", "--url", model.url])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130
     assert len(model.requests) == 1
 

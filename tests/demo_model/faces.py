@@ -78,7 +78,7 @@ class HttpFace:
             extra_body=extra,
         )
         message, usage = answer.choices[0].message, answer.usage
-        report = answer.choices[0].model_extra.get("reasoning") or {}
+        report = answer.model_extra["reasoning"]
         calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
         return Reply(
             text=message.content or "",

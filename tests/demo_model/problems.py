@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import tasks
 from images import image_example
@@ -147,7 +147,6 @@ class Reply:
     thinking_tokens: int = 0
     ended_by: str | None = None
     seconds: float = 0.0
-    request: dict[str, object] = field(default_factory=dict, repr=False)
 
 
 def is_right(example: Example, reply: Reply) -> bool:

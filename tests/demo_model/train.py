@@ -195,7 +195,10 @@ def main() -> None:
 
     if not (args.out / "tekken.json").exists():
         make_tokenizer(args.out / "tekken.json")
-    multiprocessing.start_processes(_work, (args,), args.workers, start_method="spawn")
+    try:
+        multiprocessing.start_processes(_work, (args,), args.workers, start_method="spawn")
+    finally:
+        (args.out / f"rendezvous_{os.getpid()}").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

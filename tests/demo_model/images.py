@@ -71,6 +71,8 @@ def _glyph(rng: random.Random, char: str, size: int, hand: bool, held_out: bool)
     if hand and char.isdigit():
         small = rng.choice(_handwriting(held_out)[int(char)])
         glyph = cv2.resize(small, (size, size), interpolation=cv2.INTER_CUBIC)
+        if not held_out:
+            glyph = _bent(rng, glyph)
         turn, shear = rng.uniform(-8, 8), rng.uniform(-0.1, 0.1)
         matrix = cv2.getRotationMatrix2D((size / 2, size / 2), turn, 1.0)
         matrix[0, 1] += shear
@@ -92,6 +94,21 @@ def _glyph(rng: random.Random, char: str, size: int, hand: bool, held_out: bool)
     at_xy = ((size - right - left) / 2, (size - bottom - top) / 2)
     ImageDraw.Draw(canvas_image).text(at_xy, char, fill=255, font=font)
     return np.asarray(canvas_image, np.float32)
+
+
+def _bent(rng: random.Random, glyph: np.ndarray) -> np.ndarray:
+    """The same digit in another hand: each ninth pulled elsewhere, wider or narrower, bolder."""
+    size = len(glyph)
+    seeded = np.random.default_rng(rng.getrandbits(32))
+    pull = seeded.normal(0, 0.045 * size, (2, 3, 3)).astype(np.float32)
+    place = np.arange(size, dtype=np.float32)
+    width, slant = rng.uniform(0.85, 1.15), rng.uniform(-0.15, 0.15)
+    middle = (size - 1) / 2
+    x = (place[None, :] - middle) * width + (place[:, None] - middle) * slant + middle
+    y = np.broadcast_to(place[:, None], x.shape)
+    dx, dy = (cv2.resize(part, (size, size), interpolation=cv2.INTER_CUBIC) for part in pull)
+    bent = cv2.remap(glyph, (x + dx).astype(np.float32), y + dy, cv2.INTER_LINEAR)
+    return 255 * (bent.clip(0, 255) / 255) ** rng.uniform(0.7, 1.3)
 
 
 def _paste(canvas: np.ndarray, glyph: np.ndarray, y: int, x: int) -> None:
@@ -146,8 +163,8 @@ def image_example(
     rng: random.Random, held_out: bool, kind: str | None = None, layout: str | None = None
 ) -> Example:
     """Kinds: "read" one to five digits, "sum" a+b, "multiply" a*b; layouts "strip" and "free"."""
-    kind = kind or rng.choices(["read", "sum", "multiply"], [50, 18, 32])[0]
-    layout = layout or rng.choices(["strip", "free"], [82, 18])[0]
+    kind = kind or rng.choices(["read", "sum", "multiply"], [54, 16, 30])[0]
+    layout = layout or rng.choices(["strip", "free"], [86, 14])[0]
     if kind == "read":
         text = "".join(rng.choice("0123456789") for _ in range(rng.randint(1, 5)))
         working, answer, questions = " ".join(text), text, _READ

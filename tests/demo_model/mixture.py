@@ -19,11 +19,11 @@ TEXT_TASKS: dict[str, Callable[..., Example]] = {
     "unknown": tasks.unknown,
 }
 _WEIGHTS = {
-    "multiply": 31,
+    "multiply": 29,
     "sums": 31,
-    "cups": 10,
-    "tools": 16,
-    "recall": 2,
+    "cups": 9,
+    "tools": 17,
+    "recall": 4,
     "chat": 5,
     "unknown": 5,
 }

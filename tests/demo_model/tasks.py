@@ -136,15 +136,18 @@ def add_working(a: int, b: int) -> str:
 
 
 def subtract_working(a: int, b: int) -> str:
-    """Column subtraction, units first: `52-17: 12-7=5, 5-1-1=3 -> 35`; needs a >= b."""
+    """Column subtraction, units first: `52-17: 2-7+10=5, 5-1-1=3 -> 35`; needs a >= b.
+
+    What was lent stands after the digits that need it, so that each mark follows from what is near.
+    """
     top, bottom = str(a)[::-1], str(b)[::-1]
     borrow, columns = 0, []
     for place, digit in enumerate(top):
         lower = int(bottom[place]) if place < len(bottom) else 0
         value = int(digit) - lower - borrow
         lent = int(value < 0)
-        mark = "-1" if borrow else ""
-        columns.append(f"{int(digit) + 10 * lent}-{lower}{mark}={value + 10 * lent}")
+        marks = "-1" * borrow + "+10" * lent
+        columns.append(f"{digit}-{lower}{marks}={value + 10 * lent}")
         borrow = lent
     return f"{a}-{b}: " + ", ".join(columns) + f" -> {a - b}"
 
@@ -221,7 +224,7 @@ def multiply(rng: random.Random, held_out: bool, level: tuple[int, int] | None =
     )
 
 
-_SUM_LEVELS = {"2": 20, "3": 24, "4": 26, "5": 10, "minus": 20}
+_SUM_LEVELS = {"2": 27, "3": 19, "4": 18, "5": 8, "minus": 28}
 _SUM_FORMS = (
     "What is {plus}?",
     "{plus}",
@@ -247,11 +250,11 @@ def sums(rng: random.Random, held_out: bool, level: str | None = None) -> Exampl
     """Sums of two to five numbers, and differences of two."""
     level = level or rng.choices(list(_SUM_LEVELS), list(_SUM_LEVELS.values()))[0]
     count = 2 if level == "minus" else int(level)
-    digits = rng.choice([1, 2, 3, 4] if count == 2 else [2, 2, 3])
+    digits = rng.choice([1, 2, 2, 3, 3, 4, 4] if count == 2 else [2, 2, 3])
 
     def operands() -> list[int]:
         return [
-            number(rng, rng.randint(1, digits) if rng.random() < 0.2 else digits)
+            number(rng, rng.randint(1, digits) if rng.random() < 0.3 else digits)
             for _ in range(count)
         ]
 

@@ -194,7 +194,7 @@ def tools(rng: random.Random, held_out: bool, level: str | None = None) -> Examp
 
     Levels: "closed" and "free" (by the arguments), "pair" (two calls), "none" (none fits).
     """
-    level = level or rng.choices(["closed", "free", "pair", "none"], [66, 6, 8, 20])[0]
+    level = level or rng.choices(["closed", "free", "pair", "none"], [58, 8, 8, 26])[0]
     if level == "none":
         return _no_call(rng, held_out)
     kinds = [kind for kind in KINDS if kind.closed is (level != "free")]

@@ -14,17 +14,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
+from ostro.cluster.bench_command_serve import serve
 from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.cluster.tekken import write_tekken
 from ostro.configs.load import load_deployment
 
 app = typer.Typer(
-    help="Measure the engine and the faces, side by side.",
+    help="Measure servers, the engine, the faces and the scheduler, side by side.",
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
 )
+app.command()(serve)
 _console = Console()
 
 
@@ -46,6 +48,8 @@ def checkpoint(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
 ) -> None:
     """Write a seeded random checkpoint to measure with; it says nothing sensible."""
+    from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
+
     shapes = {"mid": MID, "tiny": TINY}
     if size not in shapes:
         raise typer.BadParameter(f"{size!r}: must be one of {', '.join(shapes)}", param_hint="size")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 STAGE_UNIT = "ms/step"
@@ -41,14 +41,30 @@ class Figure:
         return (max(self.samples) - min(self.samples)) / 2 / middle if middle else 0.0
 
 
-def to_table(title: str, figures: Sequence[Figure], *, anchor: str | None) -> Table:
-    """One row a figure; the last column is the ratio to the anchor's same quantity."""
+def to_table(
+    title: str,
+    figures: Sequence[Figure],
+    *,
+    anchor: str | None,
+    anchor_of: Mapping[str, str] | None = None,
+) -> Table:
+    """One row a figure, quantities in the order in which they first come.
+
+    Args:
+        title: Of the table.
+        figures: What to show.
+        anchor: Heads the last column: the ratio to the anchor's same quantity.
+        anchor_of: The anchor of each subject that has one of its own; without it `anchor` is the
+            subject that all are compared with.
+    """
     table = Table(title=title)
     for name in ("quantity", "subject", "median", "spread", f"ratio to {anchor or '-'}"):
         table.add_column(name, justify="left" if name in ("quantity", "subject") else "right")
-    anchors = {figure.quantity: figure.median() for figure in figures if figure.subject == anchor}
-    for figure in sorted(figures, key=lambda figure: figure.quantity):
-        base = anchors.get(figure.quantity)
+    medians = {(figure.subject, figure.quantity): figure.median() for figure in figures}
+    order = {quantity: place for place, (_, quantity) in enumerate(reversed(medians))}
+    for figure in sorted(figures, key=lambda figure: -order[figure.quantity]):
+        own = anchor if anchor_of is None else anchor_of.get(figure.subject)
+        base = medians.get((own, figure.quantity)) if own is not None else None
         table.add_row(
             figure.quantity,
             figure.subject,
@@ -64,7 +80,7 @@ def write_json(path: Path, figures: Sequence[Figure], **context: object) -> None
     machine = {
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }
     body = {"machine": machine, **context, "figures": [asdict(figure) for figure in figures]}
     path.write_text(json.dumps(body, indent=2) + "\n")

@@ -1,0 +1,62 @@
+"""Options that several commands of `ostro bench` share, and how their lists are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+_Number = TypeVar("_Number", int, float)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")]
+Checkpoint = Annotated[Path, typer.Option("--model", help="Checkpoint directory.")]
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """Whole numbers of at least 1 from "1,16"; nothing from "".
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    numbers = _split(text, option, int)
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"{text!r}: must be at least 1", param_hint=option)
+    return numbers
+
+
+def parse_rates(text: str, option: str) -> list[float]:
+    """Positive numbers from "0.5,4"; nothing from "".
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    numbers = _split(text, option, float)
+    if any(not 0 < number < float("inf") for number in numbers):
+        raise typer.BadParameter(f"{text!r}: must be greater than 0", param_hint=option)
+    return numbers
+
+
+def parse_range(text: str, option: str) -> tuple[int, int]:
+    """(first, end) from "first:end".
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) < int(end)):
+        raise typer.BadParameter(
+            f"{text!r}: must be FIRST:END, such as 1000:32000", param_hint=option
+        )
+    return int(first), int(end)
+
+
+def _split(text: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    try:
+        return [kind(part) for part in text.split(",") if text]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: must be numbers, separated by commas", param_hint=option
+        ) from None

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ostro.kernels.cpu import library
+
 
 def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum dense parts: every shard sent one row per token (zeros where it had no expert).
@@ -52,6 +54,48 @@ def combine_sparse(
     out_TD = torch.zeros(num_tokens, hidden, device=parts[0][0].device)
     for rows_RD, token_R in parts:
         out_TD.index_add_(0, token_R, rows_RD.float())
+    return out_TD
+
+
+def add_residual(
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """The layer's output: routed sum, shared expert and residual, added in float32, rounded once.
+
+    Args:
+        sum_TD: float32; may be changed.
+        shared_TD: In the model's dtype.
+        residual_TD: Likewise.
+
+    Returns:
+        out_TD in the dtype of `residual_TD`.
+
+    Example:
+        sum [[1.]], shared [[2.]] and residual [[3.]] give [[6.]].
+    """
+    if library.serves(residual_TD) and not sum_TD.shape[1] % 16:
+        return add_residual_cpu(sum_TD, shared_TD, residual_TD)
+    sum_TD += shared_TD
+    sum_TD += residual_TD
+    return sum_TD.to(residual_TD.dtype)
+
+
+def add_residual_cpu(
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """`add_residual` by the CPU operators; D is a multiple of 16."""
+    native = library.required()
+    sum_TD, shared_TD = sum_TD.contiguous(), shared_TD.contiguous()
+    residual_TD = residual_TD.contiguous()
+    out_TD = torch.empty_like(residual_TD)
+    native.ostro_add_rows(
+        sum_TD.data_ptr(),
+        shared_TD.data_ptr(),
+        residual_TD.data_ptr(),
+        out_TD.numel(),
+        out_TD.data_ptr(),
+        torch.get_num_threads(),
+    )
     return out_TD
 
 

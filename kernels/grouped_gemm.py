@@ -12,11 +12,10 @@ E local experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ostro.kernels.linear import linear
+from ostro.kernels.cpu import library
+from ostro.kernels.linear import is_packed, linear
 
 
 def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
@@ -25,17 +24,28 @@ def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate_AF).mul_(up_AF)
 
 
-def count_pairs(expert_RK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How many pairs have no local expert, then how many each expert has; int64 [1 + E]."""
-    return torch.bincount(expert_RK.flatten() + 1, minlength=num_experts + 1)
+def mlp(x_TD: torch.Tensor, gate_up_HD: torch.Tensor, down_DF: torch.Tensor) -> torch.Tensor:
+    """One SwiGLU MLP over every row, down swiglu(gate_up x): the shared expert.
+
+    Args:
+        x_TD: Hidden states.
+        gate_up_HD: H = 2F: gate rows [0, F), up rows [F, 2F); plain or packed.
+        down_DF: Likewise.
+    """
+    if not is_packed(gate_up_HD) or not is_packed(down_DF):
+        return linear(swiglu(linear(x_TD, gate_up_HD)), down_DF)
+    num_rows = len(x_TD)
+    first_R1 = torch.zeros(num_rows, 1, dtype=torch.int64)
+    one_R1 = torch.ones(num_rows, 1)
+    return expert_mlp(x_TD, first_R1, one_R1, gate_up_HD[None], down_DF[None])
 
 
 def expert_mlp(
     rows_RD: torch.Tensor,
     expert_RK: torch.Tensor,
     weight_RK: torch.Tensor,
-    gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
-    down_EDF: torch.Tensor | Sequence[torch.Tensor],
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
     *,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -45,10 +55,10 @@ def expert_mlp(
         rows_RD: Hidden states.
         expert_RK: int64 local expert ids, -1 where the k-th expert is not here.
         weight_RK: float32 gate weights.
-        gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert. Stacked, or one
-            plain or packed weight per expert.
+        gate_up_EHD: H = 2F: gate rows [0, F), up rows [F, 2F) of each expert; plain or packed.
         down_EDF: Second matrix of each expert, likewise.
-        counts: What `count_pairs` says, if the caller has it already.
+        counts: int64 [1 + E] on the same device, to which is added how many pairs have no local
+            expert, then how many each expert has.
 
     Returns:
         out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
@@ -57,13 +67,57 @@ def expert_mlp(
         with D = F = E = 1, gate 1, up 2, down 3, row [1.] of weight 0.5: 0.5 * 3 * silu(1) * 2.
     """
     if counts is None:
-        counts = count_pairs(expert_RK, len(gate_up_EHD))
-    num_absent, *num_pairs_E = counts.tolist()
+        counts = expert_RK.new_zeros(1 + len(gate_up_EHD))
+    if is_packed(gate_up_EHD):
+        return expert_mlp_cpu(rows_RD, expert_RK, weight_RK, gate_up_EHD, down_EDF, counts)
+    found = torch.bincount(expert_RK.flatten() + 1, minlength=len(counts))
+    counts += found
+    num_absent, *num_pairs_E = found.tolist()
     order_A = torch.argsort(expert_RK.flatten(), stable=True)
     row_A = torch.div(order_A[num_absent:], expert_RK.shape[1], rounding_mode="floor")
     y_AD = _sorted_mlp(rows_RD, row_A, num_pairs_E, gate_up_EHD, down_EDF)
     place_RK = _places(order_A, num_absent).view(expert_RK.shape)
     return _weighted_sum(y_AD, place_RK, weight_RK)
+
+
+def expert_mlp_cpu(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """`expert_mlp` for packed stacks [E, 2F / 16, D / 2, 16, 2] and [E, D / 16, F / 2, 16, 2].
+
+    Only the experts that some row hits are read.
+    """
+    native = library.required()
+    num_rows, hidden = rows_RD.shape
+    top_k, inner = expert_RK.shape[1], down.shape[2] * 2
+    rows_RD, expert_RK = rows_RD.contiguous(), expert_RK.contiguous()
+    weight_RK = weight_RK.contiguous()
+    hidden_AF = rows_RD.new_empty(num_rows * top_k, inner)
+    product_AD = torch.empty(num_rows * top_k, hidden)
+    out_RD = torch.empty_like(rows_RD)
+    native.ostro_expert_mlp(
+        rows_RD.data_ptr(),
+        num_rows,
+        top_k,
+        expert_RK.data_ptr(),
+        weight_RK.data_ptr(),
+        gate_up.data_ptr(),
+        down.data_ptr(),
+        len(gate_up),
+        hidden,
+        inner,
+        counts.data_ptr(),
+        hidden_AF.data_ptr(),
+        product_AD.data_ptr(),
+        out_RD.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out_RD
 
 
 def expert_mlp_reference(
@@ -86,8 +140,8 @@ def _sorted_mlp(
     rows_RD: torch.Tensor,
     row_A: torch.Tensor,
     num_pairs_E: list[int],
-    gate_up_EHD: torch.Tensor | Sequence[torch.Tensor],
-    down_EDF: torch.Tensor | Sequence[torch.Tensor],
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
 ) -> torch.Tensor:
     """Unweighted results of the pairs in sorted order, and one more row of zeros at the end."""
     zeros_1D = rows_RD.new_zeros(1, rows_RD.shape[1])

@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from ostro.kernels.cpu import library
+
 
 def inverse_frequencies(dim: int, theta: float) -> torch.Tensor:
     """Angles per position of the `dim / 2` pairs, theta ** (-2j / dim), float32 on the CPU."""
@@ -76,6 +78,24 @@ def rotary(x_THP: torch.Tensor, turn_TJ: torch.Tensor) -> torch.Tensor:
         x_THP_wide = x_THP_wide.clone(memory_format=torch.contiguous_format)
     turned_THJ = torch.view_as_complex(x_THP_wide.unflatten(-1, (-1, 2))) * turn_TJ[:, None]
     return torch.view_as_real(turned_THJ).flatten(-2).to(x_THP.dtype)
+
+
+def rotary_(x_THP: torch.Tensor, turn_TJ: torch.Tensor) -> None:
+    """`rotary` in place."""
+    if not library.serves(x_THP) or x_THP.shape[2] % 16 or x_THP.stride(2) != 1:
+        x_THP.copy_(rotary(x_THP, turn_TJ))
+        return
+    num_tokens, num_heads, width = x_THP.shape
+    library.required().ostro_rotary(
+        x_THP.data_ptr(),
+        x_THP.stride(0),
+        x_THP.stride(1),
+        num_tokens,
+        num_heads,
+        width,
+        turn_TJ.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def rotary_reference(x_THP: torch.Tensor, turn_TJ: torch.Tensor) -> torch.Tensor:

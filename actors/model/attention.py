@@ -17,7 +17,7 @@ from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import AttentionWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.latent_cache import write_latents
+from ostro.kernels.latent_cache import write_rows
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import LatentHeads, mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
@@ -25,7 +25,7 @@ from ostro.kernels.rms_norm import rms_norm
 from ostro.kernels.rotary import (
     inverse_frequencies,
     llama4_query_scale,
-    rotary,
+    rotary_,
     rotations,
     yarn_inverse_frequencies,
 )
@@ -79,18 +79,15 @@ class Attention:
     def _write_cache(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
     ) -> None:
-        w, latent_width = self._layers[layer], self._config.kv_lora_rank
-        row_TW = linear(x_TD, w.kv_a)
-        latent_TC = rms_norm(row_TW[:, :latent_width], w.kv_a_norm, self._config.rms_norm_eps)
-        key_TP = rotary(row_TW[:, None, latent_width:], terms.turn_TJ)[:, 0]
-        write_latents(self._cache.layers[layer], latent_TC, key_TP, batch.slots_T)
+        w, cache_NSW = self._layers[layer], self._cache.layers[layer]
+        row_TW, eps = linear(x_TD, w.kv_a), self._config.rms_norm_eps
+        write_rows(cache_NSW, row_TW, w.kv_a_norm, eps, terms.turn_TJ, batch.slots_T)
 
     def _queries(self, layer: int, x_TD: torch.Tensor, terms: PositionTerms) -> torch.Tensor:
         w, config = self._layers[layer], self._config
         compressed = rms_norm(linear(x_TD, w.q_a), w.q_a_norm, config.rms_norm_eps)
         q_THQ = linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
-        rope_THP = q_THQ[..., config.qk_nope_head_dim :]
-        rope_THP.copy_(rotary(rope_THP, terms.turn_TJ))
+        rotary_(q_THQ[..., config.qk_nope_head_dim :], terms.turn_TJ)
         if terms.query_scale_T11 is not None:
             q_THQ.mul_(terms.query_scale_T11)
         return q_THQ

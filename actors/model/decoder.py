@@ -28,8 +28,9 @@ from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.vision import VisionTower
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
 from ostro.configs.model import ModelConfig
+from ostro.kernels.combine import add_residual
 from ostro.kernels.gate import gate
-from ostro.kernels.grouped_gemm import swiglu
+from ostro.kernels.grouped_gemm import mlp
 from ostro.kernels.linear import linear, pack_linear
 from ostro.kernels.rms_norm import rms_norm
 
@@ -164,7 +165,7 @@ class Decoder:
         gated_s = clock()
         exchange.dispatch(layer, index, x_TD, expert_TK, weight_TK)
         dispatched_s = clock()
-        slice_.shared_TD = linear(swiglu(linear(x_TD, w.shared_gate_up)), w.shared_down)
+        slice_.shared_TD = mlp(x_TD, w.shared_gate_up, w.shared_down)
         seconds["attention"] += attended_s - began_s
         seconds["gate"] += gated_s - attended_s
         seconds["dispatch"] += dispatched_s - gated_s
@@ -184,9 +185,7 @@ class Decoder:
     ) -> None:
         began_s = time.perf_counter()
         sum_TD = exchange.combine(layer, index)
-        sum_TD += slice_.shared_TD
-        sum_TD += slice_.hidden_TD
-        slice_.hidden_TD = sum_TD.to(slice_.hidden_TD.dtype)
+        slice_.hidden_TD = add_residual(sum_TD, slice_.shared_TD, slice_.hidden_TD)
         self.seconds["combine"] += time.perf_counter() - began_s
 
     def _head(self, slice_: _MicroBatch) -> torch.Tensor:

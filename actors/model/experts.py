@@ -9,15 +9,15 @@ import torch
 
 from ostro.actors.model.weights import ExpertWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.grouped_gemm import count_pairs, expert_mlp
-from ostro.kernels.linear import pack_linear
+from ostro.kernels.grouped_gemm import expert_mlp
+from ostro.kernels.linear import is_packed, pack_linear
 
 
 class LocalExperts:
     """Runs rows through the experts of this shard. Stateless but for its counters."""
 
     def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
-        """Takes `weights` over: where they are repacked, their own memory is freed on the way."""
+        """Takes `weights` over: where packing is faster, they are packed where they stand."""
         self._gate_up_LE = [_take_over(layer.gate_up) for layer in weights.layers]
         self._down_LE = [_take_over(layer.down) for layer in weights.layers]
         self._num_local = len(weights.local_to_logical)
@@ -41,15 +41,13 @@ class LocalExperts:
         Returns:
             out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
         """
-        counts = count_pairs(expert_RK, self._num_local)
-        self._rows_LE[layer] += counts
         return expert_mlp(
             rows_RD,
             expert_RK,
             weight_RK,
             self._gate_up_LE[layer],
             self._down_LE[layer],
-            counts=counts,
+            counts=self._rows_LE[layer],
         )
 
     def take_counts(self) -> list[list[int]]:
@@ -59,12 +57,14 @@ class LocalExperts:
         return rows_LE
 
 
-def _take_over(weight_EOI: torch.Tensor) -> list[torch.Tensor]:
-    """Each expert's weight as `linear` reads it fastest; a repacked stack is emptied.
+def _take_over(weight_EOI: torch.Tensor) -> torch.Tensor:
+    """The stack as `expert_mlp` reads it fastest.
 
-    Tensor by tensor, so that a shard never holds its experts twice.
+    Packed expert by expert in its own memory, so that a shard never holds its experts twice.
     """
-    packed = [pack_linear(weight_OI) for weight_OI in weight_EOI]
-    if packed and packed[0].is_mkldnn:
-        weight_EOI.set_(weight_EOI.new_empty(0).untyped_storage())
-    return packed
+    for weight_OI in weight_EOI:
+        packed = pack_linear(weight_OI)
+        if not is_packed(packed):
+            return weight_EOI
+        weight_OI.copy_(packed.view_as(weight_OI))
+    return weight_EOI.view(len(weight_EOI), *packed.shape)

@@ -12,7 +12,6 @@ from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.weights import load_expert_weights
 from ostro.configs.model import ModelConfig, load_model_config
-from ostro.kernels.linear import pack_linear
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_counts_are_rows_by_layer_and_local_expert_since_last_asked(directory: P
     assert experts.take_counts() == [[0, 0]] * 3
 
 
-def test_repacked_experts_give_the_same_rows_and_free_the_stack(
+def test_bfloat16_experts_give_the_same_rows_as_float32(
     tmp_path: Path,
 ) -> None:
     directory = checkpoints.make_tiny_checkpoint(
@@ -77,6 +76,3 @@ def test_repacked_experts_give_the_same_rows_and_free_the_stack(
     torch.testing.assert_close(
         found_RD.float(), exact_RD, rtol=0.05, atol=0.05 * exact_RD.abs().max().item()
     )
-    packs = pack_linear(torch.ones(256, 256, dtype=torch.bfloat16)).is_mkldnn
-    freed = stacks[0].layers[0].gate_up.numel() == 0
-    assert freed == packs

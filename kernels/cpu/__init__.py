@@ -1,0 +1,1 @@
+"""C++ operators for processors that multiply bfloat16 themselves; compiled where they run."""

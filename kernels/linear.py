@@ -25,8 +25,8 @@ def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
     num_out, num_in = weight_OI.shape[-2:]
     if not library.serves(weight_OI) or num_out % _PANEL or num_in % 2:
         return weight_OI
-    panels = weight_OI.unflatten(-1, (num_in // 2, 2)).unflatten(-3, (num_out // _PANEL, _PANEL))
-    return panels.transpose(-3, -2).contiguous()
+    panels: torch.Tensor = weight_OI.unflatten(-1, (num_in // 2, 2))
+    return panels.unflatten(-3, (num_out // _PANEL, _PANEL)).transpose(-3, -2).contiguous()
 
 
 def is_packed(weight: torch.Tensor) -> bool:

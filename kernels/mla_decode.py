@@ -9,6 +9,9 @@ bucket gathers its pages once. Widths are rounded to few values, as oneDNN compi
 every new shape (0.8 ms, against 0.04 ms to run it). Scores are in the model's dtype, the softmax
 in float32.
 
+On CPU in bfloat16 the CPU operators read the pages where they are, in chunks of 512 keys that are
+joined at the end, and nothing is gathered or masked.
+
 Shape legend: T queries (one per request), B queries of a bucket, H heads, Q = N + P query width (N
 nope, P rope), V value width, C latent, W = C + P, S places gathered per request of a bucket.
 """
@@ -16,12 +19,16 @@ nope, P rope), V value width, C latent, W = C + P, S places gathered per request
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from ostro.kernels.cpu import library
+from ostro.kernels.linear import is_packed, pack_linear
+
 # Places that one bucket may gather: at 320 values of bf16 this is 80 MiB of latents.
 _MAX_GATHERED = 2**17
+_LATENTS_AT_ONCE = 64  # of the CPU operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +39,39 @@ class LatentHeads:
         w_uk_HNC: Keys' half of kv_b: nope query to latent, or latent to nope key.
         w_uv_HVC: Values' half of kv_b: latent to value.
         scale: Softmax scale.
+        packed: The same for the CPU operators, where they serve; see `pack_heads`.
     """
 
     w_uk_HNC: torch.Tensor
     w_uv_HVC: torch.Tensor
     scale: float
+    packed: PackedHeads | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PackedHeads:
+    """Packed weights of one layer's heads, stacked.
+
+    Attributes:
+        absorb_H: Nope queries to latents, each head's [C, N] packed.
+        keys_H: Latents to nope keys, each head's [N, C] packed.
+        values_H: Latents to values, each head's [V, C] packed.
+    """
+
+    absorb_H: torch.Tensor
+    keys_H: torch.Tensor
+    values_H: torch.Tensor
+
+
+def pack_heads(heads: LatentHeads) -> LatentHeads:
+    """With packed weights beside the plain ones, if the CPU operators take this dtype and shape."""
+    if heads.w_uk_HNC.shape[2] % _LATENTS_AT_ONCE:
+        return heads
+    absorb_H = pack_linear(heads.w_uk_HNC.transpose(1, 2))
+    keys_H, values_H = pack_linear(heads.w_uk_HNC), pack_linear(heads.w_uv_HVC)
+    if not all(map(is_packed, (absorb_H, keys_H, values_H))):
+        return heads
+    return replace(heads, packed=PackedHeads(absorb_H, keys_H, values_H))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,33 +94,69 @@ class DecodeBucket:
     stale_G: torch.Tensor | None
 
 
-def plan_decode(
-    page_tables: Sequence[Sequence[int]],
-    context_lengths: Sequence[int],
-    page_size: int,
-    device: torch.device,
-) -> list[DecodeBucket]:
-    """Group queries into buckets, by the power of two above their page count.
+@dataclass(slots=True)
+class DecodePlan:
+    """Single queries and where their contexts are; made once per step, the same for every layer.
 
-    Args:
+    Attributes:
         page_tables: Pages of each query's request; may hold more than the context needs.
         context_lengths: Keys that each query sees, itself included; at least 1.
         page_size: Places per page.
-        device: Where the buckets' tensors go.
+        device: Where the plan's tensors go.
     """
-    num_pages = [-(-length // page_size) for length in context_lengths]
-    by_size: dict[int, list[int]] = {}
-    for query, count in enumerate(num_pages):
-        by_size.setdefault((count - 1).bit_length(), []).append(query)
-    buckets = []
-    for size in sorted(by_size):
-        queries = by_size[size]
-        most_pages = max(num_pages[query] for query in queries)
-        step = max(_MAX_GATHERED // (most_pages * page_size), 1)
-        for first in range(0, len(queries), step):
-            part = queries[first : first + step]
-            buckets.append(_make_bucket(part, page_tables, context_lengths, page_size, device))
-    return buckets
+
+    page_tables: Sequence[Sequence[int]]
+    context_lengths: Sequence[int]
+    page_size: int
+    device: torch.device
+    _buckets: list[DecodeBucket] | None = field(default=None, init=False)
+    _ragged: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(
+        default=None, init=False
+    )
+
+    @property
+    def num_queries(self) -> int:
+        """T."""
+        return len(self.context_lengths)
+
+    def buckets(self) -> list[DecodeBucket]:
+        """Queries by the power of two above their page count."""
+        if self._buckets is None:
+            self._buckets = self._plan_buckets()
+        return self._buckets
+
+    def _plan_buckets(self) -> list[DecodeBucket]:
+        page_size = self.page_size
+        num_pages = [-(-length // page_size) for length in self.context_lengths]
+        by_size: dict[int, list[int]] = {}
+        for query, count in enumerate(num_pages):
+            by_size.setdefault((count - 1).bit_length(), []).append(query)
+        buckets = []
+        for size in sorted(by_size):
+            queries = by_size[size]
+            most_pages = max(num_pages[query] for query in queries)
+            step = max(_MAX_GATHERED // (most_pages * page_size), 1)
+            for first in range(0, len(queries), step):
+                part = queries[first : first + step]
+                buckets.append(
+                    _make_bucket(
+                        part, self.page_tables, self.context_lengths, page_size, self.device
+                    )
+                )
+        return buckets
+
+    def ragged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(pages of all queries on end, where each query's begin, context lengths), int64."""
+        if self._ragged is None:
+            pages: list[int] = []
+            first: list[int] = []
+            for table, length in zip(self.page_tables, self.context_lengths, strict=True):
+                first.append(len(pages))
+                pages.extend(table[: -(-length // self.page_size)])
+            columns = (pages, first, list(self.context_lengths))
+            pages_n, first_T, length_T = (torch.tensor(c, device=self.device) for c in columns)
+            self._ragged = pages_n, first_T, length_T
+        return self._ragged
 
 
 def _make_bucket(
@@ -128,7 +199,7 @@ def _rounded(num_pages: int) -> int:
 def mla_decode(
     q_THQ: torch.Tensor,
     cache_NSW: torch.Tensor,
-    buckets: Sequence[DecodeBucket],
+    plan: DecodePlan,
     heads: LatentHeads,
 ) -> torch.Tensor:
     """Attend each query to its request's cached latents.
@@ -136,7 +207,7 @@ def mla_decode(
     Args:
         q_THQ: Queries, nope part first, rope part turned, llama-4 scale applied.
         cache_NSW: One layer's pages; the queries' own rows are already written.
-        buckets: From `plan_decode`, covering every query once.
+        plan: Of these queries.
         heads: The layer's heads.
 
     Returns:
@@ -145,8 +216,11 @@ def mla_decode(
     Example:
         a context of one token gives Wuv[h] latent, whatever the query.
     """
+    if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:
+        return mla_decode_cpu(q_THQ, cache_NSW, plan, heads, heads.packed)
     q_THW = absorb_queries(q_THQ, heads.w_uk_HNC)
     latent_width = heads.w_uk_HNC.shape[2]
+    buckets = plan.buckets()
     if len(buckets) == 1 and buckets[0].queries_B is None:
         out_THC = _attend_bucket(q_THW, cache_NSW, buckets[0], latent_width, heads.scale)
         return expand_values(out_THC, heads.w_uv_HVC)
@@ -157,6 +231,44 @@ def mla_decode(
             q_THW[queries_B], cache_NSW, bucket, latent_width, heads.scale
         )
     return expand_values(out_THC, heads.w_uv_HVC)
+
+
+def mla_decode_cpu(
+    q_THQ: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    plan: DecodePlan,
+    heads: LatentHeads,
+    packed: PackedHeads,
+) -> torch.Tensor:
+    """`mla_decode` by the CPU operators; a query's result does not depend on the others."""
+    num_heads, nope, latent = heads.w_uk_HNC.shape
+    value, page_size = heads.w_uv_HVC.shape[1], cache_NSW.shape[1]
+    pages_n, first_T, length_T = plan.ragged()
+    if q_THQ.stride(2) != 1:
+        q_THQ = q_THQ.contiguous()
+    out_THV = q_THQ.new_empty(q_THQ.shape[0], num_heads, value)
+    library.required().ostro_mla_decode(
+        q_THQ.data_ptr(),
+        q_THQ.stride(0),
+        q_THQ.stride(1),
+        packed.absorb_H.data_ptr(),
+        packed.values_H.data_ptr(),
+        cache_NSW.data_ptr(),
+        pages_n.data_ptr(),
+        first_T.data_ptr(),
+        length_T.data_ptr(),
+        q_THQ.shape[0],
+        num_heads,
+        nope,
+        q_THQ.shape[2] - nope,
+        latent,
+        value,
+        page_size,
+        heads.scale,
+        out_THV.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out_THV
 
 
 def mla_decode_reference(

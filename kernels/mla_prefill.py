@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from ostro.kernels.cpu import library
+from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import LatentHeads, absorb_queries, expand_values
 
 # Scores of one block product, at most: 64 MiB in float32.
@@ -70,7 +72,7 @@ def mla_prefill(
     page_size = cache_NSW.shape[1]
     block_pages = max(block_size // page_size, 1)
     context_length = start + q_THQ.shape[0]
-    if not absorbed and context_length <= block_pages * page_size:
+    if not absorbed and heads.packed is None and context_length <= block_pages * page_size:
         latent_LW = _gather(cache_NSW, pages_n, 0, context_length)
         return _attend_once(q_THQ, latent_LW, start, heads)
     blocks = _LatentBlocks(cache_NSW, pages_n, context_length, block_pages * page_size)
@@ -104,10 +106,10 @@ class _LatentBlocks:
         self._cache_NSW = cache_NSW
         self._pages_n = pages_n
         self.starts = range(0, context_length, block_size)
-        self._context_length = context_length
+        self.context_length = context_length
 
     def read(self, start: int) -> torch.Tensor:
-        stop = min(start + self.starts.step, self._context_length)
+        stop = min(start + self.starts.step, self.context_length)
         return _gather(self._cache_NSW, self._pages_n, start, stop)
 
 
@@ -122,11 +124,16 @@ def _expand(latent_SW: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, 
     """Keys [S, H, Q] and values [S, H, V] of cached rows."""
     num_heads, nope, latent_width = heads.w_uk_HNC.shape
     latent_SC, rope_SP = latent_SW.split([latent_width, latent_SW.shape[1] - latent_width], dim=1)
+    if heads.packed is None:
+        nope_SX = latent_SC @ heads.w_uk_HNC.flatten(0, 1).T
+        value_SX = latent_SC @ heads.w_uv_HVC.flatten(0, 1).T
+    else:
+        nope_SX = linear(latent_SC, heads.packed.keys_H.flatten(0, 1))
+        value_SX = linear(latent_SC, heads.packed.values_H.flatten(0, 1))
     key_SHQ = latent_SW.new_empty(latent_SW.shape[0], num_heads, nope + rope_SP.shape[1])
-    key_SHQ[..., :nope] = (latent_SC @ heads.w_uk_HNC.flatten(0, 1).T).view(-1, num_heads, nope)
+    key_SHQ[..., :nope] = nope_SX.view(-1, num_heads, nope)
     key_SHQ[..., nope:] = rope_SP[:, None]
-    value_SHV = (latent_SC @ heads.w_uv_HVC.flatten(0, 1).T).unflatten(1, (num_heads, -1))
-    return key_SHQ, value_SHV
+    return key_SHQ, value_SX.unflatten(1, (num_heads, -1))
 
 
 def _attend_once(
@@ -184,6 +191,12 @@ def _attend_absorbed(
     return expand_values(out_THC, heads.w_uv_HVC)
 
 
+def _is_served(q_GRQ: torch.Tensor, values_GRV: torch.Tensor) -> bool:
+    """Whether the CPU operators take these queries and values."""
+    is_whole = q_GRQ.shape[2] % 2 == 0 and values_GRV.shape[2] % 16 == 0
+    return library.serves(q_GRQ) and is_whole and q_GRQ.stride(2) == 1
+
+
 class _OnlineSoftmax:
     """Attention of query rows over key blocks that arrive in order of position.
 
@@ -197,9 +210,9 @@ class _OnlineSoftmax:
     ) -> None:
         self._q_GRQ = q_GRQ
         self._start = start
-        rows_per_token = q_GRQ.shape[1] // num_tokens
+        self._rows_per_token = q_GRQ.shape[1] // num_tokens
         positions_T = torch.arange(start, start + num_tokens, device=q_GRQ.device)
-        self._positions_R = positions_T.repeat_interleave(rows_per_token)
+        self._positions_R = positions_T.repeat_interleave(self._rows_per_token)
         self._scale = scale
         rows = q_GRQ.shape[:2]
         self._largest_GR1 = torch.full((*rows, 1), -torch.inf, device=q_GRQ.device)
@@ -208,6 +221,8 @@ class _OnlineSoftmax:
 
     def attend(self, blocks: _LatentBlocks, expand: ExpandBlock) -> torch.Tensor:
         """Fold in every block; out [G, R, V] in the dtype of the queries."""
+        if _is_served(self._q_GRQ, self._values_GRV):
+            return self._attend_cpu(blocks, expand)
         groups, num_rows, _ = self._q_GRQ.shape
         rows_at_once = max(_MAX_SCORES // (groups * blocks.starts.step), 1)
         for block_start in blocks.starts:
@@ -223,6 +238,40 @@ class _OnlineSoftmax:
                     hidden_RS = positions_S > self._positions_R[rows, None]
                 self._fold(rows, key_GSQ, value_GSV, hidden_RS)
         return (self._values_GRV / self._sum_GR1).to(self._q_GRQ.dtype)
+
+    def _attend_cpu(self, blocks: _LatentBlocks, expand: ExpandBlock) -> torch.Tensor:
+        native, q_GRQ = library.required(), self._q_GRQ
+        groups, num_rows, width = q_GRQ.shape
+        out_RGV = q_GRQ.new_empty(num_rows, groups, self._values_GRV.shape[2])
+        for block_start in blocks.starts:
+            key_GSQ, value_GSV = expand(blocks.read(block_start))
+            is_last = block_start + key_GSQ.shape[1] == blocks.context_length
+            native.ostro_attend_block(
+                q_GRQ.data_ptr(),
+                q_GRQ.stride(1),
+                q_GRQ.stride(0),
+                key_GSQ.data_ptr(),
+                key_GSQ.stride(1),
+                key_GSQ.stride(0),
+                value_GSV.data_ptr(),
+                value_GSV.stride(1),
+                value_GSV.stride(0),
+                groups,
+                num_rows,
+                self._rows_per_token,
+                key_GSQ.shape[1],
+                width,
+                out_RGV.shape[2],
+                self._start,
+                block_start,
+                self._scale,
+                self._largest_GR1.data_ptr(),
+                self._sum_GR1.data_ptr(),
+                self._values_GRV.data_ptr(),
+                out_RGV.data_ptr() if is_last else None,
+                torch.get_num_threads(),
+            )
+        return out_RGV.transpose(0, 1)
 
     def _fold(
         self,

@@ -19,7 +19,7 @@ from ostro.actors.model.weights import AttentionWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.latent_cache import write_rows
 from ostro.kernels.linear import linear
-from ostro.kernels.mla_decode import LatentHeads, mla_decode
+from ostro.kernels.mla_decode import LatentHeads, mla_decode, pack_heads
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
 from ostro.kernels.rms_norm import rms_norm
 from ostro.kernels.rotary import (
@@ -54,7 +54,9 @@ class Attention:
         self._dtype = weights.embed_VD.dtype
         self._inv_freq_J = _frequencies(config).to(weights.embed_VD.device)
         scale = config.softmax_scale()
-        self._heads = [LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale) for w in weights.layers]
+        self._heads = [
+            pack_heads(LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale)) for w in weights.layers
+        ]
 
     def position_terms(self, batch: Batch) -> PositionTerms:
         """Compute once per step what all layers share."""
@@ -94,12 +96,12 @@ class Attention:
 
     def _attend(self, layer: int, q_THQ: torch.Tensor, batch: Batch) -> torch.Tensor:
         cache_NSW, heads = self._cache.layers[layer], self._heads[layer]
-        if not batch.prefill_spans:
-            return mla_decode(q_THQ, cache_NSW, batch.decode_buckets, heads)
+        if batch.decode_plan is not None and not batch.prefill_spans:
+            return mla_decode(q_THQ, cache_NSW, batch.decode_plan, heads)
         out_THV = q_THQ.new_empty(*q_THQ.shape[:2], self._config.v_head_dim)
-        if batch.decode_buckets:
+        if batch.decode_plan is not None:
             rows = batch.decode_rows
-            out_THV[rows] = mla_decode(q_THQ[rows], cache_NSW, batch.decode_buckets, heads)
+            out_THV[rows] = mla_decode(q_THQ[rows], cache_NSW, batch.decode_plan, heads)
         for span in batch.prefill_spans:
             out_THV[span.rows] = mla_prefill(
                 q_THQ[span.rows],

@@ -16,7 +16,7 @@ import torch
 
 from ostro.actors.engine.request import ImageInput, RequestState
 from ostro.actors.engine.step import ScheduledRequest
-from ostro.kernels.mla_decode import DecodeBucket, plan_decode
+from ostro.kernels.mla_decode import DecodePlan
 
 _NO_TOKEN = 0
 
@@ -59,7 +59,7 @@ class Batch:
         slots_T: Where each token's latent goes.
         last_position: Largest of `positions_T`; -1 if there are no tokens.
         decode_rows: Rows that attend as decode, as a slice where they are consecutive.
-        decode_buckets: Plan of those rows for `mla_decode`; empty if there are none.
+        decode_plan: Plan of those rows for `mla_decode`, if there are any.
         prefill_spans: The other rows.
         sample_rows: Rows whose logits are wanted, in the order of the entries.
         image_spans: What of images is among the tokens.
@@ -70,7 +70,7 @@ class Batch:
     slots_T: torch.Tensor
     last_position: int
     decode_rows: slice | torch.Tensor
-    decode_buckets: Sequence[DecodeBucket]
+    decode_plan: DecodePlan | None
     prefill_spans: Sequence[PrefillSpan]
     sample_rows: torch.Tensor
     image_spans: Sequence[ImageSpan]
@@ -177,16 +177,19 @@ def _build(
         slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
         last_position=max(positions, default=-1),
         decode_rows=_row_index([row for row, _ in decodes], device),
-        decode_buckets=plan_decode(
-            [span.entry.pages for _, span in decodes],
-            [span.entry.start + span.first + 1 for _, span in decodes],
-            page_size,
-            device,
-        ),
+        decode_plan=_decode_plan([span for _, span in decodes], page_size, device),
         prefill_spans=prefills,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         image_spans=image_spans,
     )
+
+
+def _decode_plan(spans: Sequence[_Span], page_size: int, device: torch.device) -> DecodePlan | None:
+    if not spans:
+        return None
+    tables = [span.entry.pages for span in spans]
+    lengths = [span.entry.start + span.first + 1 for span in spans]
+    return DecodePlan(tables, lengths, page_size, device)
 
 
 def _known_tokens(span: _Span) -> Iterator[int]:

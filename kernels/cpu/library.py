@@ -99,7 +99,7 @@ def pin_threads(cpus: list[int]) -> bool:
     if library is None:
         return False
     array = (ctypes.c_int * len(cpus))(*cpus)
-    return library.ostro_pin_threads(ctypes.addressof(array), len(cpus)) == 0
+    return bool(library.ostro_pin_threads(ctypes.addressof(array), len(cpus)) == 0)
 
 
 def _built() -> Path:

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from ostro.kernels import mla_decode as mla_decode_module
-from ostro.kernels.mla_decode import LatentHeads, mla_decode, mla_decode_reference, plan_decode
+from ostro.kernels.mla_decode import (
+    DecodePlan,
+    LatentHeads,
+    mla_decode,
+    mla_decode_reference,
+)
 
 PAGE_SIZE = 4
 HEADS, NOPE, ROPE, VALUE, LATENT = 3, 6, 4, 5, 8
@@ -46,7 +51,7 @@ def queries(num_tokens: int) -> torch.Tensor:
 def test_mla_decode_of_one_cached_token_is_its_value() -> None:
     cache_NSW, tables, contexts = make_pages([1])
     heads = make_heads()
-    out_THV = mla_decode(queries(1), cache_NSW, plan_decode(tables, [1], PAGE_SIZE, CPU), heads)
+    out_THV = mla_decode(queries(1), cache_NSW, DecodePlan(tables, [1], PAGE_SIZE, CPU), heads)
     torch.testing.assert_close(out_THV[0], heads.w_uv_HVC @ contexts[0][0, :LATENT])
 
 
@@ -58,7 +63,7 @@ def test_mla_decode_matches_reference_and_reads_nothing_beyond_a_context(
 ) -> None:
     cache_NSW, tables, contexts = make_pages(lengths)
     heads, q_THQ = make_heads(), queries(len(lengths))
-    out_THV = mla_decode(q_THQ, cache_NSW, plan_decode(tables, lengths, PAGE_SIZE, CPU), heads)
+    out_THV = mla_decode(q_THQ, cache_NSW, DecodePlan(tables, lengths, PAGE_SIZE, CPU), heads)
     torch.testing.assert_close(out_THV, mla_decode_reference(q_THQ, contexts, heads))
 
 
@@ -66,17 +71,17 @@ def test_mla_decode_in_bfloat16_stays_close() -> None:
     lengths = [9, 30]
     cache_NSW, tables, contexts = make_pages(lengths)
     heads, q_THQ = make_heads(torch.bfloat16), queries(2).bfloat16()
-    buckets = plan_decode(tables, lengths, PAGE_SIZE, CPU)
-    out_THV = mla_decode(q_THQ, cache_NSW.bfloat16(), buckets, heads)
+    plan = DecodePlan(tables, lengths, PAGE_SIZE, CPU)
+    out_THV = mla_decode(q_THQ, cache_NSW.bfloat16(), plan, heads)
     assert out_THV.dtype == torch.bfloat16
     expected = mla_decode_reference(q_THQ, [c.bfloat16() for c in contexts], heads)
     torch.testing.assert_close(out_THV, expected, rtol=5e-2, atol=0.2)
 
 
-def test_plan_decode_groups_contexts_within_a_factor_of_two() -> None:
+def test_a_decode_plan_groups_contexts_within_a_factor_of_two() -> None:
     lengths = [1, 4, 5, 16, 9, 64, 4000]
     tables = [list(range(-(-length // PAGE_SIZE))) for length in lengths]
-    buckets = plan_decode(tables, lengths, PAGE_SIZE, CPU)
+    buckets = DecodePlan(tables, lengths, PAGE_SIZE, CPU).buckets()
     gathered = sum(bucket.pages_G.numel() for bucket in buckets) * PAGE_SIZE
     assert gathered < 2 * sum(-(-length // PAGE_SIZE) * PAGE_SIZE for length in lengths)
     found = [
@@ -85,27 +90,27 @@ def test_plan_decode_groups_contexts_within_a_factor_of_two() -> None:
     assert sorted(found) == list(range(len(lengths)))
 
 
-def test_plan_decode_ignores_pages_beyond_the_context() -> None:
-    (bucket,) = plan_decode([[5, 6, 7]], [PAGE_SIZE + 1], PAGE_SIZE, CPU)
+def test_a_decode_plan_ignores_pages_beyond_the_context() -> None:
+    (bucket,) = DecodePlan([[5, 6, 7]], [PAGE_SIZE + 1], PAGE_SIZE, CPU).buckets()
     assert bucket.pages_G.tolist() == [5, 6]
     assert bucket.stale_G is not None
     assert bucket.stale_G.tolist() == [5, 6, 7]
 
 
-def test_plan_decode_makes_few_shapes_of_many_contexts() -> None:
+def test_a_decode_plan_makes_few_shapes_of_many_contexts() -> None:
     tables, lengths = [list(range(1024))], range(1025, 4097, 16)
-    plans = [plan_decode(tables, [length], PAGE_SIZE, CPU) for length in lengths]
+    plans = [DecodePlan(tables, [length], PAGE_SIZE, CPU).buckets() for length in lengths]
     gathered = [plan[0].pages_G.numel() for plan in plans]
     assert len(set(gathered)) <= 9
     assert all(p * PAGE_SIZE < 1.3 * n for p, n in zip(gathered, lengths, strict=True))
 
 
-def test_plan_decode_bounds_what_a_bucket_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_plan_bounds_what_a_bucket_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_decode_module, "_MAX_GATHERED", 8 * PAGE_SIZE)
     lengths = [4 * PAGE_SIZE] * 5 + [9 * PAGE_SIZE]
     cache_NSW, tables, contexts = make_pages(lengths)
-    buckets = plan_decode(tables, lengths, PAGE_SIZE, CPU)
-    assert [bucket.num_queries for bucket in buckets] == [2, 2, 1, 1]
+    plan = DecodePlan(tables, lengths, PAGE_SIZE, CPU)
+    assert [bucket.num_queries for bucket in plan.buckets()] == [2, 2, 1, 1]
     q_THQ, heads = queries(len(lengths)), make_heads()
     expected = mla_decode_reference(q_THQ, contexts, heads)
-    torch.testing.assert_close(mla_decode(q_THQ, cache_NSW, buckets, heads), expected)
+    torch.testing.assert_close(mla_decode(q_THQ, cache_NSW, plan, heads), expected)

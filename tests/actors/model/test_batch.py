@@ -56,7 +56,8 @@ def test_single_tokens_attend_as_decode_and_spans_as_prefill() -> None:
     assert batch.decode_rows.tolist() == [0, 5]
     (span,) = batch.prefill_spans
     assert (span.rows, span.start, span.pages_n.tolist()) == (slice(1, 5), 0, [4])
-    assert sum(bucket.num_queries for bucket in batch.decode_buckets) == 2
+    assert batch.decode_plan is not None
+    assert batch.decode_plan.num_queries == 2
 
 
 def test_consecutive_decode_rows_are_a_slice() -> None:
@@ -91,14 +92,15 @@ def test_a_cut_may_leave_a_single_token_to_decode() -> None:
     first, second = build([entry(0, 3, [5], samples=True)], 2)
     assert first.prefill_spans[0].rows == slice(0, 2)
     assert not second.prefill_spans
-    assert second.decode_buckets[0].num_queries == 1
+    assert second.decode_plan is not None
+    assert second.decode_plan.num_queries == 1
 
 
 def test_no_entries_give_empty_batches() -> None:
     for batch in build([], 2):
         assert batch.num_tokens == 0
         assert batch.last_position == -1
-        assert not batch.decode_buckets
+        assert batch.decode_plan is None
         assert batch.sample_rows.numel() == 0
 
 

@@ -38,7 +38,7 @@ class Figure:
     def spread(self) -> float:
         """Half the range of the samples over the median."""
         middle = self.median()
-        return (max(self.samples) - min(self.samples)) / 2 / middle if middle else 0.0
+        return (max(self.samples) - min(self.samples)) / 2 / abs(middle) if middle else 0.0
 
 
 def to_table(
@@ -53,25 +53,22 @@ def to_table(
     Args:
         title: Of the table.
         figures: What to show.
-        anchor: Heads the last column: the ratio to the anchor's same quantity.
+        anchor: Heads the last column: the ratio to the anchor's same quantity; None leaves it out.
         anchor_of: The anchor of each subject that has one of its own; without it `anchor` is the
             subject that all are compared with.
     """
     table = Table(title=title)
-    for name in ("quantity", "subject", "median", "spread", f"ratio to {anchor or '-'}"):
+    ratio = [f"ratio to {anchor}"] if anchor is not None else []
+    for name in ("quantity", "subject", "median", "spread", *ratio):
         table.add_column(name, justify="left" if name in ("quantity", "subject") else "right")
     medians = {(figure.subject, figure.quantity): figure.median() for figure in figures}
     order = {quantity: place for place, (_, quantity) in enumerate(reversed(medians))}
     for figure in sorted(figures, key=lambda figure: -order[figure.quantity]):
         own = anchor if anchor_of is None else anchor_of.get(figure.subject)
         base = medians.get((own, figure.quantity)) if own is not None else None
-        table.add_row(
-            figure.quantity,
-            figure.subject,
-            f"{figure.median():.4g} {figure.unit}",
-            f"+-{figure.spread():.0%}",
-            f"{figure.median() / base:.2f}" if base else "",
-        )
+        cells = (f"{figure.median():.4g} {figure.unit}", f"+-{figure.spread():.0%}")
+        ratios = [f"{figure.median() / base:.2f}" if base else ""] * len(ratio)
+        table.add_row(figure.quantity, figure.subject, *cells, *ratios)
     return table
 
 

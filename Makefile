@@ -69,10 +69,12 @@ clean:
 # The stamps: installing again is needed only when an input is newer.
 $(VENV)/.runtime: $(INPUTS) | $(BIN)/python
 	$(BIN)/pip install -c constraints.txt -e .
+	$(BIN)/python -m ostro.kernels.cpu.library
 	touch $@
 
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	$(BIN)/pip install -c constraints.txt -e ".[test]"
+	$(BIN)/python -m ostro.kernels.cpu.library
 	touch $(VENV)/.runtime $@
 
 $(BIN)/python:

@@ -41,9 +41,9 @@ from ostro.actors.fabric.messages import (
     StepEvents,
     StepPlan,
 )
-from ostro.actors.model.batch import build_batches, split_evenly
-from ostro.actors.model.decoder import Decoder, ExpertExchange
-from ostro.actors.model.sampler import Sampler, SamplingRow
+from ostro.actors.model.batch import Batch, build_batches, split_evenly
+from ostro.actors.model.decoder import ExpertExchange
+from ostro.actors.model.sampler import SamplingRow
 from ostro.configs.vision import VisionConfig
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,26 @@ class StepExchange(ExpertExchange, Protocol):
         ...
 
 
+class StepDecoder(Protocol):
+    """The model as the loop knows it; `model.decoder.Decoder` is one."""
+
+    seconds: dict[str, float]
+
+    def forward(self, batches: Sequence[Batch], exchange: ExpertExchange) -> list[torch.Tensor]:
+        """Per micro-batch the logits of its rows that sample, float32 [B, V]."""
+        ...
+
+
+class StepSampler(Protocol):
+    """The choice of tokens as the loop knows it; `model.sampler.Sampler` is one."""
+
+    def sample(
+        self, logits: Sequence[torch.Tensor], rows: Sequence[SamplingRow]
+    ) -> list[SampledToken]:
+        """One token for each row."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionParts:
     """What one epoch's engine works with.
@@ -84,8 +104,8 @@ class AttentionParts:
     epoch: int
     conducted: bool
     scheduler: Scheduler
-    decoder: Decoder
-    sampler: Sampler
+    decoder: StepDecoder
+    sampler: StepSampler
     exchange: StepExchange
     connection: SyncConnection
     tokens: SyncServer

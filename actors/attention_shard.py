@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ostro.actors.attention_engine import AttentionEngine, AttentionParts, StepExchange
+from ostro.actors.attention_engine import (
+    AttentionEngine,
+    AttentionParts,
+    StepDecoder,
+    StepExchange,
+    StepSampler,
+)
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.fabric.channel import SyncConnection, SyncServer
 from ostro.actors.fabric.colocated_exchange import ColocatedExchange
@@ -74,13 +80,13 @@ class AttentionShard(RankActor):
             device=spec.device,
             dtype=dtype,
         )
-        self._decoder = Decoder(
+        self._decoder: StepDecoder = Decoder(
             config,
             weights,
             cache,
             image_cache_bytes=spec.deployment.engine.image_cache_bytes,
         )
-        self._sampler = Sampler(config.vocab_size)
+        self._sampler: StepSampler = Sampler(config.vocab_size)
 
     def _make_engine(
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection

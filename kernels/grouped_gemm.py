@@ -97,8 +97,6 @@ def expert_mlp_cpu(
     top_k, inner = expert_RK.shape[1], down.shape[2] * 2
     rows_RD, expert_RK = rows_RD.contiguous(), expert_RK.contiguous()
     weight_RK = weight_RK.contiguous()
-    hidden_AF = rows_RD.new_empty(num_rows * top_k, inner)
-    product_AD = torch.empty(num_rows * top_k, hidden)
     out_RD = torch.empty_like(rows_RD)
     native.ostro_expert_mlp(
         rows_RD.data_ptr(),
@@ -112,8 +110,6 @@ def expert_mlp_cpu(
         hidden,
         inner,
         counts.data_ptr(),
-        hidden_AF.data_ptr(),
-        product_AD.data_ptr(),
         out_RD.data_ptr(),
         torch.get_num_threads(),
     )

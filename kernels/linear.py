@@ -42,25 +42,35 @@ def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """
     if not is_packed(weight_OI):
         return torch.nn.functional.linear(x_TI, weight_OI)
-    return linear_cpu(x_TI, weight_OI)
+    return linear_cpu(x_TI, weight_OI, x_TI.dtype)
 
 
-def linear_cpu(x_TI: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """`linear` for a packed weight; a row's result does not depend on the rows beside it."""
+def linear_wide(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """`linear` in float32, for logits; a plain weight's product is rounded to its dtype first."""
+    if not is_packed(weight_OI):
+        return torch.nn.functional.linear(x_TI, weight_OI).float()
+    return linear_cpu(x_TI, weight_OI, torch.float32)
+
+
+def linear_cpu(x_TI: torch.Tensor, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`linear` for a packed weight, summed in float32, rounded to bfloat16 or kept.
+
+    A row's result does not depend on the rows beside it.
+    """
     native = library.required()
     if x_TI.stride(-1) != 1:
         x_TI = x_TI.contiguous()
-    num_rows, num_out = x_TI.shape[0], packed.shape[0] * _PANEL
-    out_TO = x_TI.new_empty(num_rows, num_out)
-    native.ostro_linear(
+    (num_rows, num_in), num_out = x_TI.shape, packed.shape[0] * _PANEL
+    out_TO = torch.empty(num_rows, num_out, dtype=dtype)
+    run = native.ostro_linear_wide if dtype == torch.float32 else native.ostro_linear
+    run(
         x_TI.data_ptr(),
         x_TI.stride(0),
         packed.data_ptr(),
         num_rows,
-        x_TI.shape[1],
+        num_in,
         num_out,
         out_TO.data_ptr(),
-        num_out,
         torch.get_num_threads(),
     )
     return out_TO

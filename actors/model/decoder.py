@@ -29,9 +29,9 @@ from ostro.actors.model.vision import VisionTower
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.combine import add_residual
-from ostro.kernels.gate import gate
+from ostro.kernels.gate import gate, pack_gate
 from ostro.kernels.grouped_gemm import mlp
-from ostro.kernels.linear import linear, pack_linear
+from ostro.kernels.linear import linear_wide, pack_linear
 from ostro.kernels.rms_norm import rms_norm
 
 
@@ -192,7 +192,7 @@ class Decoder:
         began_s = time.perf_counter()
         rows_BD = slice_.hidden_TD.index_select(0, slice_.batch.sample_rows)
         rows_BD = rms_norm(rows_BD, self._weights.final_norm_D, self._config.rms_norm_eps)
-        logits_BV = linear(rows_BD, self._weights.lm_head_VD).float()
+        logits_BV = linear_wide(rows_BD, self._weights.lm_head_VD)
         self.seconds["head"] += time.perf_counter() - began_s
         return logits_BV
 
@@ -208,6 +208,7 @@ def _packed(weights: AttentionWeights) -> AttentionWeights:
             o_proj=pack_linear(w.o_proj),
             shared_gate_up=pack_linear(w.shared_gate_up),
             shared_down=pack_linear(w.shared_down),
+            gate_ED=pack_gate(w.gate_ED, weights.embed_VD.dtype),
         )
         for w in weights.layers
     )

@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "tile.h"
@@ -17,11 +16,6 @@ constexpr int64_t kChunk = 512;    // keys of one decode task; fixed, so that su
 constexpr int64_t kKeyTile = 256;  // keys that a prefill task scores at once
 constexpr int64_t kQueryRows = 24;  // query rows of a prefill task
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-template <class T>
-std::unique_ptr<T[]> uninitialised(int64_t count) {
-  return std::unique_ptr<T[]>(new T[count]);
-}
 
 inline void copy_pair(const bf16* from, bf16* to) { std::memcpy(to, from, 2 * sizeof(bf16)); }
 

@@ -31,13 +31,13 @@ _CPU_FLAGS = ("avx512_bf16", "avx512bw", "avx512vl")
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _P, _I, _F = _POINTER, _INT, _FLOAT
 _SIGNATURES = {
-    "ostro_linear": (_P, _I, _P, _I, _I, _I, _P, _I, _THREADS),
-    "ostro_expert_mlp": (_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _P, _P, _P, _THREADS),
+    "ostro_linear": (_P, _I, _P, _I, _I, _I, _P, _THREADS),
+    "ostro_linear_wide": (_P, _I, _P, _I, _I, _I, _P, _THREADS),
+    "ostro_expert_mlp": (_P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _P, _P, _THREADS),
     "ostro_rms_norm": (_P, _I, _P, _I, _I, _F, _P, _THREADS),
     "ostro_rotary": (_P, _I, _I, _I, _I, _I, _P, _THREADS),
     "ostro_write_latents": (_P, _I, _P, _F, _P, _I, _I, _I, _P, _P, _THREADS),
     "ostro_choose": (_P, _I, _I, _I, _F, _P, _P, _THREADS),
-    "ostro_gate_logits": (_P, _P, _I, _I, _I, _P, _THREADS),
     "ostro_add_rows": (_P, _P, _P, _I, _P, _THREADS),
     "ostro_mla_decode": (_P, _I, _I, _P, _P, _P, _P, _P, _P, *[_I] * 7, _F, _P, _THREADS),
     "ostro_attend_block": (*[_P, _I, _I] * 3, *[_I] * 8, _F, _P, _P, _P, _P, _THREADS),

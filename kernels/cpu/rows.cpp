@@ -98,23 +98,6 @@ extern "C" void ostro_choose(const float* logits, int64_t rows, int64_t num_expe
   }
 }
 
-// logits[T, E] = x[T, D] gate^T in float32, for few rows.
-extern "C" void ostro_gate_logits(const bf16* x, const float* gate, int64_t rows,
-                                  int64_t num_experts, int64_t d, float* logits, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t e = 0; e < num_experts; ++e)
-    for (int64_t r = 0; r < rows; ++r) {
-      __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t i = 0; i < d; i += 2 * kLanes)
-        for (int64_t half = 0; half < 2; ++half) {
-          const int64_t at = i + half * kLanes;
-          sums[half] =
-              _mm512_fmadd_ps(widen(x + r * d + at), _mm512_loadu_ps(gate + e * d + at), sums[half]);
-        }
-      logits[r * num_experts + e] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
-    }
-}
-
 // out = sum + shared + residual, in float32, rounded once.
 extern "C" void ostro_add_rows(const float* sum, const bf16* shared, const bf16* residual,
                                int64_t count, bf16* out, int threads) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 namespace ostro {
 
@@ -22,16 +23,14 @@ constexpr int kPanels = 4;   // panels that are multiplied together
 template <int N>
 constexpr int kRows = N <= 2 ? 12 : 6;
 
+template <class T>
+std::unique_ptr<T[]> uninitialised(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
 inline __m512 widen(const bf16* from) {
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-}
-
-inline float widen_one(bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
 }
 
 inline __m256i narrowed(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }

@@ -7,10 +7,16 @@ import torch
 
 from ostro.kernels.combine import add_residual_cpu
 from ostro.kernels.cpu import library
-from ostro.kernels.gate import gate_cpu, gate_reference
+from ostro.kernels.gate import gate, gate_reference, pack_gate
 from ostro.kernels.grouped_gemm import expert_mlp_cpu, expert_mlp_reference, mlp, swiglu
 from ostro.kernels.latent_cache import write_latents_reference, write_rows
-from ostro.kernels.linear import linear_cpu, linear_reference, pack_linear
+from ostro.kernels.linear import (
+    is_packed,
+    linear_cpu,
+    linear_reference,
+    linear_wide,
+    pack_linear,
+)
 from ostro.kernels.mla_decode import (
     DecodePlan,
     LatentHeads,
@@ -44,7 +50,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, share: float = 0.0
 @pytest.mark.parametrize(("num_out", "num_in"), [(16, 2), (48, 34), (320, 64), (64, 588)])
 def test_linear(num_rows: int, num_out: int, num_in: int) -> None:
     x_TI, weight_OI = randn(num_rows, num_in), randn(num_out, num_in, seed=1)
-    found = linear_cpu(x_TI, pack_linear(weight_OI))
+    found = linear_cpu(x_TI, pack_linear(weight_OI), BF16)
     if num_rows:
         assert_close(found, linear_reference(x_TI, weight_OI))
     assert found.shape == (num_rows, num_out)
@@ -52,9 +58,10 @@ def test_linear(num_rows: int, num_out: int, num_in: int) -> None:
 
 def test_linear_takes_strided_rows_and_gives_each_the_same_alone() -> None:
     wide, packed = randn(9, 100), pack_linear(randn(80, 64, seed=1))
-    together = linear_cpu(wide[:, 20:84], packed)
+    together = linear_cpu(wide[:, 20:84], packed, BF16)
     for row in range(9):
-        assert torch.equal(linear_cpu(wide[row : row + 1, 20:84].clone(), packed)[0], together[row])
+        alone = linear_cpu(wide[row : row + 1, 20:84].clone(), packed, BF16)
+        assert torch.equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 40])
@@ -134,19 +141,32 @@ def test_write_rows() -> None:
     assert found.any(-1).sum() == 3
 
 
+def test_linear_wide_keeps_what_bfloat16_would_round() -> None:
+    x_TI, weight_OI = randn(3, 64), randn(32, 64, seed=1)
+    found = linear_wide(x_TI, pack_linear(weight_OI))
+    torch.testing.assert_close(found, x_TI.float() @ weight_OI.float().T, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 9, 50])
 def test_gate(num_tokens: int) -> None:
-    x_TD, gate_ED = randn(num_tokens, 64), torch.randn(32, 64)
-    expert_TK, weight_TK = gate_cpu(x_TD, gate_ED, 4, 2.0)
+    x_TD, gate_ED = randn(num_tokens, 64), randn(32, 64, seed=3).float()
+    packed = pack_gate(gate_ED, BF16)
+    assert is_packed(packed)
+    expert_TK, weight_TK = gate(x_TD, packed, 4, 2.0)
     expected_experts, expected_weights = gate_reference(x_TD, gate_ED, 4, 2.0)
     assert expert_TK.tolist() == expected_experts.tolist()
     torch.testing.assert_close(weight_TK, expected_weights, rtol=1e-4, atol=1e-5)
 
 
+def test_a_gate_that_would_lose_digits_is_not_packed() -> None:
+    gate_ED = torch.rand(32, 64)
+    assert pack_gate(gate_ED, BF16) is gate_ED
+
+
 def test_the_gate_takes_the_lowest_of_equals() -> None:
-    gate_ED = torch.zeros(8, 32)
+    gate_ED = torch.zeros(16, 32)
     gate_ED[[2, 5, 6]] = 1.0
-    expert_TK, _ = gate_cpu(torch.ones(1, 32, dtype=BF16), gate_ED, 4)
+    expert_TK, _ = gate(torch.ones(1, 32, dtype=BF16), pack_gate(gate_ED, BF16), 4)
     assert expert_TK.tolist() == [[2, 5, 6, 0]]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ostro.cluster.bench_command_gateway import gateway
 from ostro.cluster.bench_command_scheduler import scheduler
 from ostro.cluster.bench_command_serve import serve
 from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
+app.command()(gateway)
 app.command()(scheduler)
 _console = Console()
 

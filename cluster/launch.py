@@ -60,6 +60,18 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 OnProgress = Callable[[str, State | None], None]
 
 
+@dataclass(frozen=True, slots=True)
+class ActorKind:
+    """A class of shards, and what its constructor takes after the name and the socket folder."""
+
+    of: type
+    arguments: tuple[object, ...] = ()
+
+
+_ATTENTION = ActorKind(PlacedAttentionShard)
+_EXPERTS = ActorKind(PlacedExpertShard)
+
+
 @dataclass(slots=True)
 class RunningCluster:
     """A cell that answers, and what must be ended with it.
@@ -106,6 +118,7 @@ def launch(
     on_progress: OnProgress = lambda *_: None,
     *,
     with_ingress: bool = True,
+    attention: ActorKind = _ATTENTION,
 ) -> RunningCluster:
     """Bring a deployment up and wait until it answers.
 
@@ -117,6 +130,7 @@ def launch(
         model_dir: The checkpoint, at the same path on every node.
         on_progress: Told the stage, and the cell's state while shards load.
         with_ingress: Whether HTTP and gRPC are served; benchmarks of the engine go without.
+        attention: What attention shards are; benchmarks of the faces bring their own.
 
     Raises:
         ConfigError: The deployment does not fit the nodes or the checkpoint's config, or the Ray
@@ -143,7 +157,7 @@ def launch(
             dtype=choose_dtype(deployment.engine.dtype, device, config),
         )
         with _stage("actors", seconds, on_progress):
-            router = _make_actors(spec, nodes, device, undo)
+            router = _make_actors(spec, nodes, device, attention, undo)
         with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
             started = router.start.remote()
             if with_ingress:
@@ -211,7 +225,9 @@ def _prepare_ingress(deployment: DeploymentConfig, nodes: list[Node]) -> str:
     return reachable_host(deployment.serving, None if head.node_id == here else head.address)
 
 
-def _make_actors(spec: IngressSpec, nodes: list[Node], device: str, undo: ExitStack) -> Any:
+def _make_actors(
+    spec: IngressSpec, nodes: list[Node], device: str, attention: ActorKind, undo: ExitStack
+) -> Any:
     """Every rank and the router, placed and named; nothing is loaded yet."""
     deployment, layout = spec.deployment, spec.deployment.layout
     group = _make_group(layout, device, nodes)
@@ -222,7 +238,10 @@ def _make_actors(spec: IngressSpec, nodes: list[Node], device: str, undo: ExitSt
         undo.callback(shutil.rmtree, socket_dir, ignore_errors=True)
     peers = []
     for rank in range(layout.world_size()):
-        name, actor = _make_rank(deployment, rank, group, device, socket_dir)
+        is_attention = rank in layout.attention_ranks()
+        name = f"ostro-{'attention' if is_attention else 'expert'}-{rank}"
+        kind = attention if is_attention else _EXPERTS
+        actor = _make_rank(deployment, rank, group, device, kind, name, socket_dir)
         undo.callback(ray.kill, actor, no_restart=True)
         peers.append(RayPeer(name, actor))
     host = _LOOPBACK if socket_dir else _address_of_first(group)
@@ -256,10 +275,10 @@ def _make_rank(
     rank: int,
     group: PlacementGroup,
     device: str,
+    kind: ActorKind,
+    name: str,
     socket_dir: str | None,
-) -> tuple[str, Any]:
-    is_attention = rank in deployment.layout.attention_ranks()
-    name = f"ostro-{'attention' if is_attention else 'expert'}-{rank}"
+) -> Any:
     options = {
         "name": name,
         "namespace": NAMESPACE,
@@ -272,8 +291,7 @@ def _make_rank(
     }
     # Ray's stubs do not know this argument.
     make: Any = ray.remote(concurrency_groups={"control": 2})  # type: ignore[call-overload]
-    shard = make(PlacedAttentionShard if is_attention else PlacedExpertShard)
-    return name, shard.options(**options).remote(name, socket_dir)
+    return make(kind.of).options(**options).remote(name, socket_dir, *kind.arguments)
 
 
 def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:

@@ -25,8 +25,10 @@ def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
     num_out, num_in = weight_OI.shape[-2:]
     if not library.serves(weight_OI) or num_out % _PANEL or num_in % 2:
         return weight_OI
-    panels: torch.Tensor = weight_OI.unflatten(-1, (num_in // 2, 2))
-    return panels.unflatten(-3, (num_out // _PANEL, _PANEL)).transpose(-3, -2).contiguous()
+    pairs = weight_OI.unflatten(-1, (num_in // 2, 2))
+    panels = pairs.unflatten(-3, (num_out // _PANEL, _PANEL))
+    packed: torch.Tensor = panels.transpose(-3, -2).contiguous()
+    return packed
 
 
 def is_packed(weight: torch.Tensor) -> bool:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,49 +15,17 @@ import ray
 import torch
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams, TokenEvent
-from ostro.actors.model.device import torch_dtype
 from ostro.cluster.bench_figures import STAGE_UNIT, Figure
+from ostro.cluster.bench_transformers import TransformersEngine
+from ostro.cluster.bench_workload import DecodeSample, Question, Workload, prompts
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.launch import RunningCluster, launch
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
 
-_FIRST_TOKEN_ID = 1000
+ANCHOR = "transformers"
 _READY_TIMEOUT_S = 60.0
-_ANCHOR = "transformers"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """Requests of one size, all at once.
-
-    Attributes:
-        batch: Requests that run together.
-        prompt_tokens: Of each.
-        new_tokens: Of each; greedy, the end token ignored.
-    """
-
-    batch: int
-    prompt_tokens: int = 128
-    new_tokens: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeSample:
-    """One run of a workload.
-
-    Attributes:
-        step_s: Median seconds between a request's tokens once all requests decode.
-        first_token_s: Median seconds to a request's first token.
-        seconds: Seconds by stage within the run, over all ranks.
-        num_steps: Steps of the run.
-    """
-
-    step_s: float
-    first_token_s: float
-    seconds: dict[str, float]
-    num_steps: int
 
 
 def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
@@ -90,9 +57,31 @@ def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
     )
 
 
-def engine_deployment(layout: LayoutConfig, model: Path, dtype: str) -> DeploymentConfig:
-    """A deployment for benchmarks: room for 64 requests of 4,096 tokens, no prefix reuse."""
-    engine = EngineConfig(num_pages=16_384, prefix_cache=False, dtype=dtype)
+def engine_deployment(
+    layout: LayoutConfig, model: Path, dtype: str, workloads: Sequence[Workload]
+) -> DeploymentConfig:
+    """A deployment with room for each of the workloads, without prefix reuse.
+
+    Raises:
+        ConfigError: A workload is longer than the checkpoint's context.
+    """
+    engine = EngineConfig()
+    longest = max(workload.prompt_tokens + workload.new_tokens for workload in workloads)
+    max_context = load_model_config(model).max_context
+    if longest > max_context:
+        raise ConfigError(
+            f"{longest} tokens of prompt and output are asked for, and the context of {model.name} "
+            f"ends at {max_context}; ask for less by --context, --prefill or --prompt-tokens"
+        )
+    running = max(engine.max_running_requests, *(workload.batch for workload in workloads))
+    engine = replace(
+        engine,
+        num_pages=max(workload.num_pages(engine.page_size) for workload in workloads),
+        max_running_requests=running,
+        max_tokens_per_step=max(engine.max_tokens_per_step, running),
+        prefix_cache=False,
+        dtype=dtype,
+    )
     return DeploymentConfig(model=str(model), layout=layout, engine=engine)
 
 
@@ -121,15 +110,6 @@ async def connect_client(cluster: RunningCluster, name: str) -> CellClient:
     return client
 
 
-def prompts(workload: Workload, vocab_size: int, seed: int) -> list[list[int]]:
-    """Seeded random prompts, the same for every subject of a round."""
-    draw = random.Random(seed)
-    return [
-        [draw.randrange(_FIRST_TOKEN_ID, vocab_size) for _ in range(workload.prompt_tokens)]
-        for _ in range(workload.batch)
-    ]
-
-
 async def run_workload(
     client: CellClient, workload: Workload, token_ids: Sequence[list[int]], name: str
 ) -> DecodeSample:
@@ -147,7 +127,7 @@ async def run_workload(
     steady = [time_s for time_s in arrivals[0] if time_s >= all_decode_s]
     gaps = [later - earlier for earlier, later in pairwise(steady)]
     return DecodeSample(
-        step_s=statistics.median(gaps),
+        step_s=statistics.median(gaps) if gaps else None,
         first_token_s=statistics.median(times[0] - began_s for times in arrivals),
         seconds={
             stage: total - before.seconds.get(stage, 0.0) for stage, total in after.seconds.items()
@@ -175,32 +155,14 @@ async def _time_tokens(events: object) -> list[float]:
     return times
 
 
-class TransformersEngine:
-    """transformers on the same checkpoint, decoding a batch with its own cache."""
+def ostro_subject(layout: str) -> str:
+    """What tables call a layout."""
+    return f"ostro {layout}"
 
-    def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
-        from transformers import Mistral4ForCausalLM
 
-        torch.set_num_threads(num_threads)
-        self._model = Mistral4ForCausalLM.from_pretrained(
-            model, dtype=torch_dtype(dtype), local_files_only=True
-        ).eval()
-        for layer in self._model.model.layers:
-            # The real model does not apply YaRN's mscale; transformers 5.15 and later do.
-            layer.self_attn.scaling = layer.self_attn.qk_head_dim**-0.5
-
-    def run(self, workload: Workload, token_ids: Sequence[list[int]]) -> DecodeSample:
-        """As `run_workload`, one batch from prefill to the last token."""
-        times: list[float] = []
-        with torch.inference_mode():
-            began_s = time.perf_counter()
-            ids, cache = torch.tensor(token_ids), None
-            for _ in range(workload.new_tokens):
-                out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                ids, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-                times.append(time.perf_counter())
-        gaps = [later - earlier for earlier, later in pairwise(times)]
-        return DecodeSample(statistics.median(gaps), times[0] - began_s, {}, workload.new_tokens)
+def anchor_subject(layout: str) -> str:
+    """What tables call transformers in the rounds of a layout."""
+    return f"{ANCHOR} beside {layout}"
 
 
 def measure_engine(
@@ -224,12 +186,13 @@ def measure_engine(
     threads = torch.get_num_threads()
     anchor = TransformersEngine(model, dtype, threads) if beside_transformers else None
     for layout, name in zip(layouts, names, strict=True):
-        with running_cell(engine_deployment(layout, model, dtype), model) as cluster:
+        deployment = engine_deployment(layout, model, dtype, workloads)
+        with running_cell(deployment, model) as cluster:
             samples = asyncio.run(
                 _measure_cell(cluster, workloads, vocab_size, rounds, anchor, note)
             )
         for (subject, workload), taken in samples.items():
-            full = f"ostro {name}" if subject == "ostro" else f"{_ANCHOR} beside {name}"
+            full = ostro_subject(name) if subject == "ostro" else anchor_subject(name)
             figures.extend(_figures(full, workload, taken))
     ray.shutdown()
     return figures
@@ -245,35 +208,33 @@ async def _measure_cell(
 ) -> dict[tuple[str, Workload], list[DecodeSample]]:
     client = await connect_client(cluster, "bench")
     taken: dict[tuple[str, Workload], list[DecodeSample]] = {}
-    await run_workload(client, workloads[0], prompts(workloads[0], vocab_size, 1), "warm")
+    warm = prompts(workloads[0], vocab_size, -1)
+    await run_workload(client, workloads[0], warm, "warm")
+    if anchor is not None:
+        await asyncio.to_thread(anchor.run, workloads[0], warm)
     for turn in range(rounds):
         for workload in workloads:
-            note(f"round {turn + 1} of {rounds}, batch {workload.batch}")
+            note(f"round {turn + 1} of {rounds}, {workload.label()}")
             token_ids = prompts(workload, vocab_size, turn)
-            name = f"r{turn}-b{workload.batch}"
+            name = f"r{turn}-{workload.label()}"
             sample = await run_workload(client, workload, token_ids, name)
             taken.setdefault(("ostro", workload), []).append(sample)
             if anchor is not None:
                 beside = await asyncio.to_thread(anchor.run, workload, token_ids)
-                taken.setdefault((_ANCHOR, workload), []).append(beside)
+                taken.setdefault((ANCHOR, workload), []).append(beside)
     await client.close()
     return taken
 
 
 def _figures(subject: str, workload: Workload, taken: Sequence[DecodeSample]) -> Iterator[Figure]:
-    batch = workload.batch
-    yield Figure(
-        subject, f"decode B={batch}", "tok/s", tuple(batch / sample.step_s for sample in taken)
-    )
-    yield Figure(
-        subject,
-        f"first token B={batch}",
-        "ms",
-        tuple(sample.first_token_s * 1e3 for sample in taken),
-    )
+    label, speeds = workload.label(), tuple(workload.tokens_per_s(sample) for sample in taken)
+    first_ms = tuple(sample.first_token_s * 1e3 for sample in taken)
+    yield Figure(subject, label, "tok/s", speeds)
+    if workload.question is Question.DECODE:
+        yield Figure(subject, f"first token B={workload.batch}", "ms", first_ms)
     stages = sorted({stage for sample in taken for stage in sample.seconds})
     for stage in stages:
         per_step = tuple(
             sample.seconds.get(stage, 0.0) / max(sample.num_steps, 1) * 1e3 for sample in taken
         )
-        yield Figure(subject, f"stage {stage} B={batch}", STAGE_UNIT, per_step)
+        yield Figure(subject, f"stage {stage}, {label}", STAGE_UNIT, per_step)

@@ -18,8 +18,9 @@ import aiohttp
 import grpc
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
-from ostro.cluster.bench_engine import Workload, connect_client, prompts
+from ostro.cluster.bench_engine import connect_client
 from ostro.cluster.bench_figures import Figure
+from ostro.cluster.bench_workload import Workload, prompts
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.launch import RunningCluster, launch
 from ostro.configs.deployment import DeploymentConfig

@@ -4,10 +4,20 @@ import asyncio
 import json
 
 import pytest
+from checkpoints import make_tiny_checkpoint
+from typer.testing import CliRunner
 
-from ostro.cluster.bench_engine import Workload, parse_layout, prompts
+from ostro.cluster.bench import app
+from ostro.cluster.bench_engine import engine_deployment, parse_layout
 from ostro.cluster.bench_faces import closed_loop
 from ostro.cluster.bench_figures import Figure, to_table, write_json
+from ostro.cluster.bench_workload import (
+    DecodeSample,
+    Workload,
+    context_workloads,
+    prefill_workloads,
+    prompts,
+)
 from ostro.configs.deployment import Layout
 from ostro.configs.errors import ConfigError
 
@@ -49,6 +59,73 @@ def test_layout_is_read_from_a_word(text, layout, ranks):
 def test_a_layout_that_is_none_is_refused(text):
     with pytest.raises(ConfigError):
         parse_layout(text)
+
+
+def test_table_gives_each_subject_the_ratio_to_its_own_anchor():
+    figures = [
+        Figure(f"{engine} {name}", "decode", "tok/s", (speed,))
+        for engine, name, speed in (("o", 1, 30.0), ("t", 1, 10.0), ("o", 2, 30.0), ("t", 2, 20.0))
+    ]
+    table = to_table("T", figures, anchor="t", anchor_of={"o 1": "t 1", "o 2": "t 2"})
+    assert list(table.columns[-1].cells) == ["3.00", "", "1.50", ""]
+
+
+def test_table_without_anchor_has_no_ratios_and_keeps_the_order_of_quantities():
+    figures = [Figure("a", name, "ms", (1.0,)) for name in ("B=1", "B=16", "B=8")]
+    table = to_table("T", [*figures, *(Figure("b", "B=1", "ms", (1.0,)),)], anchor=None)
+    assert len(table.columns) == 4
+    assert list(table.columns[0].cells) == ["B=1", "B=1", "B=16", "B=8"]
+
+
+def test_workloads_tell_what_they_are_for():
+    sample = DecodeSample(step_s=0.5, first_token_s=2.0, seconds={}, num_steps=3)
+    (prefill,) = prefill_workloads([2048])
+    (context,) = context_workloads([4096], 16)
+    decode = Workload(batch=8)
+    workloads = (prefill, context, decode)
+    assert [workload.tokens_per_s(sample) for workload in workloads] == [1024.0, 2.0, 16.0]
+    assert [workload.label() for workload in workloads] == [
+        "prefill of 2048",
+        "decode after 4096",
+        "decode B=8",
+    ]
+
+
+def test_a_prefill_has_no_steps_to_time():
+    sample = DecodeSample(step_s=None, first_token_s=2.0, seconds={}, num_steps=1)
+    assert prefill_workloads([100])[0].tokens_per_s(sample) == 50.0
+    with pytest.raises(ValueError, match="decode B=2"):
+        Workload(batch=2).tokens_per_s(sample)
+
+
+def test_deployment_has_room_for_every_workload(tmp_path):
+    model = make_tiny_checkpoint(tmp_path / "m")
+    workloads = [Workload(batch=300), *context_workloads([1000], 24)]
+    engine = engine_deployment(parse_layout("single"), model, "float32", workloads).engine
+    assert engine.num_pages == 300 * (192 // 16 + 1)
+    assert engine.max_running_requests == 300
+    assert not engine.prefix_cache
+
+
+def test_deployment_refuses_what_the_context_cannot_hold(tmp_path):
+    model = make_tiny_checkpoint(tmp_path / "m", max_positions=1024)
+    with pytest.raises(ConfigError, match="--context"):
+        engine_deployment(parse_layout("single"), model, "float32", context_workloads([1010], 64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batch", ""], "asks for anything"),
+        (["--prefill", "0"], "at least 1"),
+        (["--context", "a"], "by commas"),
+        (["--beside", "vllm"], "only transformers"),
+    ],
+)
+def test_engine_refuses_options_that_make_no_sense(arguments, said):
+    result = CliRunner().invoke(app, ["engine", "--model", "m", *arguments])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
 
 
 def test_prompts_repeat_for_a_seed_and_differ_between_seeds():

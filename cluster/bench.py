@@ -1,12 +1,15 @@
-"""`ostro bench`: measure the engine and the faces, side by side in one run.
+"""`ostro bench`: measure servers, the engine, the faces and the scheduler, side by side in one run.
 
 Tables are for people; `--json` writes the same figures for machines.
 Figures are medians over rounds that interleave what is compared, so a noisy machine hits all alike.
+Torch and Ray are imported when a command that needs them runs; `serve` and `scheduler` do not.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -93,18 +96,72 @@ def faces(
 
 
 @app.command()
-def quick() -> None:
+@plain_errors()
+def quick(
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write each table's figures into this folder.")
+    ] = None,
+) -> None:
     """A short run of all of it on the mid checkpoint, which is made in the cache if need be."""
     mid = _cache_dir() / "mid"
     if not (mid / "model.safetensors").exists():
         checkpoint(mid)
-    _console.print(
-        "Engine: tokens per second of a batch that decodes together, and the time to its first\n"
-        "token, without HTTP or gRPC; one process beside one attention and two expert shards."
+    if json is not None:
+        json.mkdir(parents=True, exist_ok=True)
+
+    def told(name: str) -> Path | None:
+        return None if json is None else json / f"{name}.json"
+
+    _say("Scheduler: what planning a step costs the host, and what a step leaves in memory.")
+    scheduler("16,256", steps=200, rounds=1, json=told("scheduler"))
+    _say(
+        "Engine: tokens per second of a batch, of a prefill and after a long context, without "
+        "HTTP or gRPC; one process beside one attention and two expert shards."
     )
-    engine(mid, ["single", "split:1:2"], rounds=1)
-    _console.print(
-        "Faces: the same requests straight into the engine, over HTTP and over gRPC; what they\n"
+    layouts = ["single", "split:1:2"]
+    engine(mid, layouts, prefill="1024", context="1024", rounds=1, json=told("engine"))
+    _say(
+        "Gateway: what HTTP and gRPC add to the first token of an engine that computes nothing, "
+        "the tokens per second they carry, and the longest wait between a stream's tokens."
+    )
+    gateway(concurrency="1,16", streams=64, rounds=1, json=told("gateway"))
+    _say(
+        "Faces: the same requests straight into a real engine, over HTTP and over gRPC; what they "
         "add to the first token, and how much of the throughput they keep."
     )
-    faces(mid, rounds=1)
+    faces(mid, rounds=1, json=told("faces"))
+    _say(
+        "Serving: what callers of the HTTP API see, one at a time, eight at a time and two a "
+        "second; goodput is the share whose first token comes within a second."
+    )
+    with _served("laptop_single", mid) as url:
+        serve(
+            url,
+            mid.name,
+            concurrency="1,8",
+            request_rate="2",
+            requests=16,
+            rounds=1,
+            slo_ttft_ms=1000.0,
+            json=told("serve"),
+        )
+
+
+@contextmanager
+def _served(preset: str, model: Path) -> Iterator[str]:
+    """A deployment behind HTTP while the block runs; its URL."""
+    prepare_environment()
+    from ostro.cluster.launch import launch
+
+    deployment = load_deployment(preset, [f"model={model}"])
+    with _console.status("starting"):
+        cluster = launch(deployment, model)
+    try:
+        yield f"http://127.0.0.1:{deployment.serving.http_port}"
+    finally:
+        cluster.stop()
+
+
+def _say(text: str) -> None:
+    """A table's introduction."""
+    _console.print(text, markup=False)

@@ -76,7 +76,7 @@ def check(
     add_help_option=False,
 )
 def bench(context: typer.Context) -> None:
-    """Measure the engine and the faces; `ostro bench --help` tells what there is."""
+    """Measure servers, the engine and its parts; `ostro bench --help` tells what there is."""
     from ostro.cluster.bench import app as bench_app
 
     bench_app(args=context.args, prog_name="ostro bench")

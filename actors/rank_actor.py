@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from functools import partial
 from pathlib import Path
 
 from ostro.actors.errors import NotReadyError, ShardLostError
@@ -13,7 +12,7 @@ from ostro.actors.fabric.epoch import EpochGroup, Membership, join, leave
 from ostro.actors.fabric.messages import RankHello
 from ostro.actors.fabric.row_codec import RowLayout
 from ostro.actors.fabric.wiring import Wiring
-from ostro.actors.model.device import pin_threads, prepare_device, torch_dtype
+from ostro.actors.model.device import prepare_device, torch_dtype
 from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, RankHealth, RankSpec, RankState
 from ostro.actors.rank_loop import Engine, RankLoop, RankStatus
@@ -87,8 +86,7 @@ class RankActor(ABC):
         except BaseException:
             connection.close()
             raise
-        pin = partial(pin_threads, spec.device, spec.dtype, spec.deployment)
-        self._loop = RankLoop(spec.rank, epoch.epoch, connection, engine, prepare=pin)
+        self._loop = RankLoop(spec.rank, epoch.epoch, connection, engine)
         self._loop.start()
         self._status.stage_seconds["join"] = time.perf_counter() - began_s
 

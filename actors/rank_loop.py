@@ -6,7 +6,6 @@ import logging
 import resource
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -40,21 +39,11 @@ class Engine(Protocol):
 class RankLoop:
     """Turns an engine until `stop()` or until the epoch fails; a failure is told to the router."""
 
-    def __init__(
-        self,
-        rank: int,
-        epoch: int,
-        connection: SyncConnection,
-        engine: Engine,
-        *,
-        prepare: Callable[[], None],
-    ) -> None:
-        """`prepare` is called first, in the loop's own thread."""
+    def __init__(self, rank: int, epoch: int, connection: SyncConnection, engine: Engine) -> None:
         self.rank = rank
         self.epoch = epoch
         self.engine = engine
         self._connection = connection
-        self._prepare = prepare
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ostro-engine", daemon=True)
 
@@ -74,7 +63,6 @@ class RankLoop:
 
     def _run(self) -> None:
         try:
-            self._prepare()
             while not self._stopping.is_set():
                 self.engine.turn()
         except TransportError as error:

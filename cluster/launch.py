@@ -298,7 +298,7 @@ def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:
     """OpenMP threads pinned to cores: unpinned, one busy neighbour cost a factor of 33."""
     threads = num_threads(deployment)
     pinned = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if threads > 1 else {}
-    return {"OMP_NUM_THREADS": str(threads), **pinned}
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **pinned}
 
 
 def _make_group(layout: LayoutConfig, device: str, nodes: list[Node]) -> PlacementGroup:

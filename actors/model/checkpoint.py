@@ -17,16 +17,21 @@ from typing import Any
 import torch
 
 from ostro.actors.errors import CheckpointError
+from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout
 
 # The number of bytes of memory just filled, in the dtype asked for.
 ReadProgress = Callable[[int], None]
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 _CHUNK_BYTES = 64 * 2**20  # staging buffer of a read that also converts or uploads
 
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
+}
 _ITEM_BYTES = {
     name: size
     for size, names in (
@@ -56,7 +61,8 @@ class CheckpointReader:
     Holds no file open and no tensor data; safe to share between threads except for `bytes_read`.
 
     Args:
-        directory: Holds `model.safetensors`, or an index with its shards.
+        directory: Holds `model.safetensors`, or an index with its shards; or, in Mistral's layout,
+            the same under `consolidated`, where shards need no index.
 
     Raises:
         CheckpointError: A file is missing, truncated or corrupt, or a tensor stands twice; the
@@ -67,12 +73,14 @@ class CheckpointReader:
         self.directory = directory
         self.bytes_read = 0
         self._entries: dict[str, _Entry] = {}
-        for file, promised in _checkpoint_files(directory).items():
+        self.layout = find_layout(directory)
+        for file, promised in _checkpoint_files(directory, self.layout).items():
             entries = _read_header(file)
             for name in promised:
                 if name not in entries:
+                    index = self.layout.index_name
                     raise CheckpointError(
-                        f"{file}: tensor {name} is missing, though {_INDEX_FILE} places it here"
+                        f"{file}: tensor {name} is missing, though {index} places it here"
                     )
             for name, entry in entries.items():
                 if name in self._entries:
@@ -106,8 +114,7 @@ class CheckpointReader:
         entry = self._entry(name)
         if entry.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{entry.file}: tensor {name} is {entry.dtype}; "
-                f"FP8 and NVFP4 layouts are not served yet, only {', '.join(_DTYPES)}"
+                f"{entry.file}: tensor {name} is {entry.dtype}; served are {', '.join(_DTYPES)}"
             )
         return _DTYPES[entry.dtype]
 
@@ -135,13 +142,25 @@ class CheckpointReader:
         Raises:
             CheckpointError: No such tensor or row, an unserved dtype, or the file shrank.
         """
+        shape = self.shape(name) if rows is None else (len(rows), *self.shape(name)[1:])
+        out = torch.empty(shape, dtype=dtype or self.dtype(name), device=device)
+        self.read_into(out, name, rows=rows, progress=progress)
+        return out
+
+    def read_into(
+        self,
+        out: torch.Tensor,
+        name: str,
+        *,
+        rows: Sequence[int] | None = None,
+        progress: ReadProgress | None = None,
+    ) -> None:
+        """As `read`, into memory that is there: contiguous, of the shape that `read` would give."""
         entry = self._entry(name)
         stored = self.dtype(name)
-        shape = entry.shape if rows is None else (len(rows), *entry.shape[1:])
-        out = torch.empty(shape, dtype=dtype or stored, device=device)
         row_bytes = entry.num_bytes // max(entry.shape[0], 1) if entry.shape else entry.num_bytes
         if entry.num_bytes == 0 or out.numel() == 0:
-            return out
+            return
         out_rows = out if entry.shape else out.view(1)
         direct = out.dtype == stored and out.device.type == "cpu"
         with entry.file.open("rb", buffering=0) as file:
@@ -156,7 +175,6 @@ class CheckpointReader:
                 self.bytes_read += count * row_bytes
                 if progress is not None:
                     progress(target.nbytes)
-        return out
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -197,13 +215,14 @@ def _read_exactly(file: io.FileIO, entry: _Entry, offset: int, out: torch.Tensor
         view = view[count:]
 
 
-def _checkpoint_files(directory: Path) -> dict[Path, list[str]]:
+def _checkpoint_files(directory: Path, layout: CheckpointLayout) -> dict[Path, list[str]]:
     """Each file with the tensors that the index promises in it (none without an index)."""
-    if (directory / _SINGLE_FILE).is_file():
-        return {directory / _SINGLE_FILE: []}
-    index = directory / _INDEX_FILE
+    single = directory / f"{layout.weights_stem}.safetensors"
+    if single.is_file():
+        return {single: []}
+    index = directory / layout.index_name
     if not index.is_file():
-        raise _no_checkpoint(directory)
+        return _files_without_index(directory, layout)
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         placed = {str(name): str(file) for name, file in weight_map.items()}
@@ -216,19 +235,31 @@ def _checkpoint_files(directory: Path) -> dict[Path, list[str]]:
         files.setdefault(directory / file, []).append(name)
     for path, names in files.items():
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {_INDEX_FILE} places {names[0]} in it")
+            raise CheckpointError(f"{path}: missing; {index.name} places {names[0]} in it")
     return files
 
 
-def _no_checkpoint(directory: Path) -> CheckpointError:
-    if any(directory.glob("consolidated*.safetensors")):
-        return CheckpointError(
-            f"{directory}: native layout (consolidated*.safetensors) is not served yet; "
-            f"use the Hugging Face layout"
+def _files_without_index(directory: Path, layout: CheckpointLayout) -> dict[Path, list[str]]:
+    """Mistral's shards say in their names how many they are, so no index is needed."""
+    stem = layout.weights_stem
+    shards = {path.name: path for path in sorted(directory.glob(f"{stem}-*-of-*.safetensors"))}
+    if shards and layout is CheckpointLayout.HUGGING_FACE:
+        raise CheckpointError(f"{directory / layout.index_name}: missing, but there are shards")
+    if not shards:
+        raise CheckpointError(
+            f"{directory}: neither {stem}.safetensors nor {layout.index_name} is here"
         )
-    if any(directory.glob("model-*.safetensors")):
-        return CheckpointError(f"{directory / _INDEX_FILE}: missing, but there are shards")
-    return CheckpointError(f"{directory}: neither {_SINGLE_FILE} nor {_INDEX_FILE} is here")
+    total = next(iter(shards)).removesuffix(".safetensors").rpartition("-of-")[2]
+    wanted = [
+        f"{stem}-{part:05}-of-{total}.safetensors"
+        for part in range(1, int(total) + 1 if total.isdecimal() else 1)
+    ]
+    if wanted != list(shards):
+        raise CheckpointError(
+            f"{directory}: shards {sorted(set(wanted) ^ set(shards))} are missing or of another "
+            f"set; without {layout.index_name} all {total} must be here and no other"
+        )
+    return {path: [] for path in shards.values()}
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:

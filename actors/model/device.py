@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 
 import torch
@@ -11,9 +10,6 @@ import torch
 from ostro.configs.deployment import DeploymentConfig, Layout
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
-from ostro.kernels.cpu import library
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SMALL_HIDDEN = 512
@@ -65,20 +61,11 @@ def prepare_device(device: str, deployment: DeploymentConfig) -> None:
             )
         torch.cuda.set_device(0)
         return
-    torch.set_num_threads(num_threads(deployment))
+    if deployment.layout.layout is not Layout.SINGLE or deployment.engine.num_threads is not None:
+        torch.set_num_threads(num_threads(deployment))
+    # Else the process was started with as many as it has cores. To count them here would be wrong:
+    # OpenMP has bound this thread to one of them.
     _keep_freed_memory()
-
-
-def pin_threads(device: str, dtype: str, deployment: DeploymentConfig) -> None:
-    """Keep the calling thread and its helpers on cores of their own, where one rank has them all.
-
-    Ranks that share the cores have one thread each, which the system places better than we could.
-    In float32 the CPU operators, which know the threads, may not be there.
-    """
-    if device != "cuda" and dtype == "bfloat16" and deployment.layout.layout is Layout.SINGLE:
-        cpus = sorted(os.sched_getaffinity(0))[: num_threads(deployment)]
-        if num_threads(deployment) == len(cpus) > 1 and not library.pin_threads(cpus):
-            logger.info("threads are not pinned to cores")
 
 
 def _keep_freed_memory() -> None:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from ostro.actors.model.weight_names import TEXT_SCHEME, WRAPPER_SCHEME, ExpectedTensor
-from ostro.configs.model import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE, load_model_config
+from ostro.configs.hugging_face_config import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE
+from ostro.configs.model import load_model_config
 
 _DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}

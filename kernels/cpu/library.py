@@ -41,7 +41,6 @@ _SIGNATURES = {
     "ostro_add_rows": (_P, _P, _P, _I, _P, _THREADS),
     "ostro_mla_decode": (_P, _I, _I, _P, _P, _P, _P, _P, _P, *[_I] * 7, _F, _P, _THREADS),
     "ostro_attend_block": (*[_P, _I, _I] * 3, *[_I] * 8, _F, _P, _P, _P, _P, _THREADS),
-    "ostro_pin_threads": (_P, _THREADS),
 }
 
 
@@ -60,7 +59,7 @@ def load() -> ctypes.CDLL | None:
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = types
-        function.restype = ctypes.c_int if name == "ostro_pin_threads" else None
+        function.restype = None
     return library
 
 
@@ -88,18 +87,6 @@ def why_absent() -> str | None:
     except BuildError as error:
         return str(error)
     return None
-
-
-def pin_threads(cpus: list[int]) -> bool:
-    """Keep each of the calling thread's OpenMP threads on its own core; False if it cannot be.
-
-    Two threads that meet at barriers were 33 times slower when the system moved both to one core.
-    """
-    library = load()
-    if library is None:
-        return False
-    array = (ctypes.c_int * len(cpus))(*cpus)
-    return bool(library.ostro_pin_threads(ctypes.addressof(array), len(cpus)) == 0)
 
 
 def _built() -> Path:

@@ -1,6 +1,5 @@
 // Small operations on rows: norms, rotary embedding, writes to the latent cache, the gate.
 #include <omp.h>
-#include <sched.h>
 
 #include <cmath>
 
@@ -105,17 +104,4 @@ extern "C" void ostro_add_rows(const float* sum, const bf16* shared, const bf16*
   for (int64_t i = 0; i < count; i += kLanes)
     store_narrow(out + i, _mm512_add_ps(_mm512_add_ps(_mm512_loadu_ps(sum + i), widen(shared + i)),
                                         widen(residual + i)));
-}
-
-// Keeps thread i of the calling thread's team on cpus[i]; 0 if all could be.
-extern "C" int ostro_pin_threads(const int* cpus, int threads) {
-  int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : failed)
-  {
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(cpus[omp_get_thread_num()], &one);
-    failed += sched_setaffinity(0, sizeof one, &one) != 0;
-  }
-  return failed;
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ostro.cluster.generation import ModelCard
+from ostro.configs.checkpoint_layout import find_layout
 from ostro.configs.deployment import EFFORTS, DeploymentConfig
 from ostro.configs.model import ModelConfig
 
@@ -21,7 +22,7 @@ def make_card(
 
     Args:
         model_dir: Gives the name if the deployment has none.
-        model_config: What its config.json says.
+        model_config: What its config says.
         deployment: May bound the context, also by the size of the cache.
         weight_dtype: What the shards hold the weights in, for example "bfloat16".
         kv_dtype: What the latent cache is held in; None if in `weight_dtype`.
@@ -39,7 +40,7 @@ def make_card(
         description=(deployment.notice + " " if deployment.notice else "")
         + f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
         f"experts per token, {max_context} tokens of context",
-        created_s=int((model_dir / "config.json").stat().st_mtime),
+        created_s=int((model_dir / find_layout(model_dir).config_name).stat().st_mtime),
         max_context=max_context,
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,

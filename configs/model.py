@@ -1,5 +1,7 @@
 """What the checkpoint says the model is: shapes and constants, read from its config, never assumed.
 
+`config.json` and Mistral's `params.json` give the same `ModelConfig`.
+
 Whatever the engine relies on and the file contradicts is an error that names file and field.
 Knows no tensors: names and shapes of those are `actors.model.weight_names`.
 
@@ -8,24 +10,25 @@ Shape letters: D hidden, H heads, C latent, P rope dim, F expert hidden, V vocab
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout
+from ostro.configs.config_sections import ConfigSections
 from ostro.configs.errors import ConfigError
-from ostro.configs.section import Section
+from ostro.configs.hugging_face_config import read_config_json
+from ostro.configs.params_json import read_params_json
+from ostro.configs.quantization import Quantization
+from ostro.configs.section import Section, read_json
 from ostro.configs.vision import VisionConfig, load_vision
-
-WRAPPER_ARCHITECTURE = "Mistral3ForConditionalGeneration"
-TEXT_ARCHITECTURE = "Mistral4ForCausalLM"
 
 # What the forward pass takes for granted: (key, the value it needs). An absent key is taken so.
 _REQUIRED = (
     ("n_group", 1),
     ("topk_group", 1),
     ("first_k_dense_replace", 0),
+    ("moe_layer_freq", 1),
     ("attention_bias", False),
     ("hidden_act", "silu"),
     ("norm_topk_prob", True),
@@ -89,7 +92,7 @@ class ModelConfig:
         eos_token_ids: Every id that ends a generation.
         vision: The tower that images pass through; None if the checkpoint takes text alone.
         dtype: The checkpoint's dtype by name; tensors may still differ, see their headers.
-        quantization: Name of the weight format; None is plain bf16 or f32.
+        quantization: Declared format of the quantised weights; None if all are bf16 or f32.
     """
 
     architecture: str
@@ -119,7 +122,7 @@ class ModelConfig:
     pad_token_id: int
     vision: VisionConfig | None
     dtype: str
-    quantization: str | None = None
+    quantization: Quantization | None = None
 
     def qk_head_dim(self) -> int:
         """Width of one query head: nope part, then rope part."""
@@ -139,22 +142,22 @@ class ModelConfig:
 
 
 def load_model_config(directory: Path) -> ModelConfig:
-    """Read a checkpoint directory's `config.json` and `generation_config.json`.
+    """Read a checkpoint directory's config, in the layout that `find_layout` takes.
+
+    `generation_config.json` is read beside it, if it is there.
 
     Raises:
-        ConfigError: No such file, a layout or weight format that is not served yet, another
-            architecture, or a value that the engine cannot honour; the text names file and field.
+        ConfigError: No such file, a weight format that is not served, another architecture, or a
+            value that the engine cannot honour; the text names file and field.
     """
-    top = _read_config(directory)
-    architecture, text = _text_section(top)
-    _check_quantization(top, text)
+    sections = _read_config(directory)
+    text, rope_values = sections.text, sections.rope
     for key, needed in _REQUIRED:
         text.require(key, needed)
-    rope_values = _rope_section(text)
     rope = _load_rope(text, rope_values)
     ids = _token_ids(directory, text)
     config = ModelConfig(
-        architecture=architecture,
+        architecture=sections.architecture,
         num_layers=text.count("num_hidden_layers"),
         hidden_size=text.count("hidden_size"),
         num_heads=text.count("num_attention_heads"),
@@ -172,83 +175,33 @@ def load_model_config(directory: Path) -> ModelConfig:
         max_context=text.count("max_position_embeddings"),
         rope=rope,
         llama4_beta=rope_values.number("llama_4_scaling_beta", 0.0),
-        llama4_original_max_positions=rope.original_max_positions,
+        llama4_original_max_positions=rope_values.count(
+            "llama_4_original_max_position_embeddings", rope.original_max_positions
+        ),
         routed_scaling_factor=text.positive("routed_scaling_factor", 1.0),
         norm_topk_prob=True,
-        tie_word_embeddings=_is_tied(top, text),
+        tie_word_embeddings=_is_tied(sections.top, text),
         bos_token_id=ids["bos_token_id"][0],
         eos_token_ids=ids["eos_token_id"],
         pad_token_id=ids["pad_token_id"][0],
-        vision=load_vision(top) if text is not top else None,
-        dtype=_dtype_name(top, text),
+        vision=load_vision(sections.top, sections.tower),
+        dtype=_dtype_name(sections.top, text),
+        quantization=sections.quantization,
     )
     _check_shapes(text, config)
     return config
 
 
-def _read_config(directory: Path) -> Section:
-    file = directory / "config.json"
+def _read_config(directory: Path) -> ConfigSections:
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such checkpoint directory")
+    layout = find_layout(directory)
+    file = directory / layout.config_name
     if not file.is_file():
-        if (directory / "params.json").is_file():
-            raise ConfigError(
-                f"{directory / 'params.json'}: native layout is not served yet; "
-                f"use the Hugging Face layout (config.json with model-*.safetensors)"
-            )
         raise ConfigError(f"{file}: missing, so this is no checkpoint directory")
-    return Section(file, "", _read_json(file))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object")
-    return values
-
-
-def _text_section(top: Section) -> tuple[str, Section]:
-    """The declared architecture and the part of the config that describes the text model."""
-    declared = top.values.get("architectures")
-    model_type = top.values.get("model_type")
-    if not isinstance(declared, list) or not declared:
-        by_type = {"mistral3": WRAPPER_ARCHITECTURE, "mistral4": TEXT_ARCHITECTURE}
-        declared = [by_type.get(str(model_type), model_type)]
-    architecture = str(declared[0])
-    if architecture == WRAPPER_ARCHITECTURE and isinstance(top.values.get("text_config"), dict):
-        text = top.section("text_config")
-    elif architecture == TEXT_ARCHITECTURE:
-        text = top
-    else:
-        raise top.error(
-            "architectures",
-            f"is {architecture}; served are {WRAPPER_ARCHITECTURE} with a mistral4 text_config "
-            f"and {TEXT_ARCHITECTURE}",
-        )
-    if text.values.get("model_type") != "mistral4":
-        raise text.error("model_type", f"is {text.values.get('model_type')!r}, not 'mistral4'")
-    return architecture, text
-
-
-def _check_quantization(top: Section, text: Section) -> None:
-    for section in (top, text):
-        found = section.values.get("quantization_config")
-        if found:
-            method = found.get("quant_method") if isinstance(found, dict) else found
-            raise section.error(
-                "quantization_config",
-                f"{method} weights are not served yet; use a bf16 or f32 checkpoint",
-            )
-
-
-def _rope_section(text: Section) -> Section:
-    for key in ("rope_parameters", "rope_scaling"):
-        if text.values.get(key) is not None:
-            return text.section(key)
-    raise text.error("rope_parameters", "missing")
+    if layout is CheckpointLayout.MISTRAL:
+        return read_params_json(file)
+    return read_config_json(file)
 
 
 def _load_rope(text: Section, rope: Section) -> RopeConfig:
@@ -282,7 +235,7 @@ def _load_rope(text: Section, rope: Section) -> RopeConfig:
 def _token_ids(directory: Path, text: Section) -> dict[str, tuple[int, ...]]:
     """Begin, end and padding ids: generation_config.json first, then config.json, then 1/2/11."""
     file = directory / "generation_config.json"
-    generation = Section(file, "", _read_json(file) if file.is_file() else {})
+    generation = Section(file, "", read_json(file) if file.is_file() else {})
     ids = {}
     for key, usual in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 11)):
         holder = generation if generation.values.get(key) is not None else text

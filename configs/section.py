@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,23 @@ from ostro.configs.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One mapping of a config file, able to say where a wrong value stands."""
+    """One mapping of a config file, able to say where a wrong value stands.
+
+    Attributes:
+        file: Where it was read.
+        prefix: Path of the mapping inside the file, with its dot.
+        values: The mapping.
+        spelling: What the file calls a key, where that is something else.
+    """
 
     file: Path
     prefix: str
     values: dict[str, Any]
+    spelling: Mapping[str, str] = field(default_factory=dict)
 
     def error(self, key: str, problem: str) -> ConfigError:
         """An error about one of the mapping's values."""
+        key = self.spelling.get(key, key)
         return ConfigError(f"{self.file}: {self.prefix}{key}: {problem}")
 
     def section(self, key: str) -> Section:
@@ -64,3 +75,18 @@ class Section:
         if not 0.0 < value < math.inf:
             raise self.error(key, f"must be positive, not {value!r}")
         return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: It cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    return values

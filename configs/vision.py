@@ -56,17 +56,16 @@ class VisionConfig:
         return -(-self.image_size // self.token_side()) * self.token_side()
 
 
-def load_vision(top: Section) -> VisionConfig | None:
-    """Read `vision_config` and what belongs to it of a wrapper's config; None without one.
+def load_vision(top: Section, tower: Section | None) -> VisionConfig | None:
+    """Read a config's vision tower and what stands beside it in `top`; None without a tower.
 
     Raises:
         ConfigError: A value that the engine cannot honour.
     """
-    if top.values.get("vision_config") is None:
+    if tower is None:
         return None
     for key, needed in _REQUIRED:
         top.require(key, needed)
-    tower = top.section("vision_config")
     tower.require("model_type", "pixtral")
     hidden_size, num_heads = tower.count("hidden_size"), tower.count("num_attention_heads")
     config = VisionConfig(

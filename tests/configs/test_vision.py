@@ -28,7 +28,8 @@ _TOWER: dict[str, Any] = {
 def _load(top: dict[str, Any] | None = None, **tower: Any) -> VisionConfig:
     """Read the real tower with changes; None deletes a key."""
     values = {key: value for key, value in {**_TOWER, **tower}.items() if value is not None}
-    config = load_vision(Section(Path("config.json"), "", {"vision_config": values, **(top or {})}))
+    section = Section(Path("config.json"), "", {"vision_config": values, **(top or {})})
+    config = load_vision(section, section.section("vision_config"))
     assert config is not None
     return config
 
@@ -51,7 +52,7 @@ def test_load_vision_reads_the_real_tower() -> None:
 
 
 def test_load_vision_is_none_without_a_tower() -> None:
-    assert load_vision(Section(Path("config.json"), "", {})) is None
+    assert load_vision(Section(Path("config.json"), "", {}), None) is None
 
 
 def test_sides_are_whole_tokens() -> None:

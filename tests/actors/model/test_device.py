@@ -23,7 +23,7 @@ print(torch.get_num_threads())
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has nothing to share out")
 def test_a_lone_rank_keeps_all_its_threads_when_openmp_binds_them() -> None:
-    bound = {name: "2" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    bound = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "2")
     bound |= {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
     told = subprocess.run(
         [sys.executable, "-c", _PROGRAM],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ostro.actors.errors import CheckpointError
-from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout
+from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout, other_layout
 
 # The number of bytes of memory just filled, in the dtype asked for.
 ReadProgress = Callable[[int], None]
@@ -104,6 +104,10 @@ class CheckpointReader:
     def num_bytes(self, name: str) -> int:
         """The tensor's size in the file."""
         return self._entry(name).num_bytes
+
+    def dtype_name(self, name: str) -> str:
+        """The tensor's dtype as the file spells it, for example "BF16"; served or not."""
+        return self._entry(name).dtype
 
     def dtype(self, name: str) -> torch.dtype:
         """The tensor's dtype in the file.
@@ -235,7 +239,9 @@ def _checkpoint_files(directory: Path, layout: CheckpointLayout) -> dict[Path, l
         files.setdefault(directory / file, []).append(name)
     for path, names in files.items():
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {index.name} places {names[0]} in it")
+            raise CheckpointError(
+                f"{path}: missing; {index.name} places {names[0]} in it{_way_out(directory)}"
+            )
     return files
 
 
@@ -258,8 +264,18 @@ def _files_without_index(directory: Path, layout: CheckpointLayout) -> dict[Path
         raise CheckpointError(
             f"{directory}: shards {sorted(set(wanted) ^ set(shards))} are missing or of another "
             f"set; without {layout.index_name} all {total} must be here and no other"
+            f"{_way_out(directory)}"
         )
     return {path: [] for path in shards.values()}
+
+
+def _way_out(directory: Path) -> str:
+    """What to do about a broken layout where the other one stands beside it."""
+    other = other_layout(directory)
+    if other is None:
+        return ""
+    taken = find_layout(directory).config_name
+    return f"; {other.config_name} and its weights are here too: move {taken} away to use them"
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:

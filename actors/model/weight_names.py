@@ -1,18 +1,19 @@
 """Which checkpoint tensor fills which parameter, what shape it must have, and which role needs it.
 
-One table serves the Hugging Face layout under both of its prefixes; another layout is another
-`NamingScheme`. Knows no tensors, only names and shapes.
+One table serves the Hugging Face layout under both of its prefixes, with experts stacked or one by
+one; `native_names` has Mistral's. Names are those of a weight that is not quantised: what stands in
+its place if it is, `stored_weights` knows. Knows no tensors, only names and shapes.
 
 Shape letters: D hidden, H heads, C latent, P rope dim, E experts, F expert hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from ostro.actors.errors import CheckpointError
+from ostro.configs.checkpoint_layout import CheckpointLayout
 from ostro.configs.model import ModelConfig
 from ostro.configs.vision import VisionConfig
 
@@ -32,7 +33,8 @@ class WeightName:
 
     Attributes:
         parameter: Our name for it.
-        tensor: The tensor's name behind the scheme's prefix; `{layer}` marks one per layer.
+        tensor: The tensor's name behind the scheme's prefix; `{layer}` marks one per layer,
+            `{expert}` one per routed expert.
         role: Who loads it.
         shape: Its shape under a config.
     """
@@ -45,13 +47,18 @@ class WeightName:
 
 @dataclass(frozen=True, slots=True)
 class ExpectedTensor:
-    """A tensor that a checkpoint must hold."""
+    """A tensor that a checkpoint must hold.
+
+    Attributes:
+        expert: Which routed expert it is; None if it is none, or all of a layer stacked.
+    """
 
     name: str
     parameter: str
     layer: int | None
     role: Role
     shape: Shape
+    expert: int | None = None
 
 
 def _row(
@@ -65,7 +72,7 @@ _ATTENTION = _LAYER + "self_attn."
 _SHARED = _LAYER + "mlp.shared_experts."
 _EXPERTS = _LAYER + "mlp.experts."
 
-HUGGING_FACE_TABLE = (
+COMMON_TABLE = (
     _row("embed", "model.embed_tokens.weight", lambda c: (c.vocab_size, c.hidden_size)),
     _row("final_norm", "model.norm.weight", lambda c: (c.hidden_size,)),
     _row("lm_head", "lm_head.weight", lambda c: (c.vocab_size, c.hidden_size)),
@@ -108,6 +115,10 @@ HUGGING_FACE_TABLE = (
         _SHARED + "down_proj.weight",
         lambda c: (c.hidden_size, c.shared_hidden_size()),
     ),
+)
+
+# All routed experts of a layer in one tensor, its first axis the expert.
+STACKED_EXPERTS = (
     _row(
         "experts_gate_up",  # rows 0 .. F-1 gate, F .. 2F-1 up
         _EXPERTS + "gate_up_proj",
@@ -118,6 +129,28 @@ HUGGING_FACE_TABLE = (
         "experts_down",
         _EXPERTS + "down_proj",
         lambda c: (c.num_experts, c.hidden_size, c.expert_hidden_size),
+        Role.EXPERT,
+    ),
+)
+
+# Each routed expert in three tensors of its own.
+SINGLE_EXPERTS = (
+    _row(
+        "expert_gate",
+        _EXPERTS + "{expert}.gate_proj.weight",
+        lambda c: (c.expert_hidden_size, c.hidden_size),
+        Role.EXPERT,
+    ),
+    _row(
+        "expert_up",
+        _EXPERTS + "{expert}.up_proj.weight",
+        lambda c: (c.expert_hidden_size, c.hidden_size),
+        Role.EXPERT,
+    ),
+    _row(
+        "expert_down",
+        _EXPERTS + "{expert}.down_proj.weight",
+        lambda c: (c.hidden_size, c.expert_hidden_size),
         Role.EXPERT,
     ),
 )
@@ -194,42 +227,52 @@ class NamingScheme:
     """How one checkpoint layout names its tensors.
 
     Attributes:
-        prefix: Stands before every tensor of the table.
+        layout: Which layout that is.
+        prefix: Stands before every tensor of the text model.
         unserved_prefixes: Tensors that are known and, where the config has no use for them, not
             loaded.
         table: The rows of the text model.
         vision_table: The rows of a vision tower and its projector.
     """
 
+    layout: CheckpointLayout
     prefix: str
     unserved_prefixes: tuple[str, ...]
-    table: tuple[WeightName, ...] = HUGGING_FACE_TABLE
-    vision_table: tuple[WeightName, ...] = VISION_TABLE
+    table: tuple[WeightName, ...]
+    vision_table: tuple[WeightName, ...]
 
-    def tensor(self, parameter: str, layer: int | None = None) -> str:
+    def stacks_experts(self) -> bool:
+        """Whether the routed experts of a layer stand in one tensor."""
+        return any(row.parameter == "experts_down" for row in self.table)
+
+    def tensor(self, parameter: str, layer: int | None = None, expert: int | None = None) -> str:
         """The tensor that fills a parameter.
 
         Example:
             ("q_a", 3) -> "language_model.model.layers.3.self_attn.q_a_proj.weight"
         """
-        row = next(row for row in (*self.table, *self.vision_table) if row.parameter == parameter)
-        return self._name(row, layer)
+        for prefix, rows in ((self.prefix, self.table), ("", self.vision_table)):
+            for row in rows:
+                if row.parameter == parameter:
+                    return prefix + row.tensor.format(layer=layer, expert=expert)
+        raise KeyError(f"no parameter {parameter}")
 
     def expected(self, config: ModelConfig) -> dict[str, ExpectedTensor]:
         """Every tensor that a checkpoint of this config must hold, by name."""
-        rows = [(row, config.num_layers) for row in self.table]
+        tensors = [
+            tensor
+            for row in self.table
+            if not (row.parameter == "lm_head" and config.tie_word_embeddings)
+            for tensor in _expand(row, self.prefix, config, config.num_layers)
+        ]
         if config.vision is not None:
-            rows += [(row, config.vision.num_layers) for row in self.vision_table]
-        tensors: dict[str, ExpectedTensor] = {}
-        for row, num_layers in rows:
-            if row.parameter == "lm_head" and config.tie_word_embeddings:
-                continue
-            for layer in range(num_layers) if "{layer}" in row.tensor else [None]:
-                name = self._name(row, layer)
-                tensors[name] = ExpectedTensor(
-                    name, row.parameter, layer, row.role, row.shape(config)
-                )
-        return tensors
+            num_layers = config.vision.num_layers
+            tensors += [
+                tensor
+                for row in self.vision_table
+                for tensor in _expand(row, "", config, num_layers)
+            ]
+        return {tensor.name: tensor for tensor in tensors}
 
     def is_ignored(self, name: str, config: ModelConfig) -> bool:
         """Whether a tensor is known and not loaded.
@@ -240,30 +283,32 @@ class NamingScheme:
             return True
         return config.vision is None and name.startswith(self.unserved_prefixes)
 
-    def _name(self, row: WeightName, layer: int | None) -> str:
-        prefix = "" if row in self.vision_table else self.prefix
-        return prefix + row.tensor.format(layer=layer)
+
+def _expand(
+    row: WeightName, prefix: str, config: ModelConfig, num_layers: int
+) -> Iterator[ExpectedTensor]:
+    """The tensors of a row: one, one per layer, or one per layer and expert."""
+    shape = row.shape(config)
+    experts = range(config.num_experts) if "{expert}" in row.tensor else (None,)
+    for layer in range(num_layers) if "{layer}" in row.tensor else (None,):
+        for expert in experts:
+            name = prefix + row.tensor.format(layer=layer, expert=expert)
+            yield ExpectedTensor(name, row.parameter, layer, row.role, shape, expert)
 
 
-WRAPPER_SCHEME = NamingScheme("language_model.", (_TOWER, _PROJECTOR))
-TEXT_SCHEME = NamingScheme("", ())
-
-
-def choose_naming(names: Collection[str]) -> NamingScheme:
-    """The scheme that a checkpoint's tensor names follow.
-
-    Raises:
-        CheckpointError: No known scheme, or one that is not served yet.
-    """
-    if "tok_embeddings.weight" in names:
-        raise CheckpointError(
-            "tensor tok_embeddings.weight: native layout is not served yet; "
-            "use the Hugging Face layout"
-        )
-    for scheme in (WRAPPER_SCHEME, TEXT_SCHEME):
-        if scheme.tensor("embed") in names:
-            return scheme
-    raise CheckpointError(
-        f"neither {WRAPPER_SCHEME.tensor('embed')} nor {TEXT_SCHEME.tensor('embed')} is among "
-        f"the {len(names)} tensors"
+def _hugging_face(
+    prefix: str, unserved_prefixes: tuple[str, ...], experts: tuple[WeightName, ...]
+) -> NamingScheme:
+    return NamingScheme(
+        layout=CheckpointLayout.HUGGING_FACE,
+        prefix=prefix,
+        unserved_prefixes=unserved_prefixes,
+        table=COMMON_TABLE + experts,
+        vision_table=VISION_TABLE,
     )
+
+
+WRAPPER_SCHEME = _hugging_face("language_model.", (_TOWER, _PROJECTOR), STACKED_EXPERTS)
+TEXT_SCHEME = _hugging_face("", (), STACKED_EXPERTS)
+WRAPPER_SINGLE_SCHEME = _hugging_face("language_model.", (_TOWER, _PROJECTOR), SINGLE_EXPERTS)
+TEXT_SINGLE_SCHEME = _hugging_face("", (), SINGLE_EXPERTS)

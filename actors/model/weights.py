@@ -1,8 +1,8 @@
 """The weights of each role, and how they are filled from a checkpoint.
 
 `check_checkpoint` holds every tensor name, shape and dtype against the config before any memory is
-taken; the loaders then fill every parameter exactly once. The one after-load change, splitting
-kv_b for absorption, stands in `_split_kv_b`.
+taken; the loaders then fill every parameter exactly once, through `WeightSource`, which hides
+layout and precision. The one after-load change, splitting kv_b, stands in `_split_kv_b`.
 
 Shape letters: D hidden, H heads, N nope dim, P rope dim, C latent, E experts, F expert hidden,
 V vocabulary; in w_uv V is the value dim of a head.
@@ -10,7 +10,6 @@ V vocabulary; in w_uv V is the value dim of a head.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +17,12 @@ from pathlib import Path
 
 import torch
 
-from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
+from ostro.actors.model.stored_weights import match_tensors
 from ostro.actors.model.vision_weights import VisionWeights, gather_vision_weights
-from ostro.actors.model.weight_names import TEXT_SCHEME, NamingScheme, Role, choose_naming
+from ostro.actors.model.weight_names import TEXT_SCHEME, Role
+from ostro.actors.model.weight_source import WeightSource
 from ostro.configs.model import ModelConfig, load_model_config
-
-logger = logging.getLogger(__name__)
-
-_LISTED = 6  # names that an error lists of each kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,21 +98,6 @@ class ExpertWeights:
     local_to_logical: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class LoadReport:
-    """Where each tensor of a checkpoint went, by name; together they are all of its tensors.
-
-    Attributes:
-        used: Filled a parameter of the role that was loaded.
-        other_role: Fill the other role's parameters.
-        ignored: Known and not served, as a tower that the config does not describe.
-    """
-
-    used: tuple[str, ...]
-    other_role: tuple[str, ...]
-    ignored: tuple[str, ...]
-
-
 def check_checkpoint(directory: Path) -> ModelConfig:
     """Check a checkpoint as far as headers tell, taking no memory for weights.
 
@@ -127,7 +108,7 @@ def check_checkpoint(directory: Path) -> ModelConfig:
     """
     config = load_model_config(directory)
     reader = CheckpointReader(directory)
-    _check_tensors(reader, config, choose_naming(reader.names()))
+    match_tensors(reader, config).check(directory)
     return config
 
 
@@ -144,17 +125,18 @@ def load_attention_weights(
     Raises:
         CheckpointError: As `check_checkpoint`.
     """
-    filler = _Filler(reader, config, Role.ATTENTION, device=device, progress=progress)
-    embed_VD = filler.take("embed", None, dtype)
+    source = WeightSource(reader, config, Role.ATTENTION, device=device, progress=progress)
+    source.tell_dequantized(dtype)
+    embed_VD = source.take("embed", None, dtype)
     tied = config.tie_word_embeddings
     weights = AttentionWeights(
         embed_VD=embed_VD,
-        layers=tuple(_attention_layer(filler, i, dtype) for i in range(config.num_layers)),
-        final_norm_D=filler.take("final_norm", None, dtype),
-        lm_head_VD=embed_VD if tied else filler.take("lm_head", None, dtype),
-        vision=_vision(filler, dtype),
+        layers=tuple(_attention_layer(source, i, dtype) for i in range(config.num_layers)),
+        final_norm_D=source.take("final_norm", None, dtype),
+        lm_head_VD=embed_VD if tied else source.take("lm_head", None, dtype),
+        vision=_vision(source, dtype),
     )
-    filler.verify()
+    source.verify()
     return weights
 
 
@@ -182,16 +164,14 @@ def load_expert_weights(
     """
     if not all(0 <= expert < config.num_experts for expert in local_to_logical):
         raise ValueError(f"local_to_logical={local_to_logical}: {config.num_experts} experts exist")
-    filler = _Filler(reader, config, Role.EXPERT, device=device, progress=progress)
-    layers = tuple(
-        ExpertLayerWeights(
-            gate_up=filler.take("experts_gate_up", layer, dtype, rows=local_to_logical),
-            down=filler.take("experts_down", layer, dtype, rows=local_to_logical),
-        )
-        for layer in range(config.num_layers)
-    )
-    filler.verify()
-    return ExpertWeights(layers=layers, local_to_logical=tuple(local_to_logical))
+    source = WeightSource(reader, config, Role.EXPERT, device=device, progress=progress)
+    source.tell_dequantized(dtype)
+    layers = []
+    for layer in range(config.num_layers):
+        gate_up, down = source.take_experts(layer, local_to_logical, dtype)
+        layers.append(ExpertLayerWeights(gate_up=gate_up, down=down))
+    source.verify()
+    return ExpertWeights(layers=tuple(layers), local_to_logical=tuple(local_to_logical))
 
 
 def attention_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -209,75 +189,11 @@ def expert_bytes(config: ModelConfig, num_local: int, dtype: torch.dtype) -> int
     return config.num_layers * num_local * values * dtype.itemsize
 
 
-class _Filler:
-    """Reads one role's tensors, each once, and knows at the end whether all were read."""
-
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        config: ModelConfig,
-        role: Role,
-        *,
-        device: torch.device | str,
-        progress: ReadProgress | None,
-    ) -> None:
-        self.config = config
-        self._reader = reader
-        self._scheme = choose_naming(reader.names())
-        self._device = device
-        self._progress = progress
-        _check_tensors(reader, config, self._scheme)
-        expected = self._scheme.expected(config).values()
-        self._wanted = {tensor.name for tensor in expected if tensor.role is role}
-        self._taken: set[str] = set()
-        self._role = role
-
-    def take(
-        self,
-        parameter: str,
-        layer: int | None,
-        dtype: torch.dtype,
-        *,
-        rows: Sequence[int] | None = None,
-    ) -> torch.Tensor:
-        name = self._scheme.tensor(parameter, layer)
-        if name in self._taken or name not in self._wanted:
-            raise CheckpointError(f"tensor {name} fills a second parameter, or another role's")
-        self._taken.add(name)
-        return self._reader.read(
-            name, rows=rows, dtype=dtype, device=self._device, progress=self._progress
-        )
-
-    def verify(self) -> LoadReport:
-        """Where every tensor of the checkpoint went; raises if one of this role went nowhere."""
-        if self._taken != self._wanted:
-            left = sorted(self._wanted - self._taken)
-            raise CheckpointError(f"{self._reader.directory}: tensors fill no parameter: {left}")
-        expected = self._scheme.expected(self.config)
-        names = self._reader.names()
-        report = LoadReport(
-            used=tuple(name for name in names if name in self._taken),
-            other_role=tuple(
-                name for name in names if name in expected and name not in self._taken
-            ),
-            ignored=tuple(name for name in names if name not in expected),
-        )
-        logger.debug(
-            "%s: %d tensors fill the %s role, %d belong to the other one, %d are not served",
-            self._reader.directory,
-            len(report.used),
-            self._role.value,
-            len(report.other_role),
-            len(report.ignored),
-        )
-        return report
-
-
-def _attention_layer(filler: _Filler, layer: int, dtype: torch.dtype) -> AttentionLayerWeights:
+def _attention_layer(source: WeightSource, layer: int, dtype: torch.dtype) -> AttentionLayerWeights:
     def take(parameter: str) -> torch.Tensor:
-        return filler.take(parameter, layer, dtype)
+        return source.take(parameter, layer, dtype)
 
-    w_uk_HNC, w_uv_HVC = _split_kv_b(filler.config, take("kv_b"))
+    w_uk_HNC, w_uv_HVC = _split_kv_b(source.config, take("kv_b"))
     return AttentionLayerWeights(
         input_norm_D=take("input_norm"),
         q_a=take("q_a"),
@@ -289,17 +205,17 @@ def _attention_layer(filler: _Filler, layer: int, dtype: torch.dtype) -> Attenti
         w_uv_HVC=w_uv_HVC,
         o_proj=take("o_proj"),
         post_norm_D=take("post_norm"),
-        gate_ED=filler.take("gate", layer, torch.float32),
+        gate_ED=source.take("gate", layer, torch.float32),
         shared_gate_up=torch.cat((take("shared_gate"), take("shared_up"))),
         shared_down=take("shared_down"),
     )
 
 
-def _vision(filler: _Filler, dtype: torch.dtype) -> VisionWeights | None:
+def _vision(source: WeightSource, dtype: torch.dtype) -> VisionWeights | None:
     def take(parameter: str, layer: int | None) -> torch.Tensor:
-        return filler.take(parameter, layer, dtype)
+        return source.take(parameter, layer, dtype)
 
-    vision = filler.config.vision
+    vision = source.config.vision
     return None if vision is None else gather_vision_weights(vision, take)
 
 
@@ -308,34 +224,3 @@ def _split_kv_b(config: ModelConfig, kv_b: torch.Tensor) -> tuple[torch.Tensor, 
     nope = config.qk_nope_head_dim
     by_head = kv_b.view(config.num_heads, nope + config.v_head_dim, config.kv_lora_rank)
     return by_head[:, :nope].contiguous(), by_head[:, nope:].contiguous()
-
-
-def _check_tensors(reader: CheckpointReader, config: ModelConfig, scheme: NamingScheme) -> None:
-    """Hold every tensor of the checkpoint against the table; one error tells all that is wrong."""
-    expected = scheme.expected(config)
-    names = reader.names()
-    for name in names:
-        if name in expected:
-            reader.dtype(name)  # raises if it is not served
-    problems = {
-        "missing": sorted(expected.keys() - set(names)),
-        "unknown": [
-            f"{reader.file(name).name}: {name}"
-            for name in names
-            if name not in expected and not scheme.is_ignored(name, config)
-        ],
-        "of another shape than config.json says": [
-            f"{reader.file(name).name}: {name} is {list(reader.shape(name))}, "
-            f"not {list(expected[name].shape)}"
-            for name in names
-            if name in expected and reader.shape(name) != expected[name].shape
-        ],
-    }
-    told = [f"{len(found)} {kind}: {_abridge(found)}" for kind, found in problems.items() if found]
-    if told:
-        raise CheckpointError(f"{reader.directory}: tensors " + "; ".join(told))
-
-
-def _abridge(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

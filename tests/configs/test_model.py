@@ -11,6 +11,7 @@ import pytest
 
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, RopeConfig, load_model_config
+from ostro.configs.quantization import Quantization, WeightFormat
 
 _TEXT: dict[str, Any] = {
     "architectures": ["Mistral4ForCausalLM"],
@@ -44,6 +45,8 @@ _TEXT: dict[str, Any] = {
         "llama_4_scaling_beta": 0.1,
     },
 }
+
+_NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
 
 _VISION: dict[str, Any] = {
     "model_type": "pixtral",
@@ -174,8 +177,20 @@ def test_token_ids_default_to_those_of_tekken(tmp_path: Path) -> None:
         (_rope(apply_scale=1), "rope_parameters.apply_scale"),
         (_rope(attention_factor=1.0), "rope_parameters.attention_factor"),
         (_rope(truncate=False), "rope_parameters.truncate"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config"),
+        ({"quantization_config": "fp8"}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+            "quantization_config.weight_block_size",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "tensor"}},
+            "quantization_config.activation_scheme",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "dense"}},
+            "quantization_config.format",
+        ),
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapper"])
@@ -198,10 +213,30 @@ def test_wrapper_around_another_text_model_is_named(tmp_path: Path) -> None:
         _load(tmp_path, {"model_type": "mistral"}, wrapped=True)
 
 
-def test_native_layout_is_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"params\.json: native layout is not served yet"):
-        load_model_config(tmp_path)
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapper"])
+@pytest.mark.parametrize(
+    ("declared", "meant"),
+    [
+        ({"quant_method": "fp8"}, (WeightFormat.FP8, False)),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, (WeightFormat.FP8, False)),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, (WeightFormat.FP8, True)),
+        (_NVFP4, (WeightFormat.NVFP4, False)),
+        ({**_NVFP4, "config_groups": {"g": {"weights": {}}}}, (WeightFormat.NVFP4, False)),
+        (
+            {**_NVFP4, "config_groups": {"g": {"input_activations": {"dynamic": "local"}}}},
+            (WeightFormat.NVFP4, True),
+        ),
+    ],
+)
+def test_declared_quantization_is_read(
+    tmp_path: Path, declared: dict[str, Any], meant: tuple[WeightFormat, bool], wrapped: bool
+) -> None:
+    found = _load(tmp_path, {"quantization_config": declared}, wrapped=wrapped).quantization
+    assert found == Quantization(weight_format=meant[0], has_input_scales=meant[1])
+
+
+def test_plain_weights_declare_no_quantization(tmp_path: Path) -> None:
+    assert _load(tmp_path, {}).quantization is None
 
 
 def test_missing_directory_and_missing_config_are_told(tmp_path: Path) -> None:

@@ -212,12 +212,12 @@ def test_corrupt_header_is_named(tmp_path: Path, header: Any, told: str) -> None
         CheckpointReader(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "U8", "F4"])
+@pytest.mark.parametrize("dtype", ["F8_E5M2", "I8", "F4"])
 def test_unserved_dtype_is_named_when_it_is_asked_for(tmp_path: Path, dtype: str) -> None:
     header = {"w": {"dtype": dtype, "shape": [8], "data_offsets": [0, 8]}}
     _write_raw(tmp_path / _FILE, header, bytes(8))
     reader = CheckpointReader(tmp_path)
-    with pytest.raises(CheckpointError, match=f"tensor w is {dtype}; FP8 and NVFP4 .* not served"):
+    with pytest.raises(CheckpointError, match=f"tensor w is {dtype}; served are BF16"):
         reader.read("w")
 
 
@@ -226,10 +226,55 @@ def test_directory_without_a_checkpoint_is_told(tmp_path: Path) -> None:
         CheckpointReader(tmp_path)
 
 
-def test_native_layout_is_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "consolidated-00001-of-00002.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"native layout .* not served yet"):
+def test_native_shards_are_read_without_an_index(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    for part, name in enumerate(tensors, 1):
+        save_file({name: tensors[name]}, tmp_path / f"consolidated-0000{part}-of-00004.safetensors")
+    reader = CheckpointReader(tmp_path)
+    assert reader.file("half").name == "consolidated-00002-of-00004.safetensors"
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("stray", [None, "consolidated-00003-of-00003.safetensors"])
+def test_native_shards_that_are_no_whole_set_are_told(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], stray: str | None
+) -> None:
+    save_file(tensors, tmp_path / "consolidated-00002-of-00002.safetensors")
+    missing = "consolidated-00001-of-00002.safetensors"
+    if stray is not None:
+        save_file(tensors, tmp_path / missing)
+        save_file(tensors, tmp_path / stray)
+    with pytest.raises(CheckpointError, match=rf"shards .*{stray or missing}.* are missing or of"):
         CheckpointReader(tmp_path)
+
+
+def test_native_index_is_obeyed(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "consolidated-a.safetensors")
+    placed = dict.fromkeys(tensors, "consolidated-a.safetensors")
+    index = tmp_path / "consolidated.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    assert set(CheckpointReader(tmp_path).names()) == set(tensors)
+
+
+def test_broken_native_layout_tells_of_the_other_one(
+    tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    save_file(tensors, tmp_path / _FILE)
+    save_file(tensors, tmp_path / "consolidated-00001-of-00002.safetensors")
+    for name in ("config.json", "params.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json and .* move params\.json away"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_quantised_values_are_read_as_they_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    values = torch.arange(24, dtype=torch.uint8).view(4, 6).view(dtype)
+    save_file({"w": values}, tmp_path / _FILE)
+    read = CheckpointReader(tmp_path).read("w", rows=[3, 1])
+    assert read.dtype == dtype
+    assert torch.equal(read.view(torch.uint8), values.view(torch.uint8)[[3, 1]])
 
 
 def test_shards_without_an_index_are_told(tmp_path: Path) -> None:

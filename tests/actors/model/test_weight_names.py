@@ -1,4 +1,4 @@
-"""The table of weight names: real shapes, both prefixes, and layouts that are not served yet."""
+"""The tables of weight names: real shapes, both prefixes, both layouts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import checkpoints
 import pytest
 
 from ostro.actors.errors import CheckpointError
+from ostro.actors.model.native_names import NATIVE_SCHEME, choose_naming
 from ostro.actors.model.random_checkpoint import RandomModel, RandomVision, write_config
 from ostro.actors.model.weight_names import (
     TEXT_SCHEME,
+    TEXT_SINGLE_SCHEME,
     WRAPPER_SCHEME,
+    WRAPPER_SINGLE_SCHEME,
     Role,
-    choose_naming,
 )
 from ostro.configs.model import ModelConfig, load_model_config
 
@@ -75,15 +77,29 @@ def test_tensor_names_a_parameter_of_a_layer() -> None:
     assert name == "language_model.model.layers.3.self_attn.q_a_proj.weight"
 
 
-@pytest.mark.parametrize("scheme", [TEXT_SCHEME, WRAPPER_SCHEME])
+@pytest.mark.parametrize(
+    "scheme",
+    [TEXT_SCHEME, WRAPPER_SCHEME, TEXT_SINGLE_SCHEME, WRAPPER_SINGLE_SCHEME, NATIVE_SCHEME],
+)
 def test_choose_naming_goes_by_the_embedding(scheme: object, tiny: ModelConfig) -> None:
     assert isinstance(scheme, type(TEXT_SCHEME))
     assert choose_naming(list(scheme.expected(tiny))) is scheme
 
 
-def test_choose_naming_tells_the_native_layout_apart() -> None:
-    with pytest.raises(CheckpointError, match="native layout is not served yet"):
-        choose_naming(["tok_embeddings.weight", "norm.weight"])
+@pytest.mark.parametrize("vision", [None, RandomVision()], ids=["text", "wrapper"])
+def test_native_names_hold_every_parameter_of_the_real_model(
+    tmp_path: Path, vision: RandomVision | None
+) -> None:
+    tensors = NATIVE_SCHEME.expected(_real(tmp_path, vision))
+    total = 118_972_826_624 if vision is None else 119_401_298_944
+    assert sum(math.prod(tensor.shape) for tensor in tensors.values()) == total
+    assert tensors["layers.35.experts.127.w2.weight"].shape == (4096, 2048)
+    assert tensors["layers.0.experts.3.w1.weight"].expert == 3
+
+
+def test_a_name_that_only_another_scheme_has_is_a_mistake() -> None:
+    with pytest.raises(KeyError, match="expert_gate"):
+        TEXT_SCHEME.tensor("expert_gate", 0, 0)
 
 
 def test_choose_naming_refuses_other_names() -> None:

@@ -1,0 +1,149 @@
+"""Quantised weights: what their values mean, how they are made, and a row order to undo.
+
+    FP8     W = value * scale                              e4m3, one scale for the tensor
+    NVFP4   W = code * scale of its 16 / global scale      e2m1, two codes a byte, even column low
+
+Both official formats keep a scale for the layer's inputs too, for kernels that multiply in the
+format itself; dequantising leaves it aside.
+Source: `static per-tensor` of transformers' and Mistral's FP8 checkpoints; compressed-tensors'
+`nvfp4-pack-quantized`, whose global scales are divisors.
+
+Shape letters: O outputs, I inputs, G = I / 16 groups of a row, H heads, A head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ostro.configs.quantization import WeightFormat
+
+NVFP4_GROUP = 16
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+_CODE_MAX = 6.0
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring magnitudes
+_SIGN = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawWeight:
+    """One weight as a checkpoint holds it, not yet dequantised.
+
+    Attributes:
+        weight_format: What the other fields mean.
+        values: PLAIN and FP8 in the weight's own shape; NVFP4 packed_OI, uint8 [O, I / 2].
+        scale: FP8 one value; NVFP4 scale_OG, e4m3.
+        global_scale: NVFP4 one float32, a divisor.
+        input_scale: One value for the layer's inputs, if the checkpoint has it.
+    """
+
+    weight_format: WeightFormat
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+    global_scale: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+
+def dequantize(raw: RawWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight's values, computed in float32 and rounded once.
+
+    Example:
+        FP8 value 2.0 with scale 0.5 gives 1.0; the NVFP4 byte 0x51 with scale 4 and global scale 2
+        gives the row [1.0, 6.0].
+    """
+    if raw.weight_format is WeightFormat.PLAIN:
+        return raw.values.to(dtype)
+    if raw.scale is None:
+        raise ValueError(f"a {raw.weight_format.value} weight without its scale")
+    if raw.weight_format is WeightFormat.FP8:
+        return raw.values.float().mul_(raw.scale.float().view(())).to(dtype)
+    if raw.global_scale is None:
+        raise ValueError("an nvfp4 weight without its global scale")
+    num_rows, num_groups = raw.scale.shape
+    scale_OG = raw.scale.float() / raw.global_scale.float().view(())
+    pairs = _byte_values(raw.values.device).index_select(0, raw.values.flatten().int())
+    groups = pairs.view(num_rows, num_groups, NVFP4_GROUP)
+    return groups.mul_(scale_OG[:, :, None]).flatten(1).to(dtype)
+
+
+def quantize(weight_OI: torch.Tensor, weight_format: WeightFormat) -> RawWeight:
+    """Round a weight to a format, with scales taken from its largest magnitudes.
+
+    No scale for inputs comes out: that takes activations, which only a calibration sees. PLAIN
+    gives bf16.
+    """
+    if weight_format is WeightFormat.PLAIN:
+        return RawWeight(weight_format=weight_format, values=weight_OI.to(torch.bfloat16))
+    weight_OI = weight_OI.float()
+    largest = weight_OI.abs().max()
+    largest = torch.where(largest > 0, largest, 1.0)
+    if weight_format is WeightFormat.FP8:
+        scale = (largest / _FP8_MAX).to(torch.bfloat16)
+        values = (weight_OI / scale.float()).clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8)
+        return RawWeight(weight_format=weight_format, values=values, scale=scale)
+    global_scale = _FP8_MAX * _CODE_MAX / largest
+    groups = weight_OI.view(len(weight_OI), -1, NVFP4_GROUP)
+    scale_OG = (groups.abs().amax(-1) * (global_scale / _CODE_MAX)).clamp_(max=_FP8_MAX).to(_FP8)
+    step_OG1 = (scale_OG.float() / global_scale)[:, :, None]
+    ratio = torch.where(step_OG1 > 0, groups / step_OG1, 0.0).flatten(1)
+    code_OI = torch.bucketize(ratio.abs(), torch.tensor(_MIDDLES, device=ratio.device))
+    code_OI = (code_OI + _SIGN * (ratio < 0)).to(torch.uint8)
+    return RawWeight(
+        weight_format=weight_format,
+        values=code_OI[:, 0::2] | (code_OI[:, 1::2] << 4),
+        scale=scale_OG,
+        global_scale=global_scale.view(1),
+    )
+
+
+def requantize(raw: RawWeight, weight_format: WeightFormat) -> RawWeight:
+    """The weight in another format; in its own it stays as it is, but for PLAIN, which is bf16."""
+    if raw.weight_format is weight_format:
+        is_plain = weight_format is WeightFormat.PLAIN
+        return replace(raw, values=raw.values.to(torch.bfloat16)) if is_plain else raw
+    return quantize(dequantize(raw, torch.float32), weight_format)
+
+
+def join_rows(first: RawWeight, second: RawWeight) -> RawWeight:
+    """Two PLAIN or FP8 weights as one, `second`'s rows below; FP8 then has one scale for both.
+
+    Exact if their scales are equal, as in the official checkpoint; else both are rounded anew.
+    """
+    values = torch.cat((first.values, second.values))
+    if first.scale is None or second.scale is None or bool(first.scale == second.scale):
+        return replace(first, values=values, input_scale=_larger(first, second))
+    both = [dequantize(part, torch.float32) for part in (first, second)]
+    return replace(
+        quantize(torch.cat(both), first.weight_format), input_scale=_larger(first, second)
+    )
+
+
+def pairs_to_halves(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Reorder the rows of each head from rotated pairs side by side to the pairs' two halves.
+
+    Example:
+        one head of four rows [a, b, c, d] becomes [a, c, b, d].
+    """
+    return weight.view(num_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def halves_to_pairs(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Undo `pairs_to_halves`."""
+    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _larger(first: RawWeight, second: RawWeight) -> torch.Tensor | None:
+    if first.input_scale is None or second.input_scale is None:
+        return None
+    return torch.maximum(first.input_scale.view(()), second.input_scale.view(()))
+
+
+def _byte_values(device: torch.device) -> torch.Tensor:
+    """The two values of every byte, [256, 2]."""
+    magnitudes = torch.tensor(_MAGNITUDES, device=device)
+    values = torch.cat((magnitudes, -magnitudes))
+    codes = torch.arange(256, device=device)
+    return torch.stack((values[codes & 15], values[codes >> 4]), dim=1)

@@ -2,13 +2,15 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import make_tiny_checkpoint
 from typer.testing import CliRunner
 
+from ostro.actors.engine.request import TokenEvent
 from ostro.cluster.bench import app
-from ostro.cluster.bench_engine import engine_deployment, parse_layout
+from ostro.cluster.bench_engine import engine_deployment, parse_layout, run_workload
 from ostro.cluster.bench_faces import closed_loop
 from ostro.cluster.bench_figures import Figure, to_table, write_json
 from ostro.cluster.bench_workload import (
@@ -96,6 +98,39 @@ def test_a_prefill_has_no_steps_to_time():
     assert prefill_workloads([100])[0].tokens_per_s(sample) == 50.0
     with pytest.raises(ValueError, match="decode B=2"):
         Workload(batch=2).tokens_per_s(sample)
+
+
+class ScriptedCell:
+    """A cell client whose requests get one token an event, and which counts its steps."""
+
+    def __init__(self):
+        self.num_steps = 0
+
+    async def state(self):
+        return SimpleNamespace(seconds={"forward": float(self.num_steps)}, num_steps=self.num_steps)
+
+    async def submit(self, request):
+        for index in range(request.stop.max_tokens):
+            await asyncio.sleep(0)
+            self.num_steps += 1
+            yield TokenEvent(request.request_id, index, [7])
+
+
+def sampled(workload):
+    return asyncio.run(run_workload(ScriptedCell(), workload, prompts(workload, 4096, 1), "n"))
+
+
+def test_a_run_times_steps_and_stages():
+    sample = sampled(Workload(batch=2, prompt_tokens=3, new_tokens=5))
+    assert sample.step_s > 0
+    assert (sample.num_steps, sample.seconds) == (10, {"forward": 10.0})
+
+
+def test_a_run_of_a_prefill_has_a_first_token_alone():
+    (prefill,) = prefill_workloads([30])
+    sample = sampled(prefill)
+    assert sample.step_s is None
+    assert sample.first_token_s > 0
 
 
 def test_deployment_has_room_for_every_workload(tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ostro.configs.config_sections import ConfigSections
-from ostro.configs.errors import ConfigError
 from ostro.configs.hugging_face_config import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE
 from ostro.configs.quantization import load_quantization
 from ostro.configs.section import Section, read_json
@@ -87,6 +86,7 @@ def read_params_json(file: Path) -> ConfigSections:
     for key in _NEEDED:
         if params.values.get(key) is None:
             raise params.error(key, "missing; every layer of the served model has it")
+        params.section(key)  # raises if it is no mapping
     has_tower = params.values.get("vision_encoder") is not None
     if has_tower:
         _check_projector(params.section("vision_encoder"))
@@ -125,11 +125,6 @@ def _renamed(params: Section, keys: Mapping[str, str], constants: Mapping[str, A
 
 
 def _at(params: Section, path: str) -> Any:
-    value: Any = params.values
-    for step in path.split("."):
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            raise ConfigError(f"{params.file}: {path}: stands in {value!r}, which is no mapping")
-        value = value.get(step)
-    return value
+    holder, _, key = path.rpartition(".")
+    values = params.values.get(holder) if holder else params.values
+    return values.get(key) if values is not None else None

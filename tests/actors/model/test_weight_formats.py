@@ -1,0 +1,114 @@
+"""FP8 and NVFP4 values: what they mean, how near rounding comes, and the order of rotated rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ostro.actors.model.weight_formats import (
+    RawWeight,
+    dequantize,
+    halves_to_pairs,
+    join_rows,
+    pairs_to_halves,
+    quantize,
+    requantize,
+)
+from ostro.configs.quantization import WeightFormat
+
+_QUANTIZED = [WeightFormat.FP8, WeightFormat.NVFP4]
+
+
+def _weight(rows: int = 24, columns: int = 64, std: float = 0.05) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * std
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_dequantize_fp8_worked_example() -> None:
+    raw = RawWeight(
+        weight_format=WeightFormat.FP8,
+        values=torch.tensor([[2.0]]).to(torch.float8_e4m3fn),
+        scale=torch.tensor(0.5),
+    )
+    assert dequantize(raw, torch.float32).tolist() == [[1.0]]
+
+
+def test_dequantize_nvfp4_worked_example() -> None:
+    packed = torch.zeros(1, 8, dtype=torch.uint8)
+    packed[0, 0], packed[0, 7] = 0x51, 0xF9  # codes 1, 5 and, negative, 1, 7
+    raw = RawWeight(
+        weight_format=WeightFormat.NVFP4,
+        values=packed,
+        scale=torch.tensor([[4.0]]).to(torch.float8_e4m3fn),
+        global_scale=torch.tensor([2.0]),
+    )
+    wanted = [[1.0, 6.0, *[0.0] * 12, -1.0, -12.0]]
+    assert dequantize(raw, torch.float32).tolist() == wanted
+
+
+@pytest.mark.parametrize("missing", ["scale", "global_scale"])
+def test_dequantize_refuses_a_weight_without_its_scales(missing: str) -> None:
+    raw = quantize(_weight(), WeightFormat.NVFP4)
+    parts = {"scale": raw.scale, "global_scale": raw.global_scale, missing: None}
+    with pytest.raises(ValueError, match=f"without its {missing.replace('_', ' ')}"):
+        dequantize(
+            RawWeight(weight_format=WeightFormat.NVFP4, values=raw.values, **parts), torch.float32
+        )
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "most"),
+    [(WeightFormat.PLAIN, 0.003), (WeightFormat.FP8, 0.03), (WeightFormat.NVFP4, 0.12)],
+)
+def test_quantize_comes_as_near_as_the_format_can(weight_format: WeightFormat, most: float) -> None:
+    weight = _weight()
+    found = dequantize(quantize(weight, weight_format), torch.float32)
+    assert most / 4 < _relative(found, weight) < most
+
+
+@pytest.mark.parametrize("weight_format", _QUANTIZED)
+def test_quantize_keeps_zeros_and_outliers(weight_format: WeightFormat) -> None:
+    weight = torch.zeros(2, 32)
+    assert torch.equal(dequantize(quantize(weight, weight_format), torch.float32), weight)
+    weight[1, 5] = -3.0
+    found = dequantize(quantize(weight, weight_format), torch.float32)
+    torch.testing.assert_close(found, weight, rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("weight_format", _QUANTIZED)
+def test_quantizing_what_was_dequantised_changes_little(weight_format: WeightFormat) -> None:
+    once = dequantize(quantize(_weight(), weight_format), torch.float32)
+    twice = dequantize(quantize(once, weight_format), torch.float32)
+    assert _relative(twice, once) < 0.01
+
+
+def test_requantize_leaves_a_weight_of_the_format_alone() -> None:
+    raw = quantize(_weight(), WeightFormat.FP8)
+    assert requantize(raw, WeightFormat.FP8) is raw
+    assert requantize(raw, WeightFormat.PLAIN).values.dtype == torch.bfloat16
+    assert requantize(raw, WeightFormat.NVFP4).values.shape == (24, 32)
+
+
+def test_join_rows_is_exact_where_scales_are_equal() -> None:
+    raw = quantize(_weight(), WeightFormat.FP8)
+    joined = join_rows(raw, raw)
+    assert joined.scale is raw.scale
+    values = dequantize(raw, torch.float32)
+    assert torch.equal(dequantize(joined, torch.float32), torch.cat((values, values)))
+
+
+def test_join_rows_rounds_anew_where_scales_differ() -> None:
+    parts = [_weight(std=0.01), _weight(std=0.05)]
+    joined = join_rows(*(quantize(part, WeightFormat.FP8) for part in parts))
+    assert joined.scale is not None
+    assert joined.scale.numel() == 1
+    assert _relative(dequantize(joined, torch.float32), torch.cat(parts)) < 0.05
+
+
+def test_pairs_to_halves_worked_example() -> None:
+    rows = torch.arange(8).view(8, 1)  # two heads of four rows
+    assert pairs_to_halves(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(halves_to_pairs(pairs_to_halves(rows, 2), 2), rows)

@@ -8,7 +8,6 @@ machine and version. Written as a stream, so a checkpoint may be larger than mem
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ostro.actors.model.checkpoint_writer import TensorSpec, tensor_bytes, write_header
 from ostro.actors.model.weight_names import TEXT_SCHEME, WRAPPER_SCHEME, ExpectedTensor
 from ostro.configs.hugging_face_config import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE
 from ostro.configs.model import load_model_config
 
-_DTYPES = {"bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
 _IMAGE_TOKEN_ID = 10
 _NORM_SPREAD = 0.1  # norms are not exactly one, so that a loader that forgets them is noticed
@@ -127,10 +127,11 @@ def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) 
     tensors = list(scheme.expected(load_model_config(directory)).values())
     partial = directory / "model.safetensors.partial"
     with partial.open("wb") as file:
-        _write_header(file, tensors, model.dtype)
+        dtype = _DTYPES[model.dtype]
+        write_header(file, [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors])
         for tensor in tensors:
             for values in _values(tensor, model, seed):
-                file.write(values.view(-1).view(torch.uint8).numpy().data)
+                file.write(tensor_bytes(values))
     partial.replace(directory / "model.safetensors")
 
 
@@ -240,21 +241,9 @@ def _rope_json(model: RandomModel) -> dict[str, Any]:
     }
 
 
-def _write_header(file: io.BufferedWriter, tensors: list[ExpectedTensor], dtype: str) -> None:
-    name, torch_dtype = _DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + math.prod(tensor.shape) * torch_dtype.itemsize
-        header[tensor.name] = {"dtype": name, "shape": tensor.shape, "data_offsets": [start, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode("ascii")
-    raw += b" " * (-len(raw) % 8)  # the format wants the data aligned
-    file.write(len(raw).to_bytes(8, "little") + raw)
-
-
 def _values(tensor: ExpectedTensor, model: RandomModel, seed: int) -> Iterator[torch.Tensor]:
     """The tensor's values in order; stacked experts one by one."""
-    dtype = _DTYPES[model.dtype][1]
+    dtype = _DTYPES[model.dtype]
     if len(tensor.shape) == 3:
         for index in range(tensor.shape[0]):
             yield _uniform(f"{seed}/{tensor.name}/{index}", tensor.shape[1:], model.std).to(dtype)

@@ -86,11 +86,11 @@ def quantize(weight_OI: torch.Tensor, weight_format: WeightFormat) -> RawWeight:
         return RawWeight(weight_format=weight_format, values=values, scale=scale)
     global_scale = _FP8_MAX * _CODE_MAX / largest
     groups = weight_OI.view(len(weight_OI), -1, NVFP4_GROUP)
-    scale_OG = (groups.abs().amax(-1) * (global_scale / _CODE_MAX)).clamp_(max=_FP8_MAX).to(_FP8)
+    scale_OG = (groups.abs().amax(-1) / _CODE_MAX * global_scale).clamp_(max=_FP8_MAX).to(_FP8)
     step_OG1 = (scale_OG.float() / global_scale)[:, :, None]
     ratio = torch.where(step_OG1 > 0, groups / step_OG1, 0.0).flatten(1)
     code_OI = torch.bucketize(ratio.abs(), torch.tensor(_MIDDLES, device=ratio.device))
-    code_OI = (code_OI + _SIGN * (ratio < 0)).to(torch.uint8)
+    code_OI = (code_OI + _SIGN * ((ratio < 0) & (code_OI > 0))).to(torch.uint8)
     return RawWeight(
         weight_format=weight_format,
         values=code_OI[:, 0::2] | (code_OI[:, 1::2] << 4),

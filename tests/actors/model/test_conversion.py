@@ -1,0 +1,275 @@
+"""Conversion: the tensors that the official files have, their values kept, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoint_variants
+import checkpoints
+import pictures
+import pytest
+import torch
+from model_rig import ModelRig
+from safetensors.torch import load_file
+
+from ostro.actors.errors import CheckpointError
+from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.conversion import plan_conversion
+from ostro.actors.model.converted_checkpoint import write_conversion
+from ostro.actors.model.random_checkpoint import TINY_VISION
+from ostro.actors.model.weights import check_checkpoint
+from ostro.configs.checkpoint_layout import CheckpointLayout
+from ostro.configs.quantization import Quantization, WeightFormat
+
+Variant = Callable[[str, str], Path]
+_WEIGHTS = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
+_CONFIGS = {"hf": "config.json", "mistral": "params.json"}
+_KINDS = [(layout, precision) for layout in _WEIGHTS for precision in ("bf16", "fp8", "nvfp4")]
+_INPUT_SCALES = ("activation_scale", "qscale_act", "input_global_scale")
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    made: dict[tuple[str, str], Path] = {}
+    source = checkpoints.make_tiny_checkpoint(
+        tmp_path_factory.mktemp("source"),
+        num_layers=2,
+        num_experts=8,
+        vocab_size=384,
+        vision=TINY_VISION,
+        dtype="bfloat16",
+    )
+
+    def make(layout: str, precision: str) -> Path:
+        if (layout, precision) not in made:
+            target = tmp_path_factory.mktemp("variant") / f"{layout}_{precision}"
+            checkpoint_variants.write_variant(source, target, layout, precision)
+            made[layout, precision] = target
+        return made[layout, precision]
+
+    return make
+
+
+def _convert(
+    source: Path, target: Path, layout: str, precision: str, max_shard_bytes: int = 10**9
+) -> Path:
+    plan = plan_conversion(source, CheckpointLayout(layout), WeightFormat(precision))
+    told: list[int] = []
+    write_conversion(plan, target, progress=told.append, max_shard_bytes=max_shard_bytes)
+    assert sum(told) == plan.num_bytes()
+    return target
+
+
+def _same_bytes(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert found[name].shape == tensor.shape, name
+        assert torch.equal(
+            found[name].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)
+        ), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "nvfp4"])
+@pytest.mark.parametrize(("start", "end"), [("hf", "mistral"), ("mistral", "hf"), ("hf", "hf")])
+def test_another_layout_holds_the_very_bytes_that_its_official_file_would(
+    variant: Variant, tmp_path: Path, start: str, end: str, precision: str
+) -> None:
+    converted = _convert(variant(start, precision), tmp_path / "out", end, precision)
+    wanted = load_file(variant(end, precision) / _WEIGHTS[end])
+    _same_bytes(load_file(converted / _WEIGHTS[end]), wanted)
+    assert check_checkpoint(converted) == check_checkpoint(variant(start, precision))
+
+
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_rounding_gives_the_values_of_the_official_rule_and_no_input_scales(
+    variant: Variant, tmp_path: Path, layout: str, precision: str
+) -> None:
+    converted = _convert(variant("mistral", "bf16"), tmp_path / "out", layout, precision)
+    wanted = {
+        name: tensor
+        for name, tensor in load_file(variant(layout, precision) / _WEIGHTS[layout]).items()
+        if not name.endswith(_INPUT_SCALES)
+    }
+    found = load_file(converted / _WEIGHTS[layout])
+    if (layout, precision) == ("mistral", "fp8"):  # here w1 and w3 take scales of their own
+        experts = {name for name in wanted if ".experts." in name and ".w2." not in name}
+        assert experts <= found.keys()
+        found = {name: tensor for name, tensor in found.items() if name not in experts}
+        wanted = {name: tensor for name, tensor in wanted.items() if name not in experts}
+    _same_bytes(found, wanted)
+    declared = check_checkpoint(converted).quantization
+    wanted_format = WeightFormat(precision)
+    assert declared == Quantization(weight_format=wanted_format, has_input_scales=False)
+
+
+# Text before and behind an image, so that the tower's rows count too.
+_TOKENS, _IMAGES = pictures.prompt_of([1, 100, pictures.make_image(56, 28, seed=1), 101, 102])
+
+
+def _logits(directory: Path) -> torch.Tensor:
+    rig = ModelRig(directory, dtype=torch.bfloat16)
+    return rig.logits_in_chunks(_TOKENS, len(_TOKENS), _IMAGES)
+
+
+@pytest.mark.parametrize(("start", "precision"), _KINDS)
+@pytest.mark.parametrize("end", ["hf", "mistral"])
+def test_bf16_of_any_checkpoint_gives_its_bf16_logits(
+    variant: Variant, tmp_path: Path, start: str, precision: str, end: str
+) -> None:
+    source = variant(start, precision)
+    converted = _convert(source, tmp_path / "out", end, "bf16")
+    assert torch.equal(_logits(converted), _logits(source))
+
+
+@pytest.mark.parametrize(("start", "end"), [("fp8", "nvfp4"), ("nvfp4", "fp8")])
+def test_one_quantised_precision_becomes_the_other(
+    variant: Variant, tmp_path: Path, start: str, end: str
+) -> None:
+    source = variant("mistral", start)
+    converted = _convert(source, tmp_path / "out", "hf", end)
+    logits = _logits(source)
+    assert (_logits(converted) - logits).abs().max() < 0.3 * logits.abs().max()
+    quantization = check_checkpoint(converted).quantization
+    assert quantization is not None
+    assert quantization.weight_format is WeightFormat(end)
+
+
+@pytest.mark.parametrize(("layout", "precision"), _KINDS)
+def test_a_large_result_is_cut_into_shards_with_an_index(
+    variant: Variant, tmp_path: Path, layout: str, precision: str
+) -> None:
+    source = variant("hf", "bf16")
+    most = 100_000
+    cut = _convert(source, tmp_path / "cut", layout, precision, max_shard_bytes=most)
+    whole = _convert(source, tmp_path / "whole", layout, precision)
+    stem = _WEIGHTS[layout].removesuffix(".safetensors")
+    shards = sorted(cut.glob("*.safetensors"))
+    assert [shard.name for shard in shards] == [
+        f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)
+    ]
+    assert all(len(load_file(shard)) == 1 or shard.stat().st_size < 2 * most for shard in shards)
+    assert (cut / f"{stem}.safetensors.index.json").is_file()
+    reader, wanted = CheckpointReader(cut), load_file(whole / _WEIGHTS[layout])
+    _same_bytes({name: reader.read(name) for name in reader.names()}, wanted)
+
+
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+def test_bare_text_models_convert_too(tmp_path: Path, layout: str) -> None:
+    source = checkpoints.make_tiny_checkpoint(
+        tmp_path / "text", num_layers=1, num_experts=4, dtype="bfloat16"
+    )
+    there = _convert(source, tmp_path / "there", layout, "bf16")
+    back = _convert(there, tmp_path / "back", "hf", "bf16")
+    _same_bytes(load_file(back / _WEIGHTS["hf"]), load_file(source / _WEIGHTS["hf"]))
+    assert check_checkpoint(back) == check_checkpoint(source)
+
+
+def test_float32_becomes_bf16_and_says_so(tmp_path: Path) -> None:
+    source = checkpoints.make_tiny_checkpoint(tmp_path / "text", num_layers=1, num_experts=4)
+    converted = _convert(source, tmp_path / "out", "hf", "bf16")
+    dtypes = {tensor.dtype for tensor in load_file(converted / _WEIGHTS["hf"]).values()}
+    assert dtypes == {torch.bfloat16}
+    assert check_checkpoint(converted) == replace(check_checkpoint(source), dtype="bfloat16")
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    source = checkpoints.make_tiny_checkpoint(
+        tmp_path / "text", num_layers=1, num_experts=4, tie_word_embeddings=True
+    )
+    converted = _convert(source, tmp_path / "out", "mistral", "bf16")
+    assert check_checkpoint(converted).tie_word_embeddings
+    assert "output.weight" not in load_file(converted / _WEIGHTS["mistral"])
+
+
+def test_other_files_are_carried_over_and_unknown_keys_of_the_config_stay(
+    variant: Variant, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in variant("hf", "fp8").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    for name in ("tekken.json", "SYSTEM_PROMPT.txt", "old.bin"):
+        (source / name).write_text(name)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "surprise": 7}))
+    converted = _convert(source, tmp_path / "out", "hf", "bf16")
+    assert {file.name for file in converted.iterdir()} == {
+        *("tekken.json", "SYSTEM_PROMPT.txt", "generation_config.json"),
+        *("config.json", "model.safetensors"),
+    }
+    assert (converted / "tekken.json").read_text() == "tekken.json"
+    written = json.loads((converted / "config.json").read_text())
+    assert written["surprise"] == 7
+    assert "quantization_config" not in written
+
+
+def test_token_ids_survive_the_layout_that_has_no_place_for_them(tmp_path: Path) -> None:
+    source = checkpoints.make_tiny_checkpoint(tmp_path / "text", num_layers=1, num_experts=4)
+    (source / "generation_config.json").unlink()
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "eos_token_id": [2, 9]}))
+    converted = _convert(source, tmp_path / "out", "mistral", "bf16")
+    assert check_checkpoint(converted).eos_token_ids == (2, 9)
+
+
+# ---- whole or not at all
+
+
+def test_what_the_other_config_cannot_say_is_refused(tmp_path: Path) -> None:
+    source = checkpoints.make_tiny_checkpoint(tmp_path / "text", num_layers=1, num_experts=4)
+    values = json.loads((source / "config.json").read_text())
+    values["rope_parameters"]["mscale"] = 0.5
+    (source / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"params\.json cannot say its rope"):
+        _convert(source, tmp_path / "out", "mistral", "bf16")
+    assert [file.name for file in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_target_that_holds_something_is_left_alone(variant: Variant, tmp_path: Path) -> None:
+    (tmp_path / "note").touch()
+    with pytest.raises(CheckpointError, match="not empty; name a new directory"):
+        _convert(variant("hf", "bf16"), tmp_path, "hf", "fp8")
+    assert [file.name for file in tmp_path.iterdir()] == ["note"]
+
+
+def test_an_empty_target_is_filled(variant: Variant, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    check_checkpoint(_convert(variant("hf", "bf16"), tmp_path / "out", "hf", "fp8"))
+
+
+def test_a_source_that_breaks_on_the_way_leaves_nothing(variant: Variant, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in variant("hf", "bf16").iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    plan = plan_conversion(source, CheckpointLayout.MISTRAL, WeightFormat.FP8)
+    weights = source / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="ended early"):
+        write_conversion(plan, tmp_path / "out", progress=lambda _: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_broken_source_is_refused_before_anything_is_written(
+    variant: Variant, tmp_path: Path
+) -> None:
+    for file in variant("mistral", "fp8").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    values = json.loads((tmp_path / "params.json").read_text())
+    (tmp_path / "params.json").write_text(json.dumps({**values, "n_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"missing: layers\.2"):
+        plan_conversion(tmp_path, CheckpointLayout.HUGGING_FACE, WeightFormat.PLAIN)
+
+
+def test_weights_that_nvfp4_has_no_groups_for_are_refused(tmp_path: Path) -> None:
+    source = checkpoints.make_tiny_checkpoint(
+        tmp_path, num_layers=1, num_experts=4, expert_hidden_size=24
+    )
+    with pytest.raises(CheckpointError, match="24 inputs do not divide by 16"):
+        plan_conversion(source, CheckpointLayout.MISTRAL, WeightFormat.NVFP4)

@@ -38,6 +38,10 @@ def gate(
     """
     if is_packed(gate_ED):
         return gate_cpu(x_TD, gate_ED, num_chosen, scale)
+    if x_TD.is_cuda:
+        from ostro.kernels.gpu.gate import gate_triton
+
+        return gate_triton(x_TD, gate_ED, num_chosen, scale)
     logits_TE = torch.nn.functional.linear(x_TD.float(), gate_ED)
     return _choose(logits_TE, num_chosen, scale)
 

@@ -31,7 +31,14 @@ room_init = pytest.mark.parametrize(
     "path", [path for path in _python_files(*_ROOMS) if path.name == "__init__.py"], ids=_name
 )
 kernel = pytest.mark.parametrize(
-    "path", [path for path in _python_files("kernels") if path.name != "__init__.py"], ids=_name
+    "path",
+    [path for path in sorted((_ROOT / "kernels").glob("*.py")) if path.name != "__init__.py"],
+    ids=_name,
+)
+gpu_kernel = pytest.mark.parametrize(
+    "path",
+    [path for path in _python_files("kernels/gpu") if "@triton.jit" in path.read_text()],
+    ids=_name,
 )
 
 
@@ -60,10 +67,13 @@ def test_package_init_holds_a_docstring_only(path: Path) -> None:
     assert len(_tree(path).body) == 1, "import from the defining module instead"
 
 
+def _functions(path: Path) -> set[str]:
+    return {node.name for node in _tree(path).body if isinstance(node, ast.FunctionDef)}
+
+
 @kernel
 def test_kernel_has_a_plain_torch_reference(path: Path) -> None:
-    functions = {node.name for node in _tree(path).body if isinstance(node, ast.FunctionDef)}
-    operations = {name for name in functions if not name.startswith("_")}
+    operations = {name for name in _functions(path) if not name.startswith("_")}
     references = {name for name in operations if name.endswith("_reference")}
     assert references, "a kernel file holds <op>_reference beside <op>"
     assert {name.removesuffix("_reference") for name in references} <= operations
@@ -72,3 +82,19 @@ def test_kernel_has_a_plain_torch_reference(path: Path) -> None:
 @kernel
 def test_kernel_has_its_own_test_file(path: Path) -> None:
     assert (_ROOT / "tests" / "kernels" / f"test_{path.name}").is_file()
+
+
+@gpu_kernel
+def test_gpu_kernel_has_a_plain_torch_reference_and_a_test(path: Path) -> None:
+    operations = {name for name in _functions(path) if name.endswith("_triton")}
+    assert operations, "a file of kernels/gpu holds <op>_triton above its kernels"
+    known = set().union(*(_functions(other) for other in _python_files("kernels")))
+    assert {name.removesuffix("_triton") + "_reference" for name in operations} <= known
+    assert (_ROOT / "tests/kernels/gpu" / f"test_{path.name}").is_file()
+
+
+@gpu_kernel
+def test_gpu_kernel_passes_the_compile_gate(path: Path) -> None:
+    recorded = "".join(file.read_text() for file in (_ROOT / "tests/kernels/gpu").glob("*.json"))
+    kernels = {name for name in _functions(path) if name.endswith("_kernel")}
+    assert [name for name in sorted(kernels) if f'"{name}"' not in recorded] == []

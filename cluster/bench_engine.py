@@ -15,6 +15,7 @@ import ray
 import torch
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams, TokenEvent
+from ostro.actors.errors import OstroError
 from ostro.cluster.bench_figures import STAGE_UNIT, Figure
 from ostro.cluster.bench_transformers import TransformersEngine
 from ostro.cluster.bench_workload import DecodeSample, Question, Workload, prompts
@@ -25,7 +26,14 @@ from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
 
 ANCHOR = "transformers"
+_BURST = 0.1  # of the mean gap; below it, half of the gaps or more are no steps
 _READY_TIMEOUT_S = 60.0
+
+
+class BenchmarkError(OstroError):
+    """A run does not tell what it was to tell."""
+
+    code = "benchmark_failed"
 
 
 def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
@@ -123,17 +131,34 @@ async def run_workload(
         )
     )
     after = await client.state()
-    all_decode_s = max(times[0] for times in arrivals)
-    steady = [time_s for time_s in arrivals[0] if time_s >= all_decode_s]
-    gaps = [later - earlier for earlier, later in pairwise(steady)]
     return DecodeSample(
-        step_s=statistics.median(gaps) if gaps else None,
+        step_s=steady_step_s(arrivals) if workload.new_tokens > 1 else None,
         first_token_s=statistics.median(times[0] - began_s for times in arrivals),
         seconds={
             stage: total - before.seconds.get(stage, 0.0) for stage, total in after.seconds.items()
         },
         num_steps=after.num_steps - before.num_steps,
     )
+
+
+def steady_step_s(arrivals: Sequence[Sequence[float]]) -> float:
+    """Median seconds between tokens from the last request's first token to the first one's end.
+
+    Raises:
+        BenchmarkError: There are no two tokens in between, or most of them came in bursts: then
+            this process was starved and its clock says nothing of steps.
+    """
+    last = max(arrivals, key=lambda times: times[0])
+    first_end_s = min(times[-1] for times in arrivals)
+    steady = [time_s for time_s in last if time_s <= first_end_s]
+    if len(steady) < 2:
+        raise BenchmarkError(
+            "a request had ended before all of them decoded; ask for more --new-tokens"
+        )
+    gaps_s = [later - earlier for earlier, later in pairwise(steady)]
+    if statistics.median(gaps_s) < _BURST * statistics.mean(gaps_s):
+        raise BenchmarkError("tokens came in bursts; this machine is too busy to measure on")
+    return statistics.median(gaps_s)
 
 
 def _request(name: str, prompt: list[int], new_tokens: int) -> GenerationRequest:

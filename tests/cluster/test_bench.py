@@ -1,6 +1,7 @@
 """Benchmarks: their figures, layouts and seeded inputs; they are run by hand."""
 
 import asyncio
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -10,7 +11,13 @@ from typer.testing import CliRunner
 
 from ostro.actors.engine.request import TokenEvent
 from ostro.cluster.bench import app
-from ostro.cluster.bench_engine import engine_deployment, parse_layout, run_workload
+from ostro.cluster.bench_engine import (
+    BenchmarkError,
+    engine_deployment,
+    parse_layout,
+    run_workload,
+    steady_step_s,
+)
 from ostro.cluster.bench_faces import closed_loop
 from ostro.cluster.bench_figures import Figure, to_table, write_json
 from ostro.cluster.bench_workload import (
@@ -120,10 +127,29 @@ def sampled(workload):
     return asyncio.run(run_workload(ScriptedCell(), workload, prompts(workload, 4096, 1), "n"))
 
 
-def test_a_run_times_steps_and_stages():
+def test_a_run_times_steps_and_stages(monkeypatch):
+    ticks = itertools.count(0.0)
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks))
+    monkeypatch.setattr("ostro.cluster.bench_engine.time", clock)
     sample = sampled(Workload(batch=2, prompt_tokens=3, new_tokens=5))
-    assert sample.step_s > 0
+    assert sample.step_s == 2.0  # two requests, one look at the clock for each token
     assert (sample.num_steps, sample.seconds) == (10, {"forward": 10.0})
+
+
+def test_steps_are_timed_while_all_requests_decode():
+    early, late = [0.0, 5.0, 6.0, 9.0], [5.5, 6.0, 7.0, 9.0, 99.0]
+    assert steady_step_s([early, late]) == 1.0
+
+
+def test_requests_that_do_not_decode_together_tell_no_step():
+    with pytest.raises(BenchmarkError, match="--new-tokens"):
+        steady_step_s([[0.0, 1.0, 2.0], [1.5, 2.5, 3.5]])
+
+
+def test_tokens_that_come_in_bursts_tell_no_step():
+    burst = [10.0 * (index // 4) + 1e-4 * index for index in range(12)]
+    with pytest.raises(BenchmarkError, match="too busy"):
+        steady_step_s([burst])
 
 
 def test_a_run_of_a_prefill_has_a_first_token_alone():

@@ -1,4 +1,4 @@
-"""The command line: `ostro serve`, `chat`, `demo`, `status`, `check` and `bench`.
+"""The command line: `ostro serve`, `chat`, `demo`, `status`, `check`, `weights`, `bench`.
 
 What a command needs beyond its own talking (torch, Ray) is imported when it runs: `ostro chat`
 starts in half a second because it never sees either.
@@ -24,6 +24,7 @@ from ostro.cluster.cli_deployment import (
 )
 from ostro.cluster.cli_serve import serve
 from ostro.cluster.cli_status import status
+from ostro.cluster.cli_weights import app as weights_app
 
 app = typer.Typer(
     name="ostro",
@@ -36,6 +37,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(demo)
 app.command()(status)
+app.add_typer(weights_app)
 
 
 def main() -> None:

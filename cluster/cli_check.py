@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -14,10 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ostro.actors.errors import CheckpointError
-from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_dtype, torch_dtype
-from ostro.actors.model.weights import check_checkpoint
+from ostro.actors.model.inspection import Inspection, inspect_checkpoint
 from ostro.cluster.cli_console import make_console
 from ostro.cluster.cli_deployment import describe_layout, resolve_model, taken_ports
 from ostro.cluster.deployment_plan import (
@@ -36,48 +31,6 @@ from ostro.configs.model import ModelConfig, load_model_config
 _TITLE_WIDTH = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSummary:
-    """What a checkpoint's headers say; numbers cover all tensors, also those not served.
-
-    Attributes:
-        dtypes: Tensors by dtype, the most frequent first.
-        problem: Why it cannot be served; None if it can.
-    """
-
-    num_tensors: int = 0
-    num_parameters: int = 0
-    num_bytes: int = 0
-    dtypes: tuple[str, ...] = ()
-    problem: str | None = None
-
-
-def summarise_checkpoint(directory: Path) -> CheckpointSummary:
-    """Read all headers of a checkpoint and hold every tensor against its config.
-
-    Raises:
-        ConfigError: There is no config that can be served.
-    """
-    problem = None
-    try:
-        check_checkpoint(directory)
-    except CheckpointError as error:
-        problem = error.message
-    try:
-        reader = CheckpointReader(directory)
-        names = reader.names()
-        dtypes = Counter(str(reader.dtype(name)).removeprefix("torch.") for name in names)
-    except CheckpointError as error:
-        return CheckpointSummary(problem=problem or error.message)
-    return CheckpointSummary(
-        num_tensors=len(names),
-        num_parameters=sum(math.prod(reader.shape(name)) for name in names),
-        num_bytes=sum(reader.num_bytes(name) for name in names),
-        dtypes=tuple(dtype for dtype, _ in dtypes.most_common()),
-        problem=problem,
-    )
-
-
 def run(deployment: DeploymentConfig) -> None:
     """Write the report.
 
@@ -88,7 +41,7 @@ def run(deployment: DeploymentConfig) -> None:
     console = make_console()
     model_dir = resolve_model(deployment.model)
     config = load_model_config(model_dir)
-    summary = summarise_checkpoint(model_dir)
+    checkpoint = inspect_checkpoint(model_dir)
     machine = this_machine()
     device = local_device(deployment.layout.device)
     plan = plan_deployment(
@@ -99,10 +52,10 @@ def run(deployment: DeploymentConfig) -> None:
         dtype=torch_dtype(choose_dtype(deployment.engine.dtype, device, config)),
         has_other_nodes="RAY_ADDRESS" in os.environ,
     )
-    _print_checkpoint(model_dir, config, summary, console)
+    _print_checkpoint(model_dir, checkpoint, console)
     _print_plan(deployment, plan, machine, console)
     problems = [
-        *_checkpoint_problems(summary),
+        *([checkpoint.problem] if checkpoint.problem else []),
         *_tokenizer_problems(deployment, model_dir, config),
         *plan.problems,
         *_port_problems(deployment),
@@ -122,10 +75,6 @@ def _tokenizer_problems(
     return []
 
 
-def _checkpoint_problems(summary: CheckpointSummary) -> list[str]:
-    return [] if summary.problem is None else [summary.problem]
-
-
 def _port_problems(deployment: DeploymentConfig) -> list[str]:
     return [
         f"port {port} on {deployment.serving.host} is taken by another process: "
@@ -137,9 +86,8 @@ def _port_problems(deployment: DeploymentConfig) -> list[str]:
 # ---- what is said
 
 
-def _print_checkpoint(
-    model_dir: Path, config: ModelConfig, summary: CheckpointSummary, console: Console
-) -> None:
+def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console) -> None:
+    config, groups = checkpoint.config, checkpoint.groups
     _say(console, "checkpoint", str(model_dir))
     _say(
         console,
@@ -147,13 +95,15 @@ def _print_checkpoint(
         f"{config.architecture}, {config.num_layers} layers, {config.num_experts_per_token} of "
         f"{config.num_experts} experts per token, {config.max_context} tokens of context",
     )
-    if summary.num_tensors:
-        state = "incomplete or broken, see below" if summary.problem else "complete"
+    if groups:
+        state = "incomplete or broken, see below" if checkpoint.problem else "complete"
+        precisions = dict.fromkeys(name for group in groups for name in group.precisions)
         _say(
             console,
             "",
-            f"{format_count(summary.num_parameters)} parameters, {summary.num_tensors} tensors in "
-            f"{' and '.join(summary.dtypes)}, {format_bytes(summary.num_bytes)}; {state}",
+            f"{format_count(checkpoint.num_parameters())} parameters, "
+            f"{sum(group.num_tensors for group in groups)} tensors in {' and '.join(precisions)}, "
+            f"{format_bytes(checkpoint.num_bytes())}; {state}",
         )
 
 

@@ -23,7 +23,7 @@ def test_ostro_tells_its_version():
 
 def test_ostro_lists_its_commands():
     output = invoke("--help").stdout
-    for command in ("serve", "chat", "status", "check", "bench"):
+    for command in ("serve", "chat", "status", "check", "weights", "bench"):
         assert f" {command} " in output
 
 

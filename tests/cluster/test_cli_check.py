@@ -35,7 +35,7 @@ def test_check_tells_checkpoint_ranks_and_that_it_fits(model_dir, ports):
     result = check(model_dir, *ports)
     assert result.exit_code == 0, result.output
     assert "Mistral4ForCausalLM, 3 layers, 4 of 16 experts per token" in result.stdout
-    assert "tensors in float32" in result.stdout
+    assert "tensors in f32" in result.stdout
     assert "complete" in result.stdout
     rows = [line.split() for line in result.stdout.splitlines() if " expert " in line]
     assert [row[:3] for row in rows if row[0] in "12"] == [

@@ -1,0 +1,149 @@
+"""What a checkpoint directory holds, told from its config and its headers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ostro.actors.errors import CheckpointError
+from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.stored_weights import StoredWeight, TensorMatch, match_tensors
+from ostro.actors.model.weight_names import VISION_TABLE
+from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout, other_layout
+from ostro.configs.model import ModelConfig, load_model_config
+from ostro.configs.quantization import WeightFormat
+
+_GROUPS = {
+    "routed experts": (
+        "experts_gate_up",
+        "experts_down",
+        "expert_gate",
+        "expert_up",
+        "expert_down",
+    ),
+    "shared experts": ("shared_gate", "shared_up", "shared_down"),
+    "attention": ("q_a", "q_b", "kv_a", "kv_b", "o_proj"),
+    "gates and norms": ("gate", "input_norm", "post_norm", "q_a_norm", "kv_a_norm", "final_norm"),
+    "embedding and head": ("embed", "lm_head"),
+    "vision tower and projector": tuple(row.parameter for row in VISION_TABLE),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGroup:
+    """Weights that are of a kind.
+
+    Attributes:
+        precisions: What they are stored in, the largest part first.
+        num_tensors: Tensors, scales included.
+        num_parameters: Values of the model, however they are stored.
+        num_bytes: Size in the files.
+    """
+
+    title: str
+    precisions: tuple[str, ...]
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """A checkpoint's content.
+
+    Attributes:
+        layout: The layout that is read.
+        other: A whole one beside it, which is not read.
+        config: What its config says.
+        num_files: Files of weights.
+        groups: The weights, largest group first; empty if they cannot be told.
+        missing: Tensors that should be there.
+        unknown: Tensors that fill nothing.
+        misfits: Tensors that are not as the config says.
+        ignored: Tensors that are known and not served.
+        problem: Why it would not load, in one sentence; None if it would.
+    """
+
+    layout: CheckpointLayout
+    other: CheckpointLayout | None
+    config: ModelConfig
+    num_files: int = 0
+    groups: tuple[WeightGroup, ...] = ()
+    missing: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    problem: str | None = None
+
+    def num_parameters(self) -> int:
+        """Values of the model that are there."""
+        return sum(group.num_parameters for group in self.groups)
+
+    def num_bytes(self) -> int:
+        """Size of the served weights in the files."""
+        return sum(group.num_bytes for group in self.groups)
+
+
+def inspect_checkpoint(directory: Path) -> Inspection:
+    """Read a checkpoint's config and headers, and hold one against the other.
+
+    Raises:
+        ConfigError: There is no config that can be served.
+    """
+    config = load_model_config(directory)
+    layout, other = find_layout(directory), other_layout(directory)
+    try:
+        reader = CheckpointReader(directory)
+        match = match_tensors(reader, config)
+    except CheckpointError as error:
+        return Inspection(layout=layout, other=other, config=config, problem=error.message)
+    return Inspection(
+        layout=layout,
+        other=other,
+        config=config,
+        num_files=len({reader.file(name) for name in reader.names()}),
+        groups=_groups(reader, match),
+        missing=match.missing,
+        unknown=match.unknown,
+        misfits=match.misfits,
+        ignored=match.ignored,
+        problem=match.problem(),
+    )
+
+
+def _groups(reader: CheckpointReader, match: TensorMatch) -> tuple[WeightGroup, ...]:
+    title_of = {parameter: title for title, row in _GROUPS.items() for parameter in row}
+    by_title: dict[str, list[StoredWeight]] = {}
+    for weight in match.weights.values():
+        by_title.setdefault(title_of[weight.expected.parameter], []).append(weight)
+    groups = [_group(title, weights, reader) for title, weights in by_title.items()]
+    return tuple(sorted(groups, key=lambda group: -group.num_bytes))
+
+
+def _group(title: str, weights: Iterable[StoredWeight], reader: CheckpointReader) -> WeightGroup:
+    num_tensors = num_parameters = 0
+    bytes_by_precision: Counter[str] = Counter()
+    there = frozenset(reader.names())
+    for weight in weights:
+        tensors = [name for name in weight.tensors() if name in there]
+        num_tensors += len(tensors)
+        num_parameters += math.prod(weight.expected.shape) if weight.values in there else 0
+        size = sum(reader.num_bytes(name) for name in tensors)
+        bytes_by_precision[_precision(weight, reader)] += size
+    return WeightGroup(
+        title=title,
+        precisions=tuple(name for name, _ in bytes_by_precision.most_common()),
+        num_tensors=num_tensors,
+        num_parameters=num_parameters,
+        num_bytes=bytes_by_precision.total(),
+    )
+
+
+def _precision(weight: StoredWeight, reader: CheckpointReader) -> str:
+    if weight.weight_format is WeightFormat.PLAIN:
+        return reader.dtype_name(weight.values).lower()
+    name: str = weight.weight_format.value
+    return name

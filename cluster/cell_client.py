@@ -44,12 +44,48 @@ _ROOM_POLL_S = 0.002
 FindRouter = Callable[[], Awaitable[str]]
 
 
+_Item = TokenEvent | Accepted | OstroError
+
+
 class _Inbox:
     """The events of one request; at most one per step, so `max_tokens` bounds it."""
 
     def __init__(self) -> None:
         self.rank: int | None = None
-        self.queue: asyncio.Queue[TokenEvent | Accepted | OstroError] = asyncio.Queue()
+        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
+        self._held: _Item | None = None
+
+    def put(self, item: _Item) -> None:
+        """Leave an item for the reader."""
+        self._queue.put_nowait(item)
+
+    async def next(self, timeout_s: float | None) -> _Item:
+        """The next item; token events that wait together come as one.
+
+        Raises:
+            NotReadyError: Nothing came in time.
+        """
+        item, self._held = self._held, None
+        if item is None:
+            item = await self._wait(timeout_s)
+        while isinstance(item, TokenEvent) and not self._queue.empty():
+            later = self._queue.get_nowait()
+            joined = item.joined(later) if isinstance(later, TokenEvent) else None
+            if joined is None:
+                self._held = later
+                break
+            item = joined
+        return item
+
+    async def _wait(self, timeout_s: float | None) -> _Item:
+        if timeout_s is None:
+            return await self._queue.get()
+        try:
+            return await asyncio.wait_for(self._queue.get(), timeout_s)
+        except TimeoutError:
+            raise NotReadyError(
+                f"the router did not accept the request within {timeout_s:.0f} s", retry_after_s=5
+            ) from None
 
 
 class CellClient:
@@ -132,7 +168,7 @@ class CellClient:
             del request  # its images are megabytes, and the answer may take long
             timeout_s: float | None = self._submit_timeout_s
             while not finished:
-                item = await _next(inbox.queue, timeout_s)
+                item = await inbox.next(timeout_s)
                 timeout_s = None
                 if isinstance(item, OstroError):
                     raise item
@@ -229,7 +265,7 @@ class CellClient:
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
                     inbox.rank = rank
-                    inbox.queue.put_nowait(message)
+                    inbox.put(message)
                     if rank not in self._streaming:  # its tokens have nowhere to go
                         self._fail([request_id], lambda: _lost(rank))
             case Rejected():
@@ -288,31 +324,18 @@ class CellClient:
         for event in events:
             inbox = self._inboxes.get(event.request_id)
             if inbox is not None:
-                inbox.queue.put_nowait(event)
+                inbox.put(event)
 
     def _fail(self, request_ids: list[str], error: Callable[[], OstroError]) -> None:
         """End requests, each with an error of its own: a raised one carries its traceback."""
         for request_id in request_ids:
             inbox = self._inboxes.get(request_id)
             if inbox is not None:
-                inbox.queue.put_nowait(error())
+                inbox.put(error())
 
 
 def _lost(rank: int) -> ShardLostError:
     return ShardLostError(f"attention-{rank} was lost", retry_after_s=5)
-
-
-async def _next(
-    queue: asyncio.Queue[TokenEvent | Accepted | OstroError], timeout_s: float | None
-) -> TokenEvent | Accepted | OstroError:
-    if timeout_s is None:
-        return await queue.get()
-    try:
-        return await asyncio.wait_for(queue.get(), timeout_s)
-    except TimeoutError:
-        raise NotReadyError(
-            f"the router did not accept the request within {timeout_s:.0f} s", retry_after_s=5
-        ) from None
 
 
 def _error_of(message: Rejected) -> OstroError:

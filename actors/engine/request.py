@@ -189,6 +189,23 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     error_message: str | None = None
     queued_s: float = 0.0
 
+    def joined(self, later: TokenEvent) -> TokenEvent | None:
+        """One event that tells both; None if `later` is an error or does not follow on this one.
+
+        For a reader that is behind: it handles several tokens at the cost of one.
+        """
+        follows = later.first_index == self.first_index + len(self.token_ids)
+        if not follows or self.finish_reason or later.finish_reason is FinishReason.ERROR:
+            return None
+        logprobs = [*(self.logprobs or ()), *(later.logprobs or ())]
+        return msgspec.structs.replace(
+            later,
+            first_index=self.first_index,
+            token_ids=[*self.token_ids, *later.token_ids],
+            logprobs=logprobs or None,
+            queued_s=self.queued_s,
+        )
+
 
 class RequestState(Enum):
     """Life of a request in its shard."""

@@ -97,3 +97,40 @@ def test_text_does_not_wait() -> None:
         waiting.cancel()
 
     asyncio.run(run())
+
+
+def tokens(first_index: int, *token_ids: int, finish: FinishReason | None = None) -> TokenEvent:
+    return TokenEvent("r", first_index, list(token_ids), finish_reason=finish)
+
+
+async def read_all(*waiting: TokenEvent) -> list[TokenEvent]:
+    """What a reader gets of events that all came before it looked."""
+    client = client_of(FakeRouter(unsent_bytes=0))
+    asked = request(num_images=0)
+    async with aclosing(client.submit(asked)) as events:
+        reading = asyncio.ensure_future(anext(events))
+        await asyncio.sleep(0)
+        (inbox,) = client._inboxes.values()
+        for event in waiting:
+            inbox.put(event)
+        return [await reading] + [event async for event in events]
+
+
+def test_a_reader_that_is_behind_gets_what_waits_as_one_event() -> None:
+    read = asyncio.run(
+        read_all(tokens(0, 5), tokens(1, 6), tokens(2, 7, finish=FinishReason.LENGTH))
+    )
+    assert [(event.first_index, event.token_ids) for event in read] == [(0, [5, 6, 7])]
+    assert read[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_an_error_stays_behind_the_tokens_before_it() -> None:
+    read = asyncio.run(read_all(tokens(0, 5), tokens(1, 6), tokens(2, finish=FinishReason.ERROR)))
+    assert [event.token_ids for event in read] == [[5, 6], []]
+    assert read[-1].finish_reason is FinishReason.ERROR
+
+
+def test_events_that_do_not_follow_on_each_other_stay_apart() -> None:
+    last = tokens(4, 9, finish=FinishReason.STOP)
+    read = asyncio.run(read_all(tokens(0, 5), tokens(0, 5), last))
+    assert [event.first_index for event in read] == [0, 0, 4]

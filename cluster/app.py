@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +78,8 @@ class Ingress(GrpcMethods):
         self._metrics = Metrics(card.name)
         GrpcMethods.__init__(self, lambda: self._frontend, self._metrics)
         self._cell.start()
+        gc.collect()
+        gc.freeze()  # vocabulary and libraries live as long as the replica: never walk them again
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve after the constructor."""

@@ -1,12 +1,21 @@
-"""Launches of the experts' kernels in the sizes of Mistral Small 4, for the compile gate."""
+"""Launches of the experts' kernels in the sizes of Mistral Small 4, for the compile gate.
+
+Rows are such that an expert's share fills tiles of 16, 32, 64 and 128 rows.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
+from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
 from ostro.kernels.gpu.gate import gate_triton
 
-_NUM_EXPERTS, _HIDDEN = 128, 4096
+_NUM_EXPERTS, _HIDDEN, _INNER, _NUM_CHOSEN = 128, 4096, 2048, 4
+_ROWS_OF_TILE = {16: 64, 32: 1024, 64: 2048, 128: 8192}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -14,7 +23,39 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _gate() -> None:
-    gate_triton(_meta(64, _HIDDEN), _meta(_NUM_EXPERTS, _HIDDEN, dtype=torch.float32), 4)
+    gate_triton(_meta(64, _HIDDEN), _meta(_NUM_EXPERTS, _HIDDEN, dtype=torch.float32), _NUM_CHOSEN)
 
 
-LAUNCHES = {"gate": _gate}
+def _routed(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        _meta(num_rows, _HIDDEN),
+        _meta(num_rows, _NUM_CHOSEN, dtype=torch.int64),
+        _meta(num_rows, _NUM_CHOSEN, dtype=torch.float32),
+    )
+
+
+def _experts(num_rows: int) -> None:
+    gate_up = _meta(_NUM_EXPERTS, 2 * _INNER, _HIDDEN)
+    down = _meta(_NUM_EXPERTS, _HIDDEN, _INNER)
+    counts = _meta(1 + _NUM_EXPERTS, dtype=torch.int64)
+    expert_mlp_triton(*_routed(num_rows), gate_up, down, counts)
+
+
+def _experts_fp8(num_rows: int) -> None:
+    scale = _meta(_NUM_EXPERTS, dtype=torch.float32)
+    experts = Fp8Experts(
+        gate_up_EHD=_meta(_NUM_EXPERTS, 2 * _INNER, _HIDDEN, dtype=torch.float8_e4m3fn),
+        gate_up_scale_E=scale,
+        gate_up_input_scale_E=scale,
+        down_EDF=_meta(_NUM_EXPERTS, _HIDDEN, _INNER, dtype=torch.float8_e4m3fn),
+        down_scale_E=scale,
+        down_input_scale_E=scale,
+    )
+    counts = _meta(1 + _NUM_EXPERTS, dtype=torch.int64)
+    expert_mlp_fp8_triton(*_routed(num_rows), experts, counts)
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {"gate": _gate}
+for _tile, _num_rows in _ROWS_OF_TILE.items():
+    LAUNCHES[f"experts_bf16_{_tile}"] = functools.partial(_experts, _num_rows)
+    LAUNCHES[f"experts_fp8_{_tile}"] = functools.partial(_experts_fp8, _num_rows)

@@ -27,6 +27,8 @@ _FIXED = {
     "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(32 * 2**20),
     # From Serve's own proxy, which stands in while HAProxy is down, to a replica.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(33 * 2**20),
+    # Ray runs actors at nice 15, behind whatever else there is; a cell is as slow as its last rank.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -63,6 +63,9 @@ def expert_mlp(
     Returns:
         out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
 
+    Raises:
+        ValueError: On a GPU, D or F does not fill 16-byte steps.
+
     Example:
         with D = F = E = 1, gate 1, up 2, down 3, row [1.] of weight 0.5: 0.5 * 3 * silu(1) * 2.
     """
@@ -70,6 +73,10 @@ def expert_mlp(
         counts = expert_RK.new_zeros(1 + len(gate_up_EHD))
     if is_packed(gate_up_EHD):
         return expert_mlp_cpu(rows_RD, expert_RK, weight_RK, gate_up_EHD, down_EDF, counts)
+    if rows_RD.is_cuda:
+        from ostro.kernels.gpu.expert_mlp import expert_mlp_triton
+
+        return expert_mlp_triton(rows_RD, expert_RK, weight_RK, gate_up_EHD, down_EDF, counts)
     found = torch.bincount(expert_RK.flatten() + 1, minlength=len(counts))
     counts += found
     num_absent, *num_pairs_E = found.tolist()

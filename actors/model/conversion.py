@@ -153,6 +153,54 @@ class _Source:
         return raw if half is None else replace(raw, values=raw.values.chunk(2)[half])
 
 
+def official_format(tensor: ExpectedTensor, wanted: WeightFormat) -> WeightFormat:
+    """What official checkpoints of a precision store a weight in.
+
+    Raises:
+        CheckpointError: Rows that NVFP4 cannot cut into groups.
+    """
+    parameter = tensor.parameter
+    if parameter not in QUANTIZABLE or wanted is not WeightFormat.NVFP4:
+        return wanted if parameter in QUANTIZABLE else WeightFormat.PLAIN
+    if "expert" not in parameter and "shared" not in parameter:
+        return WeightFormat.PLAIN
+    if tensor.shape[-1] % NVFP4_GROUP:
+        raise CheckpointError(
+            f"{tensor.name}: {tensor.shape[-1]} inputs do not divide by {NVFP4_GROUP}, "
+            f"as nvfp4 needs; take bf16 or fp8"
+        )
+    return wanted
+
+
+def tensor_specs(
+    target: StoredWeight,
+    *,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    input_scale_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[TensorSpec, ...]:
+    """The tensors of a weight; the dtypes of scales are FP8's, as NVFP4 has its own."""
+    shape = target.expected.shape
+    if target.weight_format is WeightFormat.PLAIN:
+        return (TensorSpec(target.values, torch.bfloat16, shape),)
+    found: list[tuple[str | None, torch.dtype, tuple[int, ...]]]
+    if target.weight_format is WeightFormat.NVFP4:
+        rows, columns = shape
+        found = [
+            (target.values, torch.uint8, (rows, columns // 2)),
+            (target.scale, torch.float8_e4m3fn, (rows, columns // NVFP4_GROUP)),
+            (target.global_scale, torch.float32, (1,)),
+            (target.input_scale, torch.float32, (1,)),
+        ]
+    else:
+        experts = shape[:1] if len(shape) == 3 else ()  # stacked ones have a scale each
+        found = [
+            (target.values, torch.float8_e4m3fn, shape),
+            (target.scale, scale_dtype, (*experts, 1, 1) if experts else ()),
+            (target.input_scale, input_scale_dtype, experts),
+        ]
+    return tuple(TensorSpec(name, dtype, shape) for name, dtype, shape in found if name)
+
+
 @dataclass(frozen=True, slots=True)
 class _Converter:
     """Makes the tensors of the result out of the source's weights."""
@@ -174,18 +222,14 @@ class _Converter:
         if self.quantization is None or tensor.parameter not in QUANTIZABLE:
             return WeightFormat.PLAIN
         wanted, found = self.quantization.weight_format, self.source.config.quantization
-        if found is not None and found.weight_format is wanted:
-            return self._source_weights(tensor)[0].weight_format
-        if wanted is WeightFormat.FP8:
-            return wanted
-        if "expert" not in tensor.parameter and "shared" not in tensor.parameter:
-            return WeightFormat.PLAIN
-        if tensor.shape[-1] % NVFP4_GROUP:
+        if found is None or found.weight_format is not wanted:
+            return official_format(tensor, wanted)
+        formats = {weight.weight_format for weight in self._source_weights(tensor)}
+        if len(formats) > 1:
             raise CheckpointError(
-                f"{tensor.name}: {tensor.shape[-1]} inputs do not divide by {NVFP4_GROUP}, "
-                f"as nvfp4 needs; take bf16 or fp8"
+                f"{tensor.name}: only a part of it is {wanted.value}; take precision bf16"
             )
-        return wanted
+        return formats.pop()
 
     def _source_weights(self, tensor: ExpectedTensor) -> list[StoredWeight]:
         parts = _PARTS.get(tensor.parameter, (tensor.parameter,))
@@ -195,33 +239,18 @@ class _Converter:
         ]
 
     def _specs(self, target: StoredWeight) -> tuple[TensorSpec, ...]:
-        tensor, weight_format = target.expected, target.weight_format
-        if weight_format is WeightFormat.PLAIN:
-            return (TensorSpec(target.values, torch.bfloat16, tensor.shape),)
-        found: list[tuple[str | None, torch.dtype, tuple[int, ...]]]
-        if weight_format is WeightFormat.NVFP4:
-            rows, columns = tensor.shape
-            found = [
-                (target.values, torch.uint8, (rows, columns // 2)),
-                (target.scale, torch.float8_e4m3fn, (rows, columns // NVFP4_GROUP)),
-                (target.global_scale, torch.float32, (1,)),
-                (target.input_scale, torch.float32, (1,)),
-            ]
-        else:
-            stacked = tensor.shape[:1] if len(tensor.shape) == 3 else ()
-            weights = [
-                weight
-                for weight in self._source_weights(tensor)
-                if weight.weight_format is WeightFormat.FP8
-            ]
-            scales = {weight.scale for weight in weights}
-            input_scales = {weight.input_scale for weight in weights}
-            found = [
-                (target.values, torch.float8_e4m3fn, tensor.shape),
-                (target.scale, self._scale_dtype(scales), (*stacked, 1, 1) if stacked else ()),
-                (target.input_scale, self._scale_dtype(input_scales), stacked),
-            ]
-        return tuple(TensorSpec(name, dtype, shape) for name, dtype, shape in found if name)
+        if target.weight_format is not WeightFormat.FP8:
+            return tensor_specs(target)
+        weights = [
+            weight
+            for weight in self._source_weights(target.expected)
+            if weight.weight_format is WeightFormat.FP8
+        ]
+        return tensor_specs(
+            target,
+            scale_dtype=self._scale_dtype({weight.scale for weight in weights}),
+            input_scale_dtype=self._scale_dtype({weight.input_scale for weight in weights}),
+        )
 
     def _scale_dtype(self, names: set[str | None]) -> torch.dtype:
         """The source's, so that nothing is rounded; bf16, as in official files, for new scales."""

@@ -17,7 +17,7 @@ import torch
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.native_names import choose_naming
-from ostro.actors.model.weight_formats import NVFP4_GROUP, RawWeight, dequantize
+from ostro.actors.model.weight_formats import NVFP4_GROUP, RawWeight, dequantize_into
 from ostro.actors.model.weight_names import ExpectedTensor, NamingScheme, Shape
 from ostro.configs.checkpoint_layout import CheckpointLayout
 from ostro.configs.model import ModelConfig
@@ -306,6 +306,6 @@ def fill(
         reader.read_into(target, stored.values, rows=rows, progress=progress)
         return
     raw = read_raw(reader, stored, row=row, device=out.device)
-    out.copy_(dequantize(raw, out.dtype))
+    dequantize_into(out, raw)
     if progress is not None:
         progress(math.prod(out.shape) * out.dtype.itemsize)

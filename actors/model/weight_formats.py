@@ -26,6 +26,7 @@ _CODE_MAX = 6.0
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring magnitudes
 _SIGN = 8
+_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +55,45 @@ def dequantize(raw: RawWeight, dtype: torch.dtype) -> torch.Tensor:
         FP8 value 2.0 with scale 0.5 gives 1.0; the NVFP4 byte 0x51 with scale 4 and global scale 2
         gives the row [1.0, 6.0].
     """
+    shape = list(raw.values.shape)
+    shape[-1] *= 2 if raw.weight_format is WeightFormat.NVFP4 else 1
+    out = torch.empty(shape, dtype=dtype, device=raw.values.device)
+    dequantize_into(out, raw)
+    return out
+
+
+def dequantize_into(out: torch.Tensor, raw: RawWeight) -> None:
+    """As `dequantize`, into contiguous memory of the weight's shape.
+
+    On the CPU a few rows at a time, so that what is computed on the way stays in the cache; FP8
+    values are looked up, 12 ms instead of 108 for 16.8 M of them.
+    """
     if raw.weight_format is WeightFormat.PLAIN:
-        return raw.values.to(dtype)
+        out.copy_(raw.values)
+        return
+    steps = _steps(raw)
+    is_fp8 = raw.weight_format is WeightFormat.FP8
+    table = _fp8_values(steps).to(out.dtype) if is_fp8 else _nvfp4_values(steps.device)
+    num_rows = max(len(out), 1) if out.is_cuda else _CHUNK_ROWS
+    for start in range(0, len(out), num_rows):
+        chunk = slice(start, start + num_rows)
+        byte = raw.values[chunk].view(torch.uint8).flatten().int()
+        if is_fp8:
+            torch.index_select(table, 0, byte, out=out[chunk].view(-1))
+            continue
+        groups = table.index_select(0, byte).view(-1, steps.shape[1], NVFP4_GROUP)
+        out[chunk].copy_(groups.mul_(steps[chunk, :, None]).flatten(1))
+
+
+def _steps(raw: RawWeight) -> torch.Tensor:
+    """What a stored value is multiplied by, float32: FP8 one for all, NVFP4 steps_OG."""
     if raw.scale is None:
         raise ValueError(f"a {raw.weight_format.value} weight without its scale")
     if raw.weight_format is WeightFormat.FP8:
-        return raw.values.float().mul_(raw.scale.float().view(())).to(dtype)
+        return raw.scale.float().view(())
     if raw.global_scale is None:
         raise ValueError("an nvfp4 weight without its global scale")
-    num_rows, num_groups = raw.scale.shape
-    scale_OG = raw.scale.float() / raw.global_scale.float().view(())
-    pairs = _byte_values(raw.values.device).index_select(0, raw.values.flatten().int())
-    groups = pairs.view(num_rows, num_groups, NVFP4_GROUP)
-    return groups.mul_(scale_OG[:, :, None]).flatten(1).to(dtype)
+    return raw.scale.float() / raw.global_scale.float().view(())
 
 
 def quantize(weight_OI: torch.Tensor, weight_format: WeightFormat) -> RawWeight:
@@ -141,9 +168,14 @@ def _larger(first: RawWeight, second: RawWeight) -> torch.Tensor | None:
     return torch.maximum(first.input_scale.view(()), second.input_scale.view(()))
 
 
-def _byte_values(device: torch.device) -> torch.Tensor:
-    """The two values of every byte, [256, 2]."""
+def _fp8_values(step: torch.Tensor) -> torch.Tensor:
+    """The value of every byte, [256], float32."""
+    return torch.arange(256, dtype=torch.uint8, device=step.device).view(_FP8).float() * step
+
+
+def _nvfp4_values(device: torch.device) -> torch.Tensor:
+    """The values of the two codes in every byte, [256, 2], float32."""
     magnitudes = torch.tensor(_MAGNITUDES, device=device)
     values = torch.cat((magnitudes, -magnitudes))
-    codes = torch.arange(256, device=device)
-    return torch.stack((values[codes & 15], values[codes >> 4]), dim=1)
+    byte = torch.arange(256, device=device)
+    return torch.stack((values[byte & 15], values[byte >> 4]), dim=1)

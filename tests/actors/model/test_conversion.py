@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,22 +14,45 @@ import checkpoints
 import pictures
 import pytest
 import torch
-from model_rig import ModelRig
+from model_rig import ModelRig, load_image_oracle, oracle_image_logits
 from safetensors.torch import load_file
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
-from ostro.actors.model.conversion import plan_conversion
+from ostro.actors.model.conversion import official_format, plan_conversion, tensor_specs
 from ostro.actors.model.converted_checkpoint import write_conversion
-from ostro.actors.model.random_checkpoint import TINY_VISION
+from ostro.actors.model.native_names import NATIVE_SCHEME
+from ostro.actors.model.random_checkpoint import (
+    TINY_VISION,
+    RandomModel,
+    RandomVision,
+    write_config,
+)
+from ostro.actors.model.stored_weights import stored_weight
+from ostro.actors.model.weight_names import WRAPPER_SCHEME, NamingScheme
 from ostro.actors.model.weights import check_checkpoint
 from ostro.configs.checkpoint_layout import CheckpointLayout
+from ostro.configs.model import load_model_config
 from ostro.configs.quantization import Quantization, WeightFormat
 
 Variant = Callable[[str, str], Path]
 _WEIGHTS = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
 _CONFIGS = {"hf": "config.json", "mistral": "params.json"}
 _KINDS = [(layout, precision) for layout in _WEIGHTS for precision in ("bf16", "fp8", "nvfp4")]
+SMALL_4 = RandomModel(
+    vocab_size=131072,
+    hidden_size=4096,
+    num_layers=36,
+    num_heads=32,
+    q_lora_rank=1024,
+    kv_lora_rank=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    expert_hidden_size=2048,
+    std=0.02,
+    vision=RandomVision(),
+)
 _INPUT_SCALES = ("activation_scale", "qscale_act", "input_global_scale")
 
 
@@ -168,6 +192,43 @@ def test_bare_text_models_convert_too(tmp_path: Path, layout: str) -> None:
     back = _convert(there, tmp_path / "back", "hf", "bf16")
     _same_bytes(load_file(back / _WEIGHTS["hf"]), load_file(source / _WEIGHTS["hf"]))
     assert check_checkpoint(back) == check_checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "precision", "num_values", "num_bytes"),
+    [
+        # The count that Hugging Face shows of the official repository; scales are among it.
+        (WRAPPER_SCHEME, WeightFormat.FP8, 119_401_317_952, 120.92e9),
+        (NATIVE_SCHEME, WeightFormat.NVFP4, None, 70.80e9),
+    ],
+)
+def test_formats_give_the_official_files_their_size(
+    tmp_path: Path,
+    scheme: NamingScheme,
+    precision: WeightFormat,
+    num_values: int | None,
+    num_bytes: float,
+) -> None:
+    write_config(tmp_path, SMALL_4)
+    specs = [
+        spec
+        for tensor in scheme.expected(load_model_config(tmp_path)).values()
+        for spec in tensor_specs(
+            stored_weight(tensor, scheme.layout, official_format(tensor, precision))
+        )
+    ]
+    if num_values is not None:
+        assert sum(math.prod(spec.shape) for spec in specs) == num_values
+    assert sum(spec.num_bytes() for spec in specs) == pytest.approx(num_bytes, rel=1e-4)
+
+
+def test_transformers_reads_the_config_and_the_weights_that_are_written(
+    variant: Variant, tmp_path: Path
+) -> None:
+    converted = _convert(variant("mistral", "bf16"), tmp_path / "out", "hf", "bf16")
+    wanted = oracle_image_logits(load_image_oracle(variant("hf", "bf16")), _TOKENS, _IMAGES)
+    found = oracle_image_logits(load_image_oracle(converted), _TOKENS, _IMAGES)
+    assert torch.equal(found, wanted)
 
 
 def test_float32_becomes_bf16_and_says_so(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ostro.actors.model.weight_formats import (
     RawWeight,
     dequantize,
+    dequantize_into,
     halves_to_pairs,
     join_rows,
     pairs_to_halves,
@@ -47,6 +50,26 @@ def test_dequantize_nvfp4_worked_example() -> None:
     )
     wanted = [[1.0, 6.0, *[0.0] * 12, -1.0, -12.0]]
     assert dequantize(raw, torch.float32).tolist() == wanted
+
+
+@pytest.mark.parametrize("num_rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("weight_format", _QUANTIZED)
+def test_dequantize_into_chunks_gives_what_the_formula_says(
+    num_rows: int, weight_format: WeightFormat
+) -> None:
+    raw = quantize(_weight(num_rows), weight_format)
+    assert raw.scale is not None
+    if raw.global_scale is None:
+        wanted = raw.values.float() * raw.scale.float()
+    else:
+        rows = [
+            replace(raw, values=raw.values[i : i + 1], scale=raw.scale[i : i + 1])
+            for i in range(num_rows)
+        ]
+        wanted = torch.cat([dequantize(row, torch.float32) for row in rows])
+    out = torch.full((num_rows, 64), torch.nan, dtype=torch.bfloat16)
+    dequantize_into(out, raw)
+    assert torch.equal(out, wanted.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("missing", ["scale", "global_scale"])

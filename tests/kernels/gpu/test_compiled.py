@@ -6,6 +6,7 @@ them anew with `tests/helpers/compile_gate.py MODULE --write FILE` and read the 
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from compile_gate import ARCHITECTURES, MAX_SHARED_BYTES, Compiled, compiled, fr
 # Each record holds the launches of a module in tests/helpers.
 MODULE_OF_RECORD = {"experts.json": "expert_launches"}
 # Compiled by every run; the others by the slow one.
-EVERY_RUN = {"experts.json": ("gate",)}
+EVERY_RUN = {"experts.json": ("gate", "experts_fp8_16")}
 
 each_record = pytest.mark.parametrize("record", MODULE_OF_RECORD)
 
@@ -52,6 +53,7 @@ def test_every_launch_compiles_as_recorded(record: str) -> None:
 
 @each_record
 def test_kernels_fit_registers_and_shared_memory(record: str) -> None:
+    assert set(_launches(record)) == set(importlib.import_module(MODULE_OF_RECORD[record]).LAUNCHES)
     for name, by_architecture in _launches(record).items():
         assert set(by_architecture) == set(ARCHITECTURES)
         for architecture, kernels in by_architecture.items():
@@ -59,3 +61,30 @@ def test_kernels_fit_registers_and_shared_memory(record: str) -> None:
                 where = f"{name}: {kernel} on {architecture}"
                 assert figures.spills == 0, where
                 assert figures.shared_bytes <= MAX_SHARED_BYTES, where
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture", "instruction"),
+    [
+        ("bf16", "sm_90", "HGMMA"),
+        ("bf16", "sm_100", "UTCHMMA"),
+        ("fp8", "sm_90", "QGMMA"),
+        ("fp8", "sm_100", "UTCQMMA"),
+    ],
+)
+def test_experts_multiply_on_the_tensor_cores_of_their_dtype(
+    dtype: str, architecture: str, instruction: str
+) -> None:
+    launches = {name: by for name, by in _launches("experts.json").items() if f"_{dtype}_" in name}
+    assert launches
+    for name, by_architecture in launches.items():
+        for kernel in ("_gate_up_kernel", "_down_kernel"):
+            figures = by_architecture[architecture][kernel]
+            assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, (name, kernel)
+            assert figures.num_tma_loads, (name, kernel)
+
+
+def test_few_rows_leave_room_for_several_programs_a_processor() -> None:
+    for name in ("experts_bf16_16", "experts_fp8_16"):
+        for kernels in _launches("experts.json")[name].values():
+            assert kernels["_gate_up_kernel"].shared_bytes * 3 <= MAX_SHARED_BYTES

@@ -1,0 +1,80 @@
+"""The expert MLP on a GPU, in five launches and without waiting for a count.
+
+Schedule, permute, gate and up with SwiGLU, down with the gate weights, sum of each row's experts.
+
+Shape legend: R rows, K experts per row, A = R * K pairs, D hidden, F expert hidden, H = 2F,
+E local experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
+from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
+from ostro.kernels.gpu.permute import permute_triton
+from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
+from ostro.kernels.gpu.tiles import block_rows
+
+
+def expert_mlp_triton(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    gate_up_EHD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """`ostro.kernels.grouped_gemm.expert_mlp` by Triton.
+
+    Raises:
+        ValueError: D or F does not fill 16-byte steps.
+    """
+    if not len(rows_RD):
+        return torch.empty_like(rows_RD)
+    num_experts = len(gate_up_EHD)
+    rows = block_rows(expert_RK.numel(), num_experts)
+    schedule = expert_schedule_triton(expert_RK, num_experts, rows, counts)
+    x_AD = permute_triton(rows_RD, expert_RK, schedule)
+    hidden_AF = gate_up_triton(x_AD, gate_up_EHD, schedule)
+    y_AD = down_triton(hidden_AF, down_EDF, weight_RK, schedule, rows_RD.dtype)
+    return sum_pairs_triton(y_AD, expert_RK)
+
+
+def expert_mlp_fp8_triton(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    experts: Fp8Experts,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """`ostro.kernels.fp8_experts.expert_mlp_fp8` by Triton.
+
+    Raises:
+        ValueError: D or F does not fill 16-byte steps.
+    """
+    if not len(rows_RD):
+        return torch.empty_like(rows_RD)
+    num_experts = len(experts.gate_up_EHD)
+    rows = block_rows(expert_RK.numel(), num_experts)
+    schedule = expert_schedule_triton(expert_RK, num_experts, rows, counts)
+    x_AD = permute_triton(rows_RD, expert_RK, schedule, experts.gate_up_input_scale_E)
+    hidden_AF = gate_up_triton(
+        x_AD,
+        experts.gate_up_EHD,
+        schedule,
+        scale_E=experts.gate_up_scale_E,
+        input_scale_E=experts.gate_up_input_scale_E,
+        next_input_scale_E=experts.down_input_scale_E,
+    )
+    y_AD = down_triton(
+        hidden_AF,
+        experts.down_EDF,
+        weight_RK,
+        schedule,
+        rows_RD.dtype,
+        scale_E=experts.down_scale_E,
+        input_scale_E=experts.down_input_scale_E,
+    )
+    return sum_pairs_triton(y_AD, expert_RK)

@@ -1,0 +1,128 @@
+"""Launch configurations: measured ones where a file has them, else rules of thumb.
+
+`kernels/tuned/<device>.json` holds what a sweep found for one kind of GPU:
+
+    {"gate_up": {"bfloat16": {"16": {"block_out": 64, "num_warps": 4, ...}}}}
+
+by operation, dtype of the weights and rows of a tile. Nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+_TUNED = Path(__file__).parent.parent / "tuned"
+_MIN_ROWS, _MAX_ROWS = 16, 128
+_NUM_PROCESSORS_ELSEWHERE = 132  # of an H200, where kernels are only compiled
+_NUM_PROCESSORS_INTERPRETED = 3  # few, so that programs take more than one tile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How one grouped matrix product is cut and launched.
+
+    Attributes:
+        block_rows: Rows of one expert that a tile covers.
+        block_out: Outputs that it covers; the weight stands on the side where 64 fill a tensor
+            core, so that 16 rows are enough.
+        block_in: Inputs per step. The same for any number of rows, so that sums of a row run in
+            the same order in every batch.
+        num_warps: Per program.
+        num_stages: Steps whose loads are under way.
+        programs_per_processor: Persistent programs on each multiprocessor.
+    """
+
+    block_rows: int
+    block_out: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+    programs_per_processor: int
+
+
+def block_rows(num_pairs: int, num_experts: int) -> int:
+    """Rows of a tile for about evenly spread pairs: the power of two that holds an expert's share.
+
+    Example:
+        64 pairs over 128 experts give 16, 10,000 give 128.
+    """
+    share = max(1, num_pairs // num_experts)
+    return min(max(_MIN_ROWS, 1 << (share - 1).bit_length()), _MAX_ROWS)
+
+
+def tile(operation: str, dtype: torch.dtype, rows: int, device: torch.device) -> Tile:
+    """The tile of an operation for weights of `dtype` and tiles of `rows` rows.
+
+    Raises:
+        ValueError: The device's file has an entry that is not a tile.
+    """
+    usual = _usual(dtype, rows)
+    if device.type != "cuda":
+        return usual
+    return _tuned(_slug(torch.cuda.get_device_name(device))).get(
+        (operation, str(dtype).removeprefix("torch."), rows), usual
+    )
+
+
+def num_programs(tile_: Tile, device: torch.device) -> int:
+    """Persistent programs that fill the device."""
+    if device.type == "cuda":
+        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+    elif device.type == "cpu":
+        num_processors = _NUM_PROCESSORS_INTERPRETED
+    else:
+        num_processors = _NUM_PROCESSORS_ELSEWHERE
+    return num_processors * tile_.programs_per_processor
+
+
+def _usual(dtype: torch.dtype, rows: int) -> Tile:
+    """Few rows wait for memory: small tiles, several programs a processor, deep loads."""
+    block_in = 128 // dtype.itemsize  # 128 bytes, the widest box of shared memory without conflicts
+    if rows <= 16:
+        return Tile(
+            block_rows=rows,
+            block_out=64,
+            block_in=block_in,
+            num_warps=4,
+            num_stages=4,
+            programs_per_processor=3,
+        )
+    return Tile(
+        block_rows=rows,
+        block_out=128,
+        block_in=block_in,
+        num_warps=8,
+        num_stages=4 if rows <= 32 else 3,
+        programs_per_processor=1,
+    )
+
+
+def _slug(device_name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+
+
+@functools.cache
+def _tuned(slug: str) -> dict[tuple[str, str, int], Tile]:
+    path = _TUNED / f"{slug}.json"
+    return _read(path) if path.exists() else {}
+
+
+def _read(path: Path) -> dict[tuple[str, str, int], Tile]:
+    names = {field.name for field in fields(Tile)} - {"block_rows"}
+    found = {}
+    for operation, by_dtype in json.loads(path.read_text()).items():
+        for dtype, by_rows in by_dtype.items():
+            for rows, entry in by_rows.items():
+                if set(entry) != names:
+                    raise ValueError(
+                        f"{path}: {operation}.{dtype}.{rows} has {sorted(entry)}; "
+                        f"a tile has {sorted(names)}"
+                    )
+                found[operation, dtype, int(rows)] = Tile(block_rows=int(rows), **entry)
+    return found

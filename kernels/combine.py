@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ostro.kernels.cpu import library
+from ostro.kernels.rms_norm import rms_norm, rms_norm_reference
 
 
 def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -29,6 +30,10 @@ def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     Example:
         parts [[1.]] and [[2.]] give [[3.]].
     """
+    if parts[0].is_cuda:
+        from ostro.kernels.gpu.combine import combine_triton
+
+        return combine_triton(parts)
     out_TD = parts[0].to(torch.float32, copy=True)
     for part_TD in parts[1:]:
         out_TD += part_TD
@@ -75,6 +80,10 @@ def add_residual(
     """
     if library.serves(residual_TD) and not sum_TD.shape[1] % 16:
         return add_residual_cpu(sum_TD, shared_TD, residual_TD)
+    if residual_TD.is_cuda:
+        from ostro.kernels.gpu.combine import add_residual_triton
+
+        return add_residual_triton(sum_TD, shared_TD, residual_TD)
     sum_TD += shared_TD
     sum_TD += residual_TD
     return sum_TD.to(residual_TD.dtype)
@@ -99,6 +108,37 @@ def add_residual_cpu(
     return out_TD
 
 
+def combine_norm(
+    parts: Sequence[torch.Tensor],
+    shared_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's output from dense parts, and its RMS norm, the next layer's input.
+
+    Args:
+        parts: At least one [T, D] tensor of any float dtype, in rank order.
+        shared_TD: In the model's dtype.
+        residual_TD: Likewise.
+        norm_D: Weight of the norm, likewise.
+        eps: Of the norm.
+
+    Returns:
+        out_TD as of `combine` and `add_residual`, and `rms_norm` of it; on a GPU one launch.
+
+    Example:
+        part [[1., 0.]], shared [[2., 0.]], residual [[0., 4.]], norm [1., 2.], eps 0 give
+        [[3., 4.]] and [[0.8485, 2.2627]].
+    """
+    if residual_TD.is_cuda:
+        from ostro.kernels.gpu.combine import combine_norm_triton
+
+        return combine_norm_triton(parts, shared_TD, residual_TD, norm_D, eps)
+    out_TD = add_residual(combine(parts), shared_TD, residual_TD)
+    return out_TD, rms_norm(out_TD, norm_D, eps)
+
+
 def combine_reference(
     parts: Sequence[tuple[torch.Tensor, torch.Tensor]], num_tokens: int
 ) -> torch.Tensor:
@@ -108,3 +148,23 @@ def combine_reference(
         for row_D, token in zip(rows_RD, token_R.tolist(), strict=True):
             out_TD[token] += row_D.float()
     return out_TD
+
+
+def add_residual_reference(
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """Meaning of `add_residual`."""
+    return (sum_TD.float() + shared_TD.float() + residual_TD.float()).to(residual_TD.dtype)
+
+
+def combine_norm_reference(
+    parts: Sequence[torch.Tensor],
+    shared_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Meaning of `combine_norm`."""
+    sum_TD = torch.stack([part.float() for part in parts]).sum(0)
+    out_TD = add_residual_reference(sum_TD, shared_TD, residual_TD)
+    return out_TD, rms_norm_reference(out_TD, norm_D, eps)

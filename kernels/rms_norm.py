@@ -27,6 +27,10 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     """
     if library.serves(x_TD) and x_TD.dim() == 2 and not x_TD.shape[1] % 16:
         return rms_norm_cpu(x_TD, weight_D, eps)
+    if x_TD.is_cuda:
+        from ostro.kernels.gpu.rms_norm import rms_norm_triton
+
+        return rms_norm_triton(x_TD, weight_D, eps)
     return rms_norm_reference(x_TD, weight_D, eps)
 
 

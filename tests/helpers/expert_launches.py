@@ -1,4 +1,4 @@
-"""Launches of the experts' kernels in the sizes of Mistral Small 4, for the compile gate.
+"""Launches of gate, experts, combine and norm in Mistral Small 4's sizes, for the compile gate.
 
 Rows are such that an expert's share fills tiles of 16, 32, 64 and 128 rows.
 """
@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.gpu.combine import add_residual_triton, combine_norm_triton, combine_triton
 from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
 from ostro.kernels.gpu.gate import gate_triton
+from ostro.kernels.gpu.rms_norm import rms_norm_triton
 
 _NUM_EXPERTS, _HIDDEN, _INNER, _NUM_CHOSEN = 128, 4096, 2048, 4
 _ROWS_OF_TILE = {16: 64, 32: 1024, 64: 2048, 128: 8192}
@@ -24,6 +26,26 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _gate() -> None:
     gate_triton(_meta(64, _HIDDEN), _meta(_NUM_EXPERTS, _HIDDEN, dtype=torch.float32), _NUM_CHOSEN)
+
+
+def _rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return _meta(64, _HIDDEN, dtype=dtype)
+
+
+def _combine() -> None:
+    combine_triton([_rows() for _ in range(8)])
+
+
+def _add_residual() -> None:
+    add_residual_triton(_rows(torch.float32), _rows(), _rows())
+
+
+def _combine_norm() -> None:
+    combine_norm_triton([_rows() for _ in range(8)], _rows(), _rows(), _meta(_HIDDEN), 1e-6)
+
+
+def _rms_norm() -> None:
+    rms_norm_triton(_rows(), _meta(_HIDDEN), 1e-6)
 
 
 def _routed(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,7 +77,13 @@ def _experts_fp8(num_rows: int) -> None:
     expert_mlp_fp8_triton(*_routed(num_rows), experts, counts)
 
 
-LAUNCHES: dict[str, Callable[[], None]] = {"gate": _gate}
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "gate": _gate,
+    "combine": _combine,
+    "add_residual": _add_residual,
+    "combine_norm": _combine_norm,
+    "rms_norm": _rms_norm,
+}
 for _tile, _num_rows in _ROWS_OF_TILE.items():
     LAUNCHES[f"experts_bf16_{_tile}"] = functools.partial(_experts, _num_rows)
     LAUNCHES[f"experts_fp8_{_tile}"] = functools.partial(_experts_fp8, _num_rows)

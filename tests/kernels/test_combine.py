@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.kernels.combine import combine, combine_reference, combine_sparse
+from ostro.kernels.combine import (
+    add_residual,
+    add_residual_reference,
+    combine,
+    combine_norm,
+    combine_norm_reference,
+    combine_reference,
+    combine_sparse,
+)
 
 
 def test_combine_worked_example() -> None:
@@ -53,3 +61,33 @@ def test_combine_adds_in_float32() -> None:
 def test_combine_sparse_leaves_unanswered_tokens_zero() -> None:
     none = (torch.empty(0, 2), torch.empty(0, dtype=torch.int64))
     assert combine_sparse([none], 3).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_combine_norm_worked_example() -> None:
+    part, shared, residual = ([[1.0, 0.0]], [[2.0, 0.0]], [[0.0, 4.0]])
+    out_TD, normed_TD = combine_norm(
+        [torch.tensor(part)],
+        torch.tensor(shared),
+        torch.tensor(residual),
+        torch.tensor([1.0, 2.0]),
+        0.0,
+    )
+    assert out_TD.tolist() == [[3.0, 4.0]]
+    torch.testing.assert_close(normed_TD, torch.tensor([[0.848528, 2.262742]]))
+
+
+@pytest.mark.parametrize("hidden", [7, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_combine_norm_and_add_residual_match_reference(hidden: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second, shared, residual = (
+        torch.randn(3, hidden, generator=generator).to(dtype) for _ in range(4)
+    )
+    norm_D = torch.rand(hidden, generator=generator).to(dtype)
+    sum_TD = combine([first, second])
+    expected_TD = add_residual_reference(sum_TD, shared, residual)
+    assert torch.equal(add_residual(sum_TD, shared, residual), expected_TD)
+    out_TD, normed_TD = combine_norm([first, second], shared, residual, norm_D, 1e-6)
+    expected = combine_norm_reference([first, second], shared, residual, norm_D, 1e-6)
+    assert torch.equal(out_TD, expected[0])
+    torch.testing.assert_close(normed_TD, expected[1])

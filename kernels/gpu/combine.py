@@ -1,0 +1,86 @@
+"""Combine on a GPU: parts, shared expert, residual and the next norm in one launch.
+
+One program per token. Each value is added in the order in which it stands in `_combine_kernel`, in
+float32, so that fused and single steps give the same bits.
+
+Shape legend: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+_WARPS_OF_WIDE_ROWS, _WIDE = 8, 2048
+
+
+def combine_triton(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`ostro.kernels.combine.combine` by Triton."""
+    out_TD = torch.empty_like(parts[0], dtype=torch.float32)
+    _launch(parts, out_TD)
+    return out_TD
+
+
+def add_residual_triton(
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """`ostro.kernels.combine.add_residual` by Triton; changes none of its arguments."""
+    out_TD = torch.empty_like(residual_TD)
+    _launch((sum_TD, shared_TD, residual_TD), out_TD)
+    return out_TD
+
+
+def combine_norm_triton(
+    parts: Sequence[torch.Tensor],
+    shared_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ostro.kernels.combine.combine_norm` by Triton."""
+    out_TD = torch.empty_like(residual_TD)
+    normed_TD = torch.empty_like(residual_TD)
+    _launch((*parts, shared_TD, residual_TD), out_TD, (normed_TD, norm_D, eps))
+    return out_TD, normed_TD
+
+
+def _launch(
+    parts: Sequence[torch.Tensor],
+    out_TD: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> None:
+    num_tokens, hidden = out_TD.shape
+    if not num_tokens:
+        return
+    normed_TD, norm_D, eps = norm if norm is not None else (None, None, 0.0)
+    _combine_kernel[(num_tokens,)](
+        tuple(part.contiguous() for part in parts),
+        out_TD,
+        norm_D,
+        normed_TD,
+        eps,
+        hidden,
+        BLOCK_D=triton.next_power_of_2(hidden),
+        num_warps=_WARPS_OF_WIDE_ROWS if hidden > _WIDE else 4,
+    )
+
+
+@triton.jit
+def _combine_kernel(parts, out, norm, normed, eps, D, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, BLOCK_D)
+    is_in = d < D
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for i in tl.static_range(len(parts)):
+        total += tl.load(parts[i] + row + d, mask=is_in, other=0.0).to(tl.float32)
+    hidden = total.to(out.dtype.element_ty)
+    tl.store(out + row + d, hidden, mask=is_in)
+    if norm is not None:
+        wide = hidden.to(tl.float32)  # as rounded: what a norm of its own would read
+        scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
+        rounded = scaled.to(normed.dtype.element_ty).to(tl.float32)
+        weight = tl.load(norm + d, mask=is_in, other=0.0).to(tl.float32)
+        tl.store(normed + row + d, (rounded * weight).to(normed.dtype.element_ty), mask=is_in)

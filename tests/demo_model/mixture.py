@@ -19,11 +19,11 @@ TEXT_TASKS: dict[str, Callable[..., Example]] = {
     "unknown": tasks.unknown,
 }
 _WEIGHTS = {
-    "multiply": 29,
-    "sums": 31,
+    "multiply": 27,
+    "sums": 30,
     "cups": 9,
-    "tools": 17,
-    "recall": 4,
+    "tools": 21,
+    "recall": 3,
     "chat": 5,
     "unknown": 5,
 }

@@ -1,8 +1,8 @@
 """The teaching model's tokenizer: Tekken's form, with merges learnt on the generated text.
 
-The pattern gives a blank to the word before it, not to the one after: what a question ends with
-("in Paris?") is then the same tokens inside JSON quotes, so copying it copies tokens, and a word is
-next to the word before it. Digits stay single.
+The pattern keeps words apart from the blanks before them, so that a word is the same tokens after
+a blank, a quote or a line's start: copying a word into JSON copies its tokens. Digits stay single.
+With blanks as the ends of words, a run of 3,800 steps copied no free words and 95 % of the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tool_tasks import CITIES, ROOMS
 from ostro.cluster.tekken import NUM_SPECIAL, write_tekken
 
 VOCAB_SIZE = 1024
-PATTERN = r"\p{L}+ ?|\p{N}|[^\p{L}\p{N}]+"
+PATTERN = r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"
 CLOSING_PHRASE = "..."
 _NUM_EXAMPLES = 20_000
 
@@ -37,9 +37,8 @@ def _texts(seed: int) -> Iterator[str]:
         yield from (json.dumps(arguments) for _, arguments in example.calls)
         yield json.dumps(list(example.tools)) if example.tools else ""
         yield json.dumps({"reasoning_effort": rng.choice(["none", "high"])})
-    closed_sets = [*CITIES, *NAMES, *ROOMS, *COLOURS, *THINGS, *WORDS]
-    for joint in (" ", "."):
-        yield from [joint.join(closed_sets)] * (_NUM_EXAMPLES // 20)
+    closed_sets = " ".join([*CITIES, *NAMES, *ROOMS, *COLOURS, *THINGS, *WORDS])
+    yield from [closed_sets] * (_NUM_EXAMPLES // 20)
 
 
 def _byte_of() -> dict[str, int]:

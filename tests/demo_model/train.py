@@ -30,7 +30,7 @@ _BALANCE_WEIGHT, _Z_WEIGHT = 0.1, 1e-4
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="logs, tokenizer and checkpoints")
-    parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--steps", type=int, default=4400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=3200, help="text tokens per worker and step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ostro.actors.errors import NotReadyError, ShardLostError
@@ -51,7 +52,10 @@ class RankActor(ABC):
         status = self._status
         status.rank, status.device, status.state = spec.rank, spec.device, RankState.LOADING
         prepare_device(spec.device, spec.deployment)
-        self._load(spec, check_checkpoint(Path(spec.model_dir)))
+        with ThreadPoolExecutor(1) as apart:
+            # A thread that ends takes its OpenMP team along. With more threads in teams than there
+            # are cores, barriers sleep instead of spinning: a step of one token took twice as long.
+            apart.submit(self._load, spec, check_checkpoint(Path(spec.model_dir))).result()
         self._spec = spec
         gc.collect()
         gc.freeze()  # what is loaded stays: collecting it again and again cost 30 ms pauses

@@ -12,6 +12,7 @@ first kernel runs; without that variable it does nothing to compiled kernels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,10 +53,14 @@ def repair() -> None:
 
 
 def _without_numpy_warnings(original: Callable[..., Any]) -> Callable[..., Any]:
-    """No GPU warns of a NaN, and lanes that nobody reads may well hold some."""
+    """No GPU warns of a NaN, and lanes that nobody reads may well hold some.
+
+    Triton 3.6.0 also takes bounds of loops in a way that numpy deprecates.
+    """
 
     def launch(self: Any, *args: Any, **options: Any) -> Any:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Conversion of an array with ndim > 0")
             return original(self, *args, **options)
 
     return launch

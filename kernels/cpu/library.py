@@ -16,6 +16,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,10 +29,11 @@ _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_TIMEOUT_S = 300.0
+_LOCK_TIMEOUT_S = 2 * _COMPILE_TIMEOUT_S
+_LOCK_POLL_S = 0.2
 _CPU_FLAGS = ("avx512_bf16", "avx512bw", "avx512vl")
 
-_POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-_P, _I, _F = _POINTER, _INT, _FLOAT
+_P, _I, _F, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "ostro_linear": (_P, _I, _P, _I, _I, _I, _P, _THREADS),
     "ostro_linear_wide": (_P, _I, _P, _I, _I, _I, _P, _THREADS),
@@ -108,11 +112,29 @@ def _built() -> Path:
         key.update(source.read_bytes())
     library = _cache_dir() / f"cpu_operators_{key.hexdigest()[:16]}.so"
     if not library.exists():
-        with (library.parent / "cpu_operators.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held while compiling at most, which is time-boxed
+        with _alone(library.parent / "cpu_operators.lock"):
             if not library.exists():
                 _compile(compiler, sources, library)
     return library
+
+
+@contextmanager
+def _alone(lock_file: Path) -> Iterator[None]:
+    """Ranks of one machine come here together; one compiles, and the others wait for it."""
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    with lock_file.open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise BuildError(
+                        f"another process has held {lock_file} for {_LOCK_TIMEOUT_S:.0f} s; "
+                        f"end it, or remove the file"
+                    ) from None
+                time.sleep(_LOCK_POLL_S)
+        yield
 
 
 def _cache_dir() -> Path:
@@ -148,21 +170,25 @@ def _compile(compiler: str, sources: list[Path], library: Path) -> None:
 
 
 def _run(commands: list[list[str]]) -> None:
+    """Run compilers side by side; none is left running."""
+    running: list[subprocess.Popen[bytes]] = []
     try:
-        running = [
-            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for command in commands
-        ]
-    except OSError as error:
-        raise BuildError(f"{commands[0][0]}: {error}") from error
-    for process in running:
-        try:
+        for command in commands:
+            running.append(  # noqa: PERF401  those that have begun are ended if one cannot begin
+                subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            )
+        for process in running:
             _, told = process.communicate(timeout=_COMPILE_TIMEOUT_S)
-        except subprocess.TimeoutExpired as error:
+            if process.returncode:
+                raise BuildError(f"{commands[0][0]} failed: {told.decode(errors='replace')[-400:]}")
+    except OSError as error:
+        raise BuildError(f"{commands[0][0]}: {error}; install g++ or set CXX") from error
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"compiling took over {_COMPILE_TIMEOUT_S:.0f} s") from error
+    finally:
+        for process in running:
             process.kill()
-            raise BuildError(f"compiling took over {_COMPILE_TIMEOUT_S:.0f} s") from error
-        if process.returncode:
-            raise BuildError(f"{commands[0][0]} failed: {told.decode(errors='replace')[-400:]}")
+            process.communicate()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from ostro.cluster.bench_command_serve import serve
 from ostro.cluster.bench_figures import to_table, write_json
 from ostro.cluster.bench_options import Checkpoint, Json, Rounds, parse_counts
 from ostro.cluster.bench_progress import shown_progress
-from ostro.cluster.bench_workload import Workload
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.cluster.tekken import write_tekken
@@ -78,7 +77,8 @@ def faces(
 ) -> None:
     """What HTTP and gRPC add to the bare engine's first token, and what throughput they keep."""
     prepare_environment()
-    from ostro.cluster.bench_faces import BARE, measure_faces
+    from ostro.cluster.bench_face_calls import Face
+    from ostro.cluster.bench_faces import measure_faces
 
     deployment = load_deployment(preset, [f"model={model}", "engine.prefix_cache=false"])
     with shown_progress() as progress:
@@ -86,11 +86,12 @@ def faces(
             deployment,
             model,
             concurrencies=parse_counts(concurrency, "--concurrency"),
-            workload=Workload(batch=8, prompt_tokens=prompt_tokens, new_tokens=new_tokens),
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
             rounds=rounds,
-            note=progress.note,
+            progress=progress,
         )
-    _console.print(to_table("Faces", figures, anchor=BARE))
+    _console.print(to_table("Faces", figures, anchor=Face.ENGINE))
     if json is not None:
         write_json(json, figures, model=model.name, preset=preset)
 

@@ -1,129 +1,45 @@
-"""Face benchmarks: what HTTP and gRPC add to the bare engine's first token, in one run.
+"""Face benchmarks: what HTTP and gRPC add to a real engine's first token, and what they keep of it.
 
-A whole deployment is up; the same prompts go through a client that stands in for an ingress (the
-bare engine), through HTTP and through gRPC, in turns.
+A whole deployment is up; the same prompts go straight into the cell, through HTTP and through gRPC,
+in turns.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import statistics
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
-import aiohttp
-import grpc
+import ray
 
-from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
-from ostro.cluster.bench_engine import connect_client
+from ostro.actors.errors import OstroError
+from ostro.cluster.bench_face_calls import Call, Cell, open_faces
 from ostro.cluster.bench_figures import Figure
-from ostro.cluster.bench_workload import Workload, prompts
-from ostro.cluster.cell_client import CellClient
+from ostro.cluster.bench_load import ClosedLoop, PromptShape, run_load
+from ostro.cluster.bench_progress import Progress
+from ostro.cluster.bench_serve import Runs, to_figures
+from ostro.cluster.bench_statistics import LoadRun, Outcome, Slo
+from ostro.cluster.bench_stream import Prompt
 from ostro.cluster.launch import RunningCluster, launch
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
-from ostro.protos import generation_pb2, generation_pb2_grpc
 
-BARE = "bare engine"
-_TIMEOUT_S = 300.0
-
-
-@dataclass(frozen=True, slots=True)
-class FaceSample:
-    """One closed loop: medians over its requests, and the tokens of all of them per second."""
-
-    first_token_s: float
-    tokens_per_s: float
+_CALL_TIMEOUT_S = 30.0
+_REQUESTS_PER_PLACE = 4
+_FEWEST_REQUESTS = 8
 
 
-Generate = Callable[[str, list[int], int], Awaitable[list[float]]]
-
-
-async def through_engine(
-    client: CellClient, name: str, prompt: list[int], new_tokens: int
-) -> list[float]:
-    """Arrival times of a request's tokens, straight from the cell."""
-    request = GenerationRequest(
-        request_id=name,
-        prompt_token_ids=prompt,
-        sampling=SamplingParams(),
-        stop=StopParams(max_tokens=new_tokens, ignore_eos=True),
+def find_cell(cluster: RunningCluster, model: Path) -> Cell:
+    """Where a running deployment's router and faces are."""
+    serving = cluster.deployment.serving
+    return Cell(
+        model=cluster.deployment.served_name or model.resolve().name,
+        router_address=ray.get(cluster.router.address.remote(), timeout=_CALL_TIMEOUT_S),
+        secret=cluster.secret,
+        http_url=f"http://127.0.0.1:{serving.http_port}",
+        grpc_address=f"127.0.0.1:{serving.grpc_port}",
     )
-    times: list[float] = []
-    async for event in client.submit(request):
-        times.extend(time.perf_counter() for _ in event.token_ids)
-    return times
-
-
-async def through_http(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], new_tokens: int
-) -> list[float]:
-    """Arrival times of the SSE events of `/v1/completions` that carry text."""
-    body = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": new_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "return_token_ids": True,
-    }
-    times: list[float] = []
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                choices = json.loads(line[6:])["choices"]
-                if choices and choices[0].get("token_ids"):
-                    now_s = time.perf_counter()
-                    times.extend(now_s for _ in choices[0]["token_ids"])
-    return times
-
-
-async def through_grpc(
-    stub: generation_pb2_grpc.GenerationServiceStub, prompt: list[int], new_tokens: int
-) -> list[float]:
-    """Arrival times of the deltas of `StreamGenerate`."""
-    options = generation_pb2.GenerationOptions(
-        sampling=generation_pb2.SamplingOptions(temperature=0),
-        stopping=generation_pb2.StoppingOptions(max_tokens=new_tokens, ignore_eos=True),
-        return_token_ids=True,
-    )
-    request = generation_pb2.StreamGenerateRequest(
-        tokens=generation_pb2.Tokens(ids=prompt), options=options
-    )
-    times: list[float] = []
-    async for message in stub.StreamGenerate(request, timeout=_TIMEOUT_S):
-        if message.HasField("delta"):
-            now_s = time.perf_counter()
-            times.extend(now_s for _ in message.delta.token_ids)
-    return times
-
-
-async def closed_loop(
-    generate: Generate, name: str, concurrency: int, token_ids: Sequence[list[int]], new_tokens: int
-) -> FaceSample:
-    """Keep so many requests running until all prompts are through."""
-    queue = list(enumerate(token_ids))
-    first_token_s: list[float] = []
-    num_tokens = 0
-
-    async def worker() -> None:
-        nonlocal num_tokens
-        while queue:
-            index, prompt = queue.pop()
-            began_s = time.perf_counter()
-            times = await generate(f"{name}-{index}", prompt, new_tokens)
-            first_token_s.append(times[0] - began_s)
-            num_tokens += len(times)
-
-    began_s = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(concurrency)))
-    elapsed_s = time.perf_counter() - began_s
-    return FaceSample(statistics.median(first_token_s), num_tokens / elapsed_s)
 
 
 def measure_faces(
@@ -131,71 +47,72 @@ def measure_faces(
     model: Path,
     *,
     concurrencies: Sequence[int],
-    workload: Workload,
+    prompt_tokens: int,
+    new_tokens: int,
     rounds: int,
-    note: Callable[[str], None],
+    progress: Progress,
 ) -> list[Figure]:
-    """First-token time and throughput of the bare engine, HTTP and gRPC at each concurrency."""
+    """What callers of the bare engine, HTTP and gRPC see at each concurrency.
+
+    Raises:
+        OstroError: A request failed; nothing here may.
+    """
+    vocab_size = load_model_config(model).vocab_size
+    shape = PromptShape(
+        num_tokens=prompt_tokens,
+        as_text=False,
+        first_token_id=vocab_size // 2,  # no control tokens
+        end_token_id=vocab_size,
+    )
+    progress.note("starting")
     cluster = launch(deployment, model)
     try:
-        name = deployment.served_name or model.resolve().name
-        vocab_size = load_model_config(model).vocab_size
-        return asyncio.run(
-            _measure(cluster, (name, vocab_size), concurrencies, workload, rounds, note)
-        )
+        cell = find_cell(cluster, model)
+        runs = asyncio.run(_measure(cell, concurrencies, shape, new_tokens, rounds, progress))
     finally:
         cluster.stop()
+    return to_figures(runs, Slo())
 
 
 async def _measure(
-    cluster: RunningCluster,
-    served: tuple[str, int],
+    cell: Cell,
     concurrencies: Sequence[int],
-    workload: Workload,
+    shape: PromptShape,
+    new_tokens: int,
     rounds: int,
-    note: Callable[[str], None],
-) -> list[Figure]:
-    serving, (name, vocab_size) = cluster.deployment.serving, served
-    client = await connect_client(cluster, "bench")
-    taken: dict[tuple[str, int], list[FaceSample]] = {}
-    url = f"http://127.0.0.1:{serving.http_port}"
-    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-    async with (
-        aiohttp.ClientSession(timeout=timeout) as session,
-        grpc.aio.insecure_channel(f"127.0.0.1:{serving.grpc_port}") as channel,
-    ):
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        faces: dict[str, Generate] = {
-            BARE: lambda i, p, n: through_engine(client, i, p, n),
-            "HTTP": lambda _, p, n: through_http(session, url, name, p, n),
-            "gRPC": lambda _, p, n: through_grpc(stub, p, n),
-        }
+    progress: Progress,
+) -> Runs:
+    taken: Runs = {}
+    async with open_faces(cell, "bench") as faces:
         for turn in range(rounds + 1):
-            for concurrency in concurrencies:
-                size = Workload(
-                    batch=max(workload.batch, 2 * concurrency),
-                    prompt_tokens=workload.prompt_tokens,
-                )
-                for face, generate in faces.items():
-                    note(f"round {turn} of {rounds}, {face}, concurrency {concurrency}")
-                    token_ids = prompts(size, vocab_size, 1000 * turn + concurrency)
-                    sample = await closed_loop(
-                        generate,
-                        f"{turn}-{concurrency}",
-                        concurrency,
-                        token_ids,
-                        workload.new_tokens,
-                    )
+            for load in map(ClosedLoop, concurrencies):
+                num_requests = max(_REQUESTS_PER_PLACE * load.concurrency, _FEWEST_REQUESTS)
+                prompts = shape.prompts(num_requests, f"{turn}/{load.label()}")
+                for face, call in faces.items():
+                    progress.note(f"round {turn} of {rounds}, {face}, {load.label()}")
+                    name = f"{turn}-{load.label()}-{face.name}"
+                    run = await run_face(call, load, prompts, new_tokens, name)
                     if turn:  # the first round warms up
-                        taken.setdefault((face, concurrency), []).append(sample)
-    await client.close()
-    return [figure for key, samples in taken.items() for figure in _figures(*key, samples)]
+                        taken.setdefault((face.value, load), []).append(run)
+    return taken
 
 
-def _figures(face: str, concurrency: int, samples: Sequence[FaceSample]) -> list[Figure]:
-    first_ms = tuple(sample.first_token_s * 1e3 for sample in samples)
-    rates = tuple(sample.tokens_per_s for sample in samples)
-    return [
-        Figure(face, f"first token c={concurrency}", "ms", first_ms),
-        Figure(face, f"throughput c={concurrency}", "tok/s", rates),
-    ]
+async def run_face(
+    call: Call, load: ClosedLoop, prompts: Sequence[Prompt], new_tokens: int, name: str
+) -> LoadRun:
+    """One closed loop through one face; request ids begin with `name`.
+
+    Raises:
+        OstroError: A request failed.
+    """
+    numbers = itertools.count()
+
+    async def send(prompt: Prompt, due_s: float) -> Outcome:
+        if isinstance(prompt, str):
+            raise TypeError("the faces are given token ids")
+        return await call(prompt, new_tokens, f"{name}-{next(numbers)}", due_s)
+
+    run = await run_load(load, send, prompts, name, lambda: None)
+    for failure in run.failures():
+        raise OstroError(f"request {name} failed with {failure.kind}: {failure.detail}")
+    return run

@@ -23,12 +23,13 @@ import ray
 
 from ostro.actors.errors import OstroError
 from ostro.cluster.bench_canned_shard import CannedShard
-from ostro.cluster.bench_face_calls import Cell, Face
+from ostro.cluster.bench_face_calls import Face
+from ostro.cluster.bench_faces import find_cell
 from ostro.cluster.bench_figures import Figure
 from ostro.cluster.bench_gateway_client import ClientProcesses, Work, client_processes
 from ostro.cluster.bench_progress import Progress
 from ostro.cluster.bench_statistics import LoadRun, Outcome, percentile
-from ostro.cluster.launch import NAMESPACE, ActorKind, RunningCluster, launch
+from ostro.cluster.launch import NAMESPACE, ActorKind, launch
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
@@ -95,7 +96,7 @@ def measure_gateway(
     canned = ActorKind(CannedShard, (tuple(prompts.text(_TEXT, add_bos=False)), plan.pace_s))
     cluster = launch(deployment, model, attention=canned)
     try:
-        cell = _find_cell(cluster, model)
+        cell = find_cell(cluster, model)
         with client_processes(cell, plan.num_clients) as clients:
             bench = _Bench(clients, plan, load_model_config(model).vocab_size, progress)
             for turn in range(plan.rounds + 1):
@@ -222,17 +223,6 @@ def _tokens_per_s(runs: Sequence[LoadRun]) -> float:
     began_s = min(outcome.due_s for outcome in outcomes)
     ended_s = max(outcome.arrivals_s[-1] for outcome in outcomes)
     return sum(outcome.num_output_tokens for outcome in outcomes) / (ended_s - began_s)
-
-
-def _find_cell(cluster: RunningCluster, model: Path) -> Cell:
-    serving = cluster.deployment.serving
-    return Cell(
-        model=cluster.deployment.served_name or model.resolve().name,
-        router_address=ray.get(cluster.router.address.remote(), timeout=_CALL_TIMEOUT_S),
-        secret=cluster.secret,
-        http_url=f"http://127.0.0.1:{serving.http_port}",
-        grpc_address=f"127.0.0.1:{serving.grpc_port}",
-    )
 
 
 def _set_pace(pace_s: float) -> None:

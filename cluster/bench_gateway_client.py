@@ -24,6 +24,7 @@ from ostro.cluster.bench_stream import Prompt
 
 _SPAWN = multiprocessing.get_context("spawn")
 _JOIN_TIMEOUT_S = 10.0
+_REPORT_TIMEOUT_S = 600.0  # longer than any request may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +109,14 @@ class _Client:
         """What the client sends next.
 
         Raises:
-            OstroError: It failed or died.
+            OstroError: It failed, died or is stuck.
         """
         try:
+            if not self._pipe.poll(_REPORT_TIMEOUT_S):
+                raise OstroError(
+                    f"a client process of the benchmark was silent for {_REPORT_TIMEOUT_S:.0f} s; "
+                    f"ask for fewer --streams or a shorter --pace"
+                )
             report: LoadRun | OstroError | None = self._pipe.recv()
         except EOFError:
             raise OstroError("a client process of the benchmark died") from None

@@ -10,6 +10,7 @@ from checkpoints import make_tiny_checkpoint
 from typer.testing import CliRunner
 
 from ostro.actors.engine.request import TokenEvent
+from ostro.actors.errors import OstroError
 from ostro.cluster.bench import app
 from ostro.cluster.bench_engine import (
     BenchmarkError,
@@ -18,8 +19,10 @@ from ostro.cluster.bench_engine import (
     run_workload,
     steady_step_s,
 )
-from ostro.cluster.bench_faces import closed_loop
+from ostro.cluster.bench_faces import run_face
 from ostro.cluster.bench_figures import Figure, to_table, write_json
+from ostro.cluster.bench_load import ClosedLoop
+from ostro.cluster.bench_statistics import Failure, Outcome
 from ostro.cluster.bench_workload import (
     DecodeSample,
     Workload,
@@ -196,17 +199,36 @@ def test_prompts_repeat_for_a_seed_and_differ_between_seeds():
     assert [len(prompt) for prompt in prompts(workload, 4096, 1)] == [5, 5, 5]
 
 
-def test_closed_loop_keeps_so_many_requests_running_and_counts_all_tokens():
-    running, most = 0, 0
+def face_outcome(due_s: float, failure: Failure | None = None) -> Outcome:
+    return Outcome(
+        due_s=due_s,
+        ended_s=due_s + 2.0,
+        arrivals_s=(due_s + 1.0,),
+        num_output_tokens=4,
+        failure=failure,
+    )
 
-    async def generate(_name, _prompt, new_tokens):
+
+def test_a_face_is_called_so_many_times_at_once_under_names_of_its_own():
+    running, most, names = 0, 0, []
+
+    async def call(_prompt, _new_tokens, name, due_s):
         nonlocal running, most
         running += 1
         most = max(most, running)
         await asyncio.sleep(0)
         running -= 1
-        return [1.0] * new_tokens
+        names.append(name)
+        return face_outcome(due_s)
 
-    sample = asyncio.run(closed_loop(generate, "n", 3, [[1]] * 10, 4))
+    run = asyncio.run(run_face(call, ClosedLoop(3), [[1]] * 10, 4, "n"))
     assert most == 3
-    assert sample.tokens_per_s > 0
+    assert len(set(names)) == len(run.outcomes) == 10
+
+
+def test_a_failed_request_ends_the_benchmark_of_the_faces():
+    async def call(_prompt, _new_tokens, _name, due_s):
+        return face_outcome(due_s, Failure("overloaded", "no room"))
+
+    with pytest.raises(OstroError, match="overloaded: no room"):
+        asyncio.run(run_face(call, ClosedLoop(1), [[1]], 4, "n"))

@@ -78,10 +78,7 @@ def gate_up_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_F=cut.block_out,
         BLOCK_D=cut.block_in,
-        NARROW_SUM=_narrow_sum(cut, x_AD.dtype),
-        STAGES=cut.num_stages,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        **_launch_options(cut, x_AD.dtype),
     )
     return out_AF
 
@@ -136,10 +133,7 @@ def down_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_D=cut.block_out,
         BLOCK_F=cut.block_in,
-        NARROW_SUM=_narrow_sum(cut, hidden_AF.dtype),
-        STAGES=cut.num_stages,
-        num_warps=cut.num_warps,
-        num_stages=cut.num_stages,
+        **_launch_options(cut, hidden_AF.dtype),
     )
     return out_AD
 
@@ -206,8 +200,13 @@ def _grid(
     return (min(num_programs(cut, device), max_tiles),)
 
 
-def _narrow_sum(cut: Tile, dtype: torch.dtype) -> int:
-    return min(_MAX_NARROW_SUM, cut.block_in) if dtype == _FP8 else 0
+def _launch_options(cut: Tile, dtype: torch.dtype) -> dict[str, int]:
+    return {
+        "NARROW_SUM": min(_MAX_NARROW_SUM, cut.block_in) if dtype == _FP8 else 0,
+        "STAGES": cut.num_stages,
+        "num_warps": cut.num_warps,
+        "num_stages": cut.num_stages,
+    }
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 The pattern keeps words apart from the blanks before them, so that a word is the same tokens after
 a blank, a quote or a line's start: copying a word into JSON copies its tokens. Digits stay single.
-With blanks as the ends of words, a run of 3,800 steps copied no free words and 95 % of the others.
+A run of 3,800 steps with blanks as the ends of words, and fewer tool calls, copied words badly.
 """
 
 from __future__ import annotations

@@ -71,8 +71,11 @@ def test_bfloat16_experts_give_the_same_rows_as_float32(
         for dtype in (torch.bfloat16, torch.float32)
     ]
     rows_RD, expert_RK, weight_RK = some_rows(config, 5)
-    found_RD = LocalExperts(config, stacks[0]).forward(0, rows_RD.bfloat16(), expert_RK, weight_RK)
+    narrow = LocalExperts(config, stacks[0])
+    found_RD = narrow.forward(0, rows_RD.bfloat16(), expert_RK, weight_RK)
     exact_RD = LocalExperts(config, stacks[1]).forward(0, rows_RD, expert_RK, weight_RK)
     torch.testing.assert_close(
         found_RD.float(), exact_RD, rtol=0.05, atol=0.05 * exact_RD.abs().max().item()
     )
+    # Packed where they stood: a shard never holds its experts twice.
+    assert narrow._gate_up_LE[0].data_ptr() == stacks[0].layers[0].gate_up.data_ptr()

@@ -7,6 +7,7 @@ without those: its only node must not be declared dead for being busy.
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
@@ -33,6 +34,7 @@ _FIXED = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _RANGE = 199
+_SIDE_RANGE = range(30_000, 32_000)
 _TRIES = 20
 _SIDE_PORTS = (
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -58,8 +60,8 @@ def prepare_environment() -> None:
     haproxy = Path(sys.executable).with_name("ostro-haproxy")
     if haproxy.exists():
         os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", str(haproxy))
-    for name in _SIDE_PORTS:
-        os.environ.setdefault(name, str(_free_port()))
+    for name, port in zip(_SIDE_PORTS, _free_ports(len(_SIDE_PORTS)), strict=True):
+        os.environ.setdefault(name, str(port))
     for face in ("HTTP", "GRPC"):
         first = _free_range()
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{face}_PORT", str(first))
@@ -88,8 +90,21 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def _free_port() -> int:
+def _free_ports(count: int) -> list[int]:
+    """Different free ports that no connection of this machine is given meanwhile.
+
+    HAProxy binds them seconds later. From 32768 on the system hands them out to whoever connects:
+    one of those was gone by then.
+    """
+    candidates = secrets.SystemRandom().sample(_SIDE_RANGE, len(_SIDE_RANGE))
+    return list(itertools.islice(filter(can_bind, candidates), count))
+
+
+def can_bind(port: int) -> bool:
+    """Whether a server could listen on a port now, on any address."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True

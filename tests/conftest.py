@@ -7,7 +7,6 @@ usage statistics, on side ports that two runs on one machine do not fight over.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,10 +51,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture
 def free_port() -> Callable[[], int]:
     """A function that gives a TCP port nobody listens on; a new one at each call."""
+    import free_port as ports
 
-    def choose() -> int:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return probe.getsockname()[1]
-
-    return choose
+    return ports.free_port

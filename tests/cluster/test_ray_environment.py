@@ -1,10 +1,11 @@
 """What Ray finds in the environment."""
 
 import os
+import socket
 
 import pytest
 
-from ostro.cluster.ray_environment import prepare_environment
+from ostro.cluster.ray_environment import _SIDE_PORTS, can_bind, prepare_environment
 
 
 @pytest.fixture
@@ -39,3 +40,17 @@ def test_a_cluster_that_runs_is_shown_the_token_that_is_there(environment):
     prepare_environment()
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_AUTH_TOKEN"] == "secret"
+
+
+def test_side_ports_differ_and_are_none_that_the_system_hands_out(environment):
+    prepare_environment()
+    ports = {int(environment[name]) for name in _SIDE_PORTS}
+    assert len(ports) == len(_SIDE_PORTS)
+    assert all(port < 32_768 for port in ports)
+
+
+def test_a_port_that_is_taken_is_not_free():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        port = taken.getsockname()[1]
+        assert not can_bind(port)

@@ -6,7 +6,6 @@ build on each other in this order: what runs, what is refused meanwhile, what is
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import grpc
 import httpx
 import pytest
 import ray
+from free_port import free_port
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import (
     placement_group,
@@ -41,12 +41,6 @@ ROLE_NAMES = {
     cluster_pb2.ACTOR_ROLE_EXPERT: "expert",
 }
 SPLIT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=1, num_expert_shards=2)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

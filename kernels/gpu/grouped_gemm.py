@@ -39,6 +39,7 @@ def gate_up_triton(
     scale_E: torch.Tensor | None = None,
     input_scale_E: torch.Tensor | None = None,
     next_input_scale_E: torch.Tensor | None = None,
+    cut: Tile | None = None,
 ) -> torch.Tensor:
     """SwiGLU of each sorted row with its expert's gate and up matrices.
 
@@ -49,6 +50,7 @@ def gate_up_triton(
         scale_E: FP8 only: float32 value of one unit of the weight.
         input_scale_E: FP8 only: likewise of `x_AD`.
         next_input_scale_E: FP8 only: likewise of the result.
+        cut: How to launch; None takes what is known to be fastest.
 
     Returns:
         hidden_AF in the dtype of `x_AD`; positions without a pair are not written.
@@ -61,7 +63,8 @@ def gate_up_triton(
     """
     _num_experts, num_rows_of_weight, hidden = gate_up_EHD.shape
     inner = num_rows_of_weight // 2
-    cut = tile("gate_up", gate_up_EHD.dtype, schedule.block_rows, x_AD.device)
+    if cut is None:
+        cut = tile("gate_up", gate_up_EHD.dtype, schedule.block_rows, x_AD.device)
     out_AF = x_AD.new_empty(len(x_AD), inner)
     _gate_up_kernel[_grid(cut, schedule, inner, x_AD.device)](
         _boxes(x_AD, cut.block_rows, cut.block_in),
@@ -92,6 +95,7 @@ def down_triton(
     *,
     scale_E: torch.Tensor | None = None,
     input_scale_E: torch.Tensor | None = None,
+    cut: Tile | None = None,
 ) -> torch.Tensor:
     """Each sorted row times its expert's down matrix and its gate weight, back at its pair.
 
@@ -103,6 +107,7 @@ def down_triton(
         out_dtype: Dtype of the result.
         scale_E: FP8 only: float32 value of one unit of the weight.
         input_scale_E: FP8 only: likewise of `hidden_AF`.
+        cut: How to launch; None takes what is known to be fastest.
 
     Returns:
         y_AD: row r * K + k is the k-th expert's of row r; pairs without a local expert are not
@@ -115,7 +120,8 @@ def down_triton(
         hidden [[2.]], down 3, weight 0.5 give [[3.]].
     """
     _num_experts, hidden, inner = down_EDF.shape
-    cut = tile("down", down_EDF.dtype, schedule.block_rows, hidden_AF.device)
+    if cut is None:
+        cut = tile("down", down_EDF.dtype, schedule.block_rows, hidden_AF.device)
     out_AD = hidden_AF.new_empty(len(hidden_AF), hidden, dtype=out_dtype)
     _down_kernel[_grid(cut, schedule, hidden, hidden_AF.device)](
         _boxes(hidden_AF, cut.block_rows, cut.block_in),

@@ -1,0 +1,84 @@
+"""Measure cases one by one: an error in one is told and the others go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ostro.kernels.bench.measure import Case, Ceilings, replay_us
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What came out of one case.
+
+    Attributes:
+        operation: Of the case.
+        size: Of the case.
+        us: Median time of a launch; NaN if it failed.
+        floor_us: What the ceilings allow.
+        gigabytes_s: Bytes that must move over the time.
+        teraflops: Likewise of the FLOPs.
+        error: Relative, against float32.
+        is_right: Whether that is within the case's tolerance.
+        others_us: Times of other kernels that do the same work.
+        failure: What went wrong, "" if nothing did.
+    """
+
+    operation: str
+    size: str
+    us: float
+    floor_us: float
+    gigabytes_s: float
+    teraflops: float
+    error: float
+    is_right: bool
+    others_us: dict[str, float]
+    failure: str
+
+    def share_of_floor(self) -> float:
+        """The floor over the time: 1 is as fast as the machine can be."""
+        return self.floor_us / self.us
+
+
+def run_case(case: Case, ceilings: Ceilings) -> Result:
+    """Check, then time; a failure becomes part of the result."""
+    us = error = math.nan
+    failure, others_us = "", {}
+    try:
+        error = case.error()
+        us = replay_us(case.launches)
+        for name, launches in case.others.items():
+            others_us[name] = _time_of_other(launches)
+    except Exception as problem:  # noqa: BLE001 - one broken kernel must not hide the others
+        failure = f"{type(problem).__name__}: {problem}"[:300]
+    torch.cuda.synchronize()
+    return Result(
+        operation=case.operation,
+        size=case.size,
+        us=us,
+        floor_us=ceilings.floor_us(case),
+        gigabytes_s=case.bytes_moved / us / 1e3,
+        teraflops=case.flops / us / 1e6,
+        error=error,
+        is_right=error <= case.tolerance,
+        others_us=others_us,
+        failure=failure,
+    )
+
+
+def _time_of_other(launches: list[Callable[[], object]]) -> float:
+    """NaN where this torch or this GPU does not have it."""
+    try:
+        return replay_us(launches)
+    except (RuntimeError, AttributeError, TypeError, ValueError):
+        return math.nan
+
+
+def run_cases(cases: Iterable[Case], ceilings: Ceilings) -> Iterator[Result]:
+    """Results in order."""
+    for case in cases:
+        yield run_case(case, ceilings)

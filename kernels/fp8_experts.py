@@ -14,10 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.grouped_gemm import swiglu
-
-_FP8 = torch.float8_e4m3fn
-_FP8_MAX = 448.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +90,7 @@ def expert_mlp_fp8_reference(
 
 
 def _round_to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (x / scale).clamp(-_FP8_MAX, _FP8_MAX).to(_FP8).float() * scale
+    return quantize_fp8_reference(x, scale).float() * scale
 
 
 def _multiply(weight_OI: torch.Tensor, scale: torch.Tensor, x_I: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ostro.kernels.cpu import library
-from ostro.kernels.linear import is_packed, linear
+from ostro.kernels.linear import LinearWeight, is_packed, linear
 
 
 def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
@@ -24,12 +24,12 @@ def swiglu(gate_up_AH: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate_AF).mul_(up_AF)
 
 
-def mlp(x_TD: torch.Tensor, gate_up_HD: torch.Tensor, down_DF: torch.Tensor) -> torch.Tensor:
+def mlp(x_TD: torch.Tensor, gate_up_HD: LinearWeight, down_DF: LinearWeight) -> torch.Tensor:
     """One SwiGLU MLP over every row, down swiglu(gate_up x): the shared expert.
 
     Args:
         x_TD: Hidden states.
-        gate_up_HD: H = 2F: gate rows [0, F), up rows [F, 2F); plain or packed.
+        gate_up_HD: H = 2F: gate rows [0, F), up rows [F, 2F); plain, packed or FP8.
         down_DF: Likewise.
     """
     if not is_packed(gate_up_HD) or not is_packed(down_DF):

@@ -1,27 +1,43 @@
-"""Linear layers whose weights may be packed for the CPU.
+"""Linear layers whose weights may be packed for the CPU, or be FP8.
 
 A packed weight stands in the order in which the CPU operators read it (`cpu/tile.h`): 16 outputs
 side by side, two inputs of each together. On CPU in bfloat16 that streams small batches at the
 memory's speed, twice as fast as the plain product; other devices and dtypes keep plain weights.
+An FP8 weight (`fp8_linear`) brings its scales along and is multiplied as it is.
 
 Shape legend: T rows, I inputs, O outputs; a packed weight is [O / 16, I / 2, 16, 2].
 """
 
 from __future__ import annotations
 
+from typing import TypeAlias, TypeGuard, overload
+
 import torch
 
 from ostro.kernels.cpu import library
+from ostro.kernels.fp8_linear import Fp8Weight, fp8_linear
+
+LinearWeight: TypeAlias = torch.Tensor | Fp8Weight
 
 _PANEL = 16
 
 
-def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
+@overload
+def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor: ...
+
+
+@overload
+def pack_linear(weight_OI: Fp8Weight) -> Fp8Weight: ...
+
+
+def pack_linear(weight_OI: LinearWeight) -> LinearWeight:
     """The weight in the form that `linear` reads fastest: packed, or itself.
 
     A packed weight is good for `linear` and `expert_mlp` alone. Leading dimensions, of a stack of
     weights, stay.
     """
+    if isinstance(weight_OI, Fp8Weight):
+        return weight_OI
     num_out, num_in = weight_OI.shape[-2:]
     if not library.serves(weight_OI) or num_out % _PANEL or num_in % 2:
         return weight_OI
@@ -31,17 +47,19 @@ def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def is_packed(weight: torch.Tensor) -> bool:
+def is_packed(weight: LinearWeight) -> TypeGuard[torch.Tensor]:
     """Whether a weight, or a stack of them, is packed."""
-    return weight.dim() >= 4
+    return isinstance(weight, torch.Tensor) and weight.dim() >= 4
 
 
-def linear(x_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """Multiply rows by a plain or packed weight: x W^T, [T, O].
+def linear(x_TI: torch.Tensor, weight_OI: LinearWeight) -> torch.Tensor:
+    """Multiply rows by a plain, packed or FP8 weight: x W^T, [T, O].
 
     Example:
         x [[1., 2.]], weight [[3., 4.]] give [[11.]].
     """
+    if isinstance(weight_OI, Fp8Weight):
+        return fp8_linear(x_TI, weight_OI)
     if not is_packed(weight_OI):
         return torch.nn.functional.linear(x_TI, weight_OI)
     return linear_cpu(x_TI, weight_OI, x_TI.dtype)

@@ -1,10 +1,11 @@
-"""Rows, their experts and the experts' weights, for tests of the expert MLP."""
+"""Rows, their experts and the experts' weights, for tests of the expert MLP; FP8 weights."""
 
 from __future__ import annotations
 
 import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.fp8_linear import Fp8Weight
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -46,6 +47,18 @@ def make_fp8_experts(num_experts: int, hidden: int, inner: int, device: str = "c
         down_EDF=_to_fp8(down_EDF, down_scale_E).to(device),
         down_scale_E=down_scale_E.to(device),
         down_input_scale_E=(0.02 + step_E / 50).to(device),
+    )
+
+
+def make_fp8_weight(outputs: int, inputs: int, device: str = "cpu") -> Fp8Weight:
+    """A weight that keeps rows at about unit size."""
+    generator = torch.Generator().manual_seed(outputs)
+    weight_OI = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    scale = torch.tensor(0.003)
+    return Fp8Weight(
+        values_OI=_to_fp8(weight_OI[None], scale[None])[0].to(device),
+        scale=scale.to(device),
+        input_scale=torch.tensor(0.02, device=device),
     )
 
 

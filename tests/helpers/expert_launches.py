@@ -1,4 +1,4 @@
-"""Launches of gate, experts, combine and norm in Mistral Small 4's sizes, for the compile gate.
+"""Launches of the expert path, norm and FP8 rounding in Mistral Small 4's sizes, to be compiled.
 
 Rows are such that an expert's share fills tiles of 16, 32, 64 and 128 rows.
 """
@@ -13,6 +13,7 @@ import torch
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.combine import add_residual_triton, combine_norm_triton, combine_triton
 from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
+from ostro.kernels.gpu.fp8_linear import quantize_fp8_triton
 from ostro.kernels.gpu.gate import gate_triton
 from ostro.kernels.gpu.rms_norm import rms_norm_triton
 
@@ -21,7 +22,7 @@ _ROWS_OF_TILE = {16: 64, 32: 1024, 64: 2048, 128: 8192}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _gate() -> None:
@@ -46,6 +47,10 @@ def _combine_norm() -> None:
 
 def _rms_norm() -> None:
     rms_norm_triton(_rows(), _meta(_HIDDEN), 1e-6)
+
+
+def _quantize_fp8() -> None:
+    quantize_fp8_triton(_rows(), _meta(dtype=torch.float32))
 
 
 def _routed(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -83,6 +88,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "add_residual": _add_residual,
     "combine_norm": _combine_norm,
     "rms_norm": _rms_norm,
+    "quantize_fp8": _quantize_fp8,
 }
 for _tile, _num_rows in _ROWS_OF_TILE.items():
     LAUNCHES[f"experts_bf16_{_tile}"] = functools.partial(_experts, _num_rows)

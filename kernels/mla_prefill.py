@@ -5,7 +5,7 @@ fewer FLOPs per (query, key) pair. Absorbed: queries move into the latent space,
 nothing is rebuilt. `absorbed_is_cheaper` says which form costs less.
 
 Keys come in blocks with an online softmax, so memory does not grow with the context; a context of
-one block takes torch's fused attention instead.
+one block takes torch's fused attention instead. On a GPU the expanded form is `kernels.gpu`'s.
 
 Shape legend: T new tokens, L context (new tokens included), H heads, Q = N + P query width (N nope,
 P rope), V value width, C latent, W = C + P, G groups with their own keys (H or 1), R query rows of
@@ -22,6 +22,8 @@ from ostro.kernels.cpu import library
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import LatentHeads, absorb_queries, expand_values
 
+# Keys of a block, off the GPU.
+_KEYS_AT_ONCE = 2048
 # Scores of one block product, at most: 64 MiB in float32.
 _MAX_SCORES = 2**24
 
@@ -50,7 +52,7 @@ def mla_prefill(
     heads: LatentHeads,
     *,
     absorbed: bool = False,
-    block_size: int = 2048,
+    block_size: int | None = None,
 ) -> torch.Tensor:
     """Attend tokens at positions [start, start + T) causally to positions [0, start + T).
 
@@ -61,7 +63,8 @@ def mla_prefill(
         start: Position of the first query within the request.
         heads: The layer's heads.
         absorbed: Form to compute in.
-        block_size: Keys per block, rounded down to whole pages.
+        block_size: Keys per block, off a GPU rounded down to whole pages; None means what suits the
+            device.
 
     Returns:
         out_THV in the dtype of `q_THQ`.
@@ -69,8 +72,14 @@ def mla_prefill(
     Example:
         the first token of a request gets Wuv[h] latent, whatever its query.
     """
+    if q_THQ.is_cuda and not absorbed:
+        from ostro.kernels.gpu import mla_prefill as gpu
+
+        return gpu.mla_prefill_triton(
+            q_THQ, cache_NSW, pages_n, start, heads, block_size=block_size or gpu.KEYS_AT_ONCE
+        )
     page_size = cache_NSW.shape[1]
-    block_pages = max(block_size // page_size, 1)
+    block_pages = max((block_size or _KEYS_AT_ONCE) // page_size, 1)
     context_length = start + q_THQ.shape[0]
     if not absorbed and heads.packed is None and context_length <= block_pages * page_size:
         latent_LW = _gather(cache_NSW, pages_n, 0, context_length)

@@ -16,9 +16,9 @@ import triton
 from compile_gate import ARCHITECTURES, MAX_SHARED_BYTES, Compiled, compiled, from_json
 
 # Each record holds the launches of a module in tests/helpers.
-MODULE_OF_RECORD = {"experts.json": "expert_launches"}
+MODULE_OF_RECORD = {"experts.json": "expert_launches", "prefill.json": "prefill_launches"}
 # Compiled by every run; the others by the slow one.
-EVERY_RUN = {"experts.json": ("gate", "experts_fp8_16")}
+EVERY_RUN = {"experts.json": ("gate", "experts_fp8_16"), "prefill.json": ("attend_8192",)}
 
 each_record = pytest.mark.parametrize("record", MODULE_OF_RECORD)
 
@@ -88,3 +88,19 @@ def test_few_rows_leave_room_for_several_programs_a_processor() -> None:
     for name in ("experts_bf16_16", "experts_fp8_16"):
         for kernels in _launches("experts.json")[name].values():
             assert kernels["_gate_up_kernel"].shared_bytes * 3 <= MAX_SHARED_BYTES
+
+
+def test_prefill_attends_on_the_tensor_cores() -> None:
+    launches = _launches("prefill.json")
+    for name in launches.keys() - {"expand_latents"}:
+        for architecture, instruction in (("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")):
+            figures = launches[name][architecture]["_attend_block_kernel"]
+            assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, name
+            assert figures.num_tma_loads, name
+
+
+def test_small_chunks_leave_room_for_two_programs_a_processor() -> None:
+    for kernels in _launches("prefill.json")["attend_256"].values():
+        figures = kernels["_attend_block_kernel"]
+        assert figures.shared_bytes * 2 <= MAX_SHARED_BYTES
+        assert figures.registers * 32 * figures.num_warps * 2 <= 65536

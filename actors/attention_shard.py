@@ -22,7 +22,7 @@ from ostro.actors.fabric.messages import StepEvents
 from ostro.actors.fabric.transport import PairExchange
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
-from ostro.actors.model.device import torch_dtype
+from ostro.actors.model.device import choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
 from ostro.actors.model.sampler import Sampler
@@ -54,12 +54,17 @@ class AttentionShard(RankActor):
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
-        status = self._status
-        status.bytes_to_load = attention_bytes(config, dtype)
-        status.bytes_to_load += expert_bytes(config, len(local), dtype)
+        status, precision = self._status, choose_precision(spec.device, config)
+        status.bytes_to_load = attention_bytes(config, dtype, precision)
+        status.bytes_to_load += expert_bytes(config, len(local), dtype, precision)
         reader = CheckpointReader(Path(spec.model_dir))
         weights = load_attention_weights(
-            reader, config, device=spec.device, dtype=dtype, progress=status.count_bytes
+            reader,
+            config,
+            device=spec.device,
+            dtype=dtype,
+            precision=precision,
+            progress=status.count_bytes,
         )
         if local:
             experts = load_expert_weights(
@@ -68,6 +73,7 @@ class AttentionShard(RankActor):
                 local,
                 device=spec.device,
                 dtype=dtype,
+                precision=precision,
                 progress=status.count_bytes,
             )
             self._experts = LocalExperts(config, experts)

@@ -8,7 +8,7 @@ from ostro.actors.expert_engine import ExpertEngine, ExpertParts
 from ostro.actors.fabric.channel import SyncConnection
 from ostro.actors.fabric.transport import ExpertServer
 from ostro.actors.model.checkpoint import CheckpointReader
-from ostro.actors.model.device import torch_dtype
+from ostro.actors.model.device import choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.weights import expert_bytes, load_expert_weights
 from ostro.actors.rank import EpochSpec, RankSpec
@@ -28,13 +28,15 @@ class ExpertShard(RankActor):
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
-        self._status.bytes_to_load = expert_bytes(config, len(local), dtype)
+        precision = choose_precision(spec.device, config)
+        self._status.bytes_to_load = expert_bytes(config, len(local), dtype, precision)
         weights = load_expert_weights(
             CheckpointReader(Path(spec.model_dir)),
             config,
             local,
             device=spec.device,
             dtype=dtype,
+            precision=precision,
             progress=self._status.count_bytes,
         )
         self._config = config

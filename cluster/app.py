@@ -43,6 +43,7 @@ class IngressSpec:
         namespace: Its Ray namespace.
         secret: The deployment's secret.
         dtype: The cell's dtype, for the model card.
+        weight_dtype: What its weights are held in, likewise.
     """
 
     deployment: DeploymentConfig
@@ -51,6 +52,7 @@ class IngressSpec:
     namespace: str
     secret: bytes = field(repr=False)
     dtype: str
+    weight_dtype: str
 
 
 class Ingress(GrpcMethods):
@@ -65,7 +67,13 @@ class Ingress(GrpcMethods):
         config = load_model_config(model_dir)
         prompts = PromptBuilder(model_dir, deployment.reasoning, deployment.serving)
         card = replace(
-            make_card(model_dir, config, deployment, weight_dtype=spec.dtype),
+            make_card(
+                model_dir,
+                config,
+                deployment,
+                weight_dtype=spec.weight_dtype,
+                kv_dtype=spec.dtype,
+            ),
             has_vision=prompts.serves_images(config.vision),
         )
         self._cell = CellClient(

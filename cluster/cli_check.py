@@ -27,6 +27,7 @@ from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
+from ostro.configs.quantization import WeightFormat
 
 _TITLE_WIDTH = 12
 
@@ -111,6 +112,8 @@ def _print_plan(
     deployment: DeploymentConfig, plan: DeploymentPlan, machine: Machine, console: Console
 ) -> None:
     dtype = str(plan.dtype).removeprefix("torch.")
+    if plan.precision is not WeightFormat.PLAIN:
+        dtype += f" with {plan.precision.value} weights"
     _say(console, "layout", f"{describe_layout(deployment)}; {plan.device}, {dtype}")
     host = machine.host
     gpus = f", {len(machine.gpus)} x {machine.gpu_name}" if machine.gpus else ", no GPU"

@@ -179,7 +179,7 @@ def _weight_bytes(deployment: DeploymentConfig, config: ModelConfig) -> dict[int
 
     device = local_device(deployment.layout.device)
     dtype = choose_dtype(deployment.engine.dtype, device, config)
-    return plan_weights(deployment, config, torch_dtype(dtype))
+    return plan_weights(deployment, config, device=device, dtype=torch_dtype(dtype))
 
 
 @contextmanager

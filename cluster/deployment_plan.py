@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from ostro.actors.fabric.placement import initial_placement
+from ostro.actors.model.device import choose_precision
 from ostro.actors.model.latent_cache import cache_page_bytes
 from ostro.actors.model.weights import attention_bytes, expert_bytes
 from ostro.cluster.human_numbers import format_bytes
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
+from ostro.configs.quantization import WeightFormat
 
 _DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 _PROCESS_BYTES = 256 * 2**20  # interpreter, torch and Ray in one CPU process, beside its weights
@@ -82,12 +84,15 @@ class DeploymentPlan:
     """What every rank holds, and what stands against it.
 
     Attributes:
+        dtype: What activations, the cache, and weights that are not in `precision` are held in.
+        precision: What quantised weights are multiplied in; PLAIN if in `dtype`.
         problems: Why it cannot run, each with its way out; empty if it fits.
         notes: What it runs with all the same.
     """
 
     device: str
     dtype: torch.dtype
+    precision: WeightFormat
     ranks: tuple[RankPlan, ...]
     max_context: int
     problems: tuple[str, ...]
@@ -114,14 +119,15 @@ def plan_deployment(
         config: The model.
         machine: Where; GPU r is rank r's.
         device: "cpu" or "cuda".
-        dtype: What weights and cache are held in.
+        dtype: What the cache is held in, and weights that are not multiplied as they are stored.
         has_other_nodes: Ranks may live on machines that are not looked at.
 
     Raises:
         ConfigError: The model's experts cannot be spread over the layout's ranks.
     """
     max_context = min(config.max_context, deployment.engine.max_context or config.max_context)
-    planner = _Planner(deployment, config, machine, device, dtype, max_context)
+    precision = choose_precision(device, config)
+    planner = _Planner(deployment, config, machine, device, dtype, precision, max_context)
     ranks = tuple(planner.rank(rank) for rank in range(deployment.layout.world_size()))
     problems: list[str] = []
     if not has_other_nodes:
@@ -130,6 +136,7 @@ def plan_deployment(
     return DeploymentPlan(
         device=device,
         dtype=dtype,
+        precision=precision,
         ranks=ranks,
         max_context=max_context,
         problems=tuple(problems),
@@ -138,17 +145,18 @@ def plan_deployment(
 
 
 def plan_weights(
-    deployment: DeploymentConfig, config: ModelConfig, dtype: torch.dtype
+    deployment: DeploymentConfig, config: ModelConfig, *, device: str, dtype: torch.dtype
 ) -> dict[int, int]:
     """Bytes of weights that each rank loads.
 
     Raises:
         ConfigError: As `plan_deployment`.
     """
-    num_experts = _experts_by_rank(deployment.layout, config)
+    layout, num_experts = deployment.layout, _experts_by_rank(deployment.layout, config)
+    precision = choose_precision(device, config)
     return {
-        rank: _weight_bytes(deployment.layout, config, dtype, rank, num_experts.get(rank, 0))
-        for rank in range(deployment.layout.world_size())
+        rank: _weight_bytes(layout, config, dtype, precision, rank, num_experts.get(rank, 0))
+        for rank in range(layout.world_size())
     }
 
 
@@ -161,12 +169,15 @@ class _Planner:
     machine: Machine
     device: str
     dtype: torch.dtype
+    precision: WeightFormat
     max_context: int
 
     def rank(self, rank: int) -> RankPlan:
         layout, engine = self.deployment.layout, self.deployment.engine
         num_experts = _experts_by_rank(layout, self.config).get(rank, 0)
-        weight_bytes = _weight_bytes(layout, self.config, self.dtype, rank, num_experts)
+        weight_bytes = _weight_bytes(
+            layout, self.config, self.dtype, self.precision, rank, num_experts
+        )
         budget_bytes = self._budget_bytes(rank)
         is_attention = rank in layout.attention_ranks()
         page_bytes = cache_page_bytes(self.config, engine.page_size, self.dtype)
@@ -229,6 +240,12 @@ class _Planner:
                 f"context of {self.max_context}: longer requests fail; give it more memory or set "
                 f"engine.max_context={tokens}"
             )
+        if self.device == "cuda" and self._is_dequantized():
+            notes.append(
+                f"the checkpoint's quantised weights are dequantised to "
+                f"{str(self.dtype).removeprefix('torch.')} on the GPU and take that memory: only "
+                f"fp8 with scales for inputs is multiplied as it is stored"
+            )
         if self.device == "cuda" and any(rank.num_pages is None for rank in ranks):
             notes.append(
                 f"GPUs of at least {format_bytes(self._least_gpu_bytes(ranks))} are needed"
@@ -239,6 +256,9 @@ class _Planner:
                 f"preset laptop_single is faster on this machine"
             )
         return notes
+
+    def _is_dequantized(self) -> bool:
+        return self.config.quantization is not None and self.precision is WeightFormat.PLAIN
 
     def _budget_bytes(self, rank: int) -> int | None:
         gpus = self.machine.gpus
@@ -307,7 +327,7 @@ class _Planner:
         return ((rank.budget_bytes or 0) - rank.weight_bytes) // rank.page_bytes
 
     def _expert_bytes(self, num_local: int) -> int:
-        return expert_bytes(self.config, num_local, self.dtype)
+        return expert_bytes(self.config, num_local, self.dtype, self.precision)
 
 
 def _experts_by_rank(layout: LayoutConfig, config: ModelConfig) -> dict[int, int]:
@@ -321,10 +341,16 @@ def _experts_by_rank(layout: LayoutConfig, config: ModelConfig) -> dict[int, int
 
 
 def _weight_bytes(
-    layout: LayoutConfig, config: ModelConfig, dtype: torch.dtype, rank: int, num_experts: int
+    layout: LayoutConfig,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    precision: WeightFormat,
+    rank: int,
+    num_experts: int,
 ) -> int:
-    own_bytes = attention_bytes(config, dtype) if rank in layout.attention_ranks() else 0
-    return own_bytes + expert_bytes(config, num_experts, dtype)
+    is_attention = rank in layout.attention_ranks()
+    own_bytes = attention_bytes(config, dtype, precision) if is_attention else 0
+    return own_bytes + expert_bytes(config, num_experts, dtype, precision)
 
 
 def _useful_pages(engine: EngineConfig, max_context: int) -> int:

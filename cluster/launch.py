@@ -30,7 +30,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ostro.actors.errors import OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
-from ostro.actors.model.device import choose_dtype, num_threads
+from ostro.actors.model.device import (
+    choose_dtype,
+    choose_precision,
+    num_threads,
+    weight_dtype,
+)
 from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.node_placement import Node, request_group, resolve_device
@@ -148,13 +153,15 @@ def launch(
         _refuse_second_cell()
         host = _prepare_ingress(deployment, nodes) if with_ingress else ""
         device = resolve_device(deployment.layout.device, nodes)
+        dtype = choose_dtype(deployment.engine.dtype, device, config)
         spec = IngressSpec(
             deployment=deployment,
             model_dir=str(model_dir),
             router_name=ROUTER_NAME,
             namespace=NAMESPACE,
             secret=secrets.token_bytes(32),
-            dtype=choose_dtype(deployment.engine.dtype, device, config),
+            dtype=dtype,
+            weight_dtype=weight_dtype(dtype, choose_precision(device, config)),
         )
         with _stage("actors", seconds, on_progress):
             router = _make_actors(spec, nodes, device, attention, undo)

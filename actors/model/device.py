@@ -1,4 +1,4 @@
-"""The device of a rank: which one, how many threads, which dtype."""
+"""The device of a rank: which one, how many threads, which dtype, which precision of weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 
 import torch
 
+from ostro.actors.model.stored_weights import multipliable_format
 from ostro.configs.deployment import DeploymentConfig, Layout
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
+from ostro.configs.quantization import WeightFormat
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SMALL_HIDDEN = 512
@@ -34,6 +36,24 @@ def choose_dtype(requested: str, device: str, config: ModelConfig) -> str:
         return "bfloat16"
     native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return "bfloat16" if native and config.hidden_size >= _SMALL_HIDDEN else "float32"
+
+
+def choose_precision(device: str, config: ModelConfig) -> WeightFormat:
+    """What a device multiplies the quantised weights of a checkpoint in.
+
+    CUDA in their own format where there are kernels for it. PLAIN elsewhere: they are dequantised
+    to the model's dtype while they are loaded.
+    """
+    return multipliable_format(config) if device == "cuda" else WeightFormat.PLAIN
+
+
+def weight_dtype(dtype: str, precision: WeightFormat) -> str:
+    """By name what most of the weights are held in, for people.
+
+    Example:
+        ("bfloat16", FP8) -> "fp8"; ("bfloat16", PLAIN) -> "bfloat16"
+    """
+    return dtype if precision is WeightFormat.PLAIN else precision.value
 
 
 def num_threads(deployment: DeploymentConfig) -> int:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ostro.actors.model.weights import ExpertWeights
+from ostro.actors.model.weights import ExpertLayer, ExpertLayerWeights, ExpertWeights
 from ostro.configs.model import ModelConfig
+from ostro.kernels.fp8_experts import Fp8Experts, expert_mlp_fp8
 from ostro.kernels.grouped_gemm import expert_mlp
 from ostro.kernels.linear import is_packed, pack_linear
 
@@ -18,12 +19,10 @@ class LocalExperts:
 
     def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
         """Takes `weights` over: where packing is faster, they are packed where they stand."""
-        self._gate_up_LE = [_take_over(layer.gate_up) for layer in weights.layers]
-        self._down_LE = [_take_over(layer.down) for layer in weights.layers]
-        self._num_local = len(weights.local_to_logical)
-        device = weights.layers[0].gate_up.device
+        self._layers = [_take_over(layer) for layer in weights.layers]
+        num_local = len(weights.local_to_logical)
         self._rows_LE = torch.zeros(
-            config.num_layers, self._num_local + 1, dtype=torch.int64, device=device
+            config.num_layers, num_local + 1, dtype=torch.int64, device=_device(weights.layers[0])
         )
 
     @torch.inference_mode()
@@ -41,13 +40,11 @@ class LocalExperts:
         Returns:
             out_RD in the dtype of `rows_RD`; zeros for a row without a local expert.
         """
+        experts, counts = self._layers[layer], self._rows_LE[layer]
+        if isinstance(experts, Fp8Experts):
+            return expert_mlp_fp8(rows_RD, expert_RK, weight_RK, experts, counts=counts)
         return expert_mlp(
-            rows_RD,
-            expert_RK,
-            weight_RK,
-            self._gate_up_LE[layer],
-            self._down_LE[layer],
-            counts=self._rows_LE[layer],
+            rows_RD, expert_RK, weight_RK, experts.gate_up, experts.down, counts=counts
         )
 
     def take_counts(self) -> list[list[int]]:
@@ -57,11 +54,19 @@ class LocalExperts:
         return rows_LE
 
 
-def _take_over(weight_EOI: torch.Tensor) -> torch.Tensor:
-    """The stack as `expert_mlp` reads it fastest.
+def _device(layer: ExpertLayer) -> torch.device:
+    return layer.gate_up_EHD.device if isinstance(layer, Fp8Experts) else layer.gate_up.device
 
-    Packed expert by expert in its own memory, so that a shard never holds its experts twice.
-    """
+
+def _take_over(layer: ExpertLayer) -> ExpertLayer:
+    """The layer as `expert_mlp` reads it fastest; FP8 stays as it is."""
+    if isinstance(layer, Fp8Experts):
+        return layer
+    return ExpertLayerWeights(gate_up=_packed(layer.gate_up), down=_packed(layer.down))
+
+
+def _packed(weight_EOI: torch.Tensor) -> torch.Tensor:
+    """The stack, packed expert by expert in its own memory: a shard never holds experts twice."""
     for weight_OI in weight_EOI:
         packed = pack_linear(weight_OI)
         if not is_packed(packed):

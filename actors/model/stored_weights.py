@@ -32,6 +32,18 @@ _PLAIN = ("BF16", "F32", "F16")
 _LISTED = 6  # names that an error lists of each kind
 
 
+def multipliable_format(config: ModelConfig) -> WeightFormat:
+    """The format in which a checkpoint's weights can be multiplied as they are stored.
+
+    FP8 needs a scale for the inputs of each weight; NVFP4 has no kernels yet. Otherwise PLAIN:
+    quantised weights are dequantised.
+    """
+    declared = config.quantization
+    if declared is None or not declared.has_input_scales:
+        return WeightFormat.PLAIN
+    return WeightFormat.FP8 if declared.weight_format is WeightFormat.FP8 else WeightFormat.PLAIN
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredWeight:
     """One expected weight and the tensors that hold it, by name.

@@ -4,7 +4,7 @@
     NVFP4   W = code * scale of its 16 / global scale      e2m1, two codes a byte, even column low
 
 Both official formats keep a scale for the layer's inputs too, for kernels that multiply in the
-format itself; dequantising leaves it aside.
+format itself (`fp8_weight`); dequantising leaves it aside.
 Source: `static per-tensor` of transformers' and Mistral's FP8 checkpoints; compressed-tensors'
 `nvfp4-pack-quantized`, whose global scales are divisors.
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.fp8_linear import Fp8Weight
 
 NVFP4_GROUP = 16
 _FP8 = torch.float8_e4m3fn
@@ -83,6 +84,21 @@ def dequantize_into(out: torch.Tensor, raw: RawWeight) -> None:
             continue
         groups = table.index_select(0, byte).view(-1, steps.shape[1], NVFP4_GROUP)
         out[chunk].copy_(groups.mul_(steps[chunk, :, None]).flatten(1))
+
+
+def fp8_weight(raw: RawWeight) -> Fp8Weight:
+    """An FP8 weight as kernels multiply it; its values are `raw`'s own.
+
+    Raises:
+        ValueError: It is another format's, or lacks its scale or that of its inputs.
+    """
+    if raw.weight_format is not WeightFormat.FP8 or raw.scale is None or raw.input_scale is None:
+        raise ValueError("only an fp8 weight with its scale and that of its inputs is multiplied")
+    return Fp8Weight(
+        values_OI=raw.values,
+        scale=raw.scale.float().view(()),
+        input_scale=raw.input_scale.float().view(()),
+    )
 
 
 def _steps(raw: RawWeight) -> torch.Tensor:

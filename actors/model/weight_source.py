@@ -1,9 +1,11 @@
 """One role's share of a checkpoint, handed out parameter by parameter, each once.
 
 Whatever the layout and the formats: a parameter comes out dequantised to the dtype asked for, in
-the row order that the model computes with. Only the bytes asked for are read.
+the row order that the model computes with. FP8 weights of linear layers and experts stay as they
+are stored where that is asked for. Only the bytes asked for are read, one tensor or expert at a
+time.
 
-Shape letters: E local experts, F expert hidden, D hidden.
+Shape letters: E local experts, F expert hidden, D hidden, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -17,12 +19,21 @@ import torch
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.native_names import INTERLEAVED
-from ostro.actors.model.stored_weights import StoredWeight, fill, match_tensors
-from ostro.actors.model.weight_formats import pairs_to_halves
+from ostro.actors.model.stored_weights import (
+    StoredWeight,
+    fill,
+    match_tensors,
+    multipliable_format,
+    read_raw,
+)
+from ostro.actors.model.weight_formats import fp8_weight, join_rows, pairs_to_halves
 from ostro.actors.model.weight_names import Role
 from ostro.configs.checkpoint_layout import CheckpointLayout
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.fp8_linear import Fp8Weight
+from ostro.kernels.linear import LinearWeight
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +53,30 @@ class LoadReport:
     ignored: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fp8Stack:
+    """A matrix of each local expert, and its scales in float32."""
+
+    values_EOI: torch.Tensor
+    scale_E: torch.Tensor
+    input_scale_E: torch.Tensor
+
+
+def _new_stack(num_local: int, shape: Sequence[int], device: torch.device) -> _Fp8Stack:
+    return _Fp8Stack(
+        values_EOI=torch.empty((num_local, *shape), dtype=torch.float8_e4m3fn, device=device),
+        scale_E=torch.empty(num_local, device=device),
+        input_scale_E=torch.empty(num_local, device=device),
+    )
+
+
 class WeightSource:
     """Reads one role's weights, each once, and knows at the end whether all were read.
 
     Raises:
         CheckpointError: A tensor is missing, unknown, or not as the config says; one error tells
             all of it, before any memory is taken.
+        ValueError: The checkpoint's weights cannot be multiplied in `precision`.
     """
 
     def __init__(
@@ -57,9 +86,17 @@ class WeightSource:
         role: Role,
         *,
         device: torch.device | str,
+        precision: WeightFormat,
         progress: ReadProgress | None,
     ) -> None:
+        if precision not in (WeightFormat.PLAIN, multipliable_format(config)):
+            raise ValueError(
+                f"precision={precision.value}, but {reader.directory} has no {precision.value} "
+                f"weights with scales for their inputs"
+            )
         self.config = config
+        self._precision = precision
+        self._num_rounded = 0
         self._reader = reader
         self._match = match_tensors(reader, config)
         self._match.check(reader.directory)
@@ -76,14 +113,30 @@ class WeightSource:
         Raises:
             CheckpointError: It was taken already, or is another role's.
         """
-        weight = self._claim(parameter, layer)
-        out = torch.empty(weight.expected.shape, dtype=dtype, device=self._device)
-        fill(self._reader, weight, out, progress=self._progress)
+        out = self._fill(self._claim(parameter, layer), dtype)
         vision = self.config.vision
         native = self._match.scheme.layout is CheckpointLayout.MISTRAL
         if native and parameter in INTERLEAVED and vision is not None:
             return pairs_to_halves(out, vision.num_heads)
         return out
+
+    def take_linear(
+        self, parameters: Sequence[str], layer: int, dtype: torch.dtype
+    ) -> LinearWeight:
+        """One or two parameters that multiply the same rows, as one weight, the first one's on top.
+
+        FP8 if that is the precision asked for and they are stored so, else dequantised.
+
+        Raises:
+            CheckpointError: One was taken already, or is another role's.
+        """
+        weights = [self._claim(parameter, layer) for parameter in parameters]
+        if not self._stays_fp8(weights):
+            parts = [self._fill(weight, dtype) for weight in weights]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        joined = self._read_joined(weights)
+        self._tell(joined.values_OI, joined.scale, joined.input_scale)
+        return joined
 
     def take_experts(
         self, layer: int, local_to_logical: Sequence[int], dtype: torch.dtype
@@ -121,6 +174,34 @@ class WeightSource:
                 fill(self._reader, weights[expert], out[slot], progress=self._progress)
         return gate_up, down
 
+    def has_fp8_experts(self, layer: int) -> bool:
+        """Whether a layer's experts are to be taken by `take_fp8_experts`."""
+        return self._stays_fp8(
+            [
+                weight
+                for weight in self._match.weights.values()
+                if weight.expected.role is Role.EXPERT and weight.expected.layer == layer
+            ]
+        )
+
+    def take_fp8_experts(self, layer: int, local_to_logical: Sequence[int]) -> Fp8Experts:
+        """As `take_experts`, in FP8 as they are stored."""
+        if self._match.scheme.stacks_experts():
+            gate_up = self._fp8_of_stacked("experts_gate_up", layer, local_to_logical)
+            down = self._fp8_of_stacked("experts_down", layer, local_to_logical)
+        else:
+            both = ("expert_gate", "expert_up")
+            gate_up = self._fp8_of_single(both, layer, local_to_logical)
+            down = self._fp8_of_single(("expert_down",), layer, local_to_logical)
+        return Fp8Experts(
+            gate_up_EHD=gate_up.values_EOI,
+            gate_up_scale_E=gate_up.scale_E,
+            gate_up_input_scale_E=gate_up.input_scale_E,
+            down_EDF=down.values_EOI,
+            down_scale_E=down.scale_E,
+            down_input_scale_E=down.input_scale_E,
+        )
+
     def verify(self) -> LoadReport:
         """Where every tensor of the checkpoint went; raises if one of this role went nowhere."""
         if self._taken != self._wanted:
@@ -131,6 +212,14 @@ class WeightSource:
         for weight in self._match.weights.values():
             (mine if weight.expected.role is self._role else others).extend(weight.tensors())
         report = LoadReport(tuple(mine), tuple(others), self._match.ignored)
+        if self._num_rounded:
+            logger.warning(
+                "%s: gate and up had different scales in %d weights of the %s role and were "
+                "rounded anew to a common one",
+                self._reader.directory,
+                self._num_rounded,
+                self._role.value,
+            )
         logger.debug(
             "%s: %d tensors fill the %s role, %d belong to the other one, %d are not served",
             self._reader.directory,
@@ -148,10 +237,11 @@ class WeightSource:
             for weight in self._match.weights.values()
             if weight.expected.role is self._role and weight.weight_format is not WeightFormat.PLAIN
         }
-        if formats and self._device.type == "cuda":
+        is_plain = self._precision is WeightFormat.PLAIN
+        if formats and is_plain and self._device.type == "cuda":
             logger.warning(
                 "%s: %s weights of the %s role are dequantised to %s on the GPU and take that "
-                "memory: there are no kernels yet that multiply in their own precision",
+                "memory: only fp8 with scales for inputs is multiplied as it is stored",
                 self._reader.directory,
                 " and ".join(sorted(formats)),
                 self._role.value,
@@ -165,6 +255,60 @@ class WeightSource:
             raise CheckpointError(f"tensor {name} fills a second parameter, or another role's")
         self._taken.add(weight.values)
         return weight
+
+    def _fill(self, weight: StoredWeight, dtype: torch.dtype) -> torch.Tensor:
+        out = torch.empty(weight.expected.shape, dtype=dtype, device=self._device)
+        fill(self._reader, weight, out, progress=self._progress)
+        return out
+
+    def _stays_fp8(self, weights: Sequence[StoredWeight]) -> bool:
+        return self._precision is WeightFormat.FP8 and all(
+            weight.weight_format is WeightFormat.FP8 for weight in weights
+        )
+
+    def _read_joined(self, weights: Sequence[StoredWeight]) -> Fp8Weight:
+        raws = [read_raw(self._reader, weight, device=self._device) for weight in weights]
+        if len(raws) == 1:
+            return fp8_weight(raws[0])
+        joined = join_rows(raws[0], raws[1])
+        self._num_rounded += joined.scale is not raws[0].scale
+        return fp8_weight(joined)
+
+    def _fp8_of_stacked(
+        self, parameter: str, layer: int, local_to_logical: Sequence[int]
+    ) -> _Fp8Stack:
+        weight, reader = self._claim(parameter, layer), self._reader
+        stack = _new_stack(len(local_to_logical), weight.expected.shape[1:], self._device)
+        reader.read_into(
+            stack.values_EOI, weight.values, rows=local_to_logical, progress=self._progress
+        )
+        _, *scales = weight.tensors()  # its own, then that of its inputs
+        for name, out_E in zip(scales, (stack.scale_E, stack.input_scale_E), strict=True):
+            out_E.copy_(reader.read(name, rows=local_to_logical).view(-1))
+        self._tell(stack.scale_E, stack.input_scale_E)
+        return stack
+
+    def _fp8_of_single(
+        self, parameters: Sequence[str], layer: int, local_to_logical: Sequence[int]
+    ) -> _Fp8Stack:
+        by_expert = [
+            [self._claim(parameter, layer, expert) for parameter in parameters]
+            for expert in range(self.config.num_experts)
+        ]
+        num_out = sum(weight.expected.shape[0] for weight in by_expert[0])
+        shape = (num_out, by_expert[0][0].expected.shape[1])
+        stack = _new_stack(len(local_to_logical), shape, self._device)
+        for slot, expert in enumerate(local_to_logical):
+            joined = self._read_joined(by_expert[expert])
+            stack.values_EOI[slot].copy_(joined.values_OI)
+            stack.scale_E[slot] = joined.scale
+            stack.input_scale_E[slot] = joined.input_scale
+            self._tell(joined.values_OI, joined.scale, joined.input_scale)
+        return stack
+
+    def _tell(self, *filled: torch.Tensor) -> None:
+        if self._progress is not None:
+            self._progress(sum(tensor.nbytes for tensor in filled))
 
     def _fill_stacked(
         self, out: torch.Tensor, weight: StoredWeight, local_to_logical: Sequence[int]

@@ -4,6 +4,10 @@
 taken; the loaders then fill every parameter exactly once, through `WeightSource`, which hides
 layout and precision. The one after-load change, splitting kv_b, stands in `_split_kv_b`.
 
+`precision` says what the quantised weights are held in: PLAIN dequantises them, FP8 keeps those of
+linear layers and experts as they are stored. kv_b is dequantised in either: it is 3 % of a layer's
+attention and shared expert, and is multiplied from both sides.
+
 Shape letters: D hidden, H heads, N nope dim, P rope dim, C latent, E experts, F expert hidden,
 V vocabulary; in w_uv V is the value dim of a head.
 """
@@ -14,20 +18,30 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.stored_weights import match_tensors
 from ostro.actors.model.vision_weights import VisionWeights, gather_vision_weights
-from ostro.actors.model.weight_names import TEXT_SCHEME, Role
+from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor, Role
 from ostro.actors.model.weight_source import WeightSource
 from ostro.configs.model import ModelConfig, load_model_config
+from ostro.configs.quantization import WeightFormat
+from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.linear import LinearWeight
+
+# Parameters that stay FP8 -> the scales that come along: a weight's own and that of its inputs.
+# Gate and up of the shared expert are one weight.
+_SCALES = {"q_a": 2, "q_b": 2, "kv_a": 2, "o_proj": 2, "shared_down": 2}
+_SCALES |= {"shared_gate": 2, "shared_up": 0}
+_SCALE_BYTES = torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionLayerWeights:
-    """One layer's share of the attention role; all in the model's dtype but `gate_ED`.
+    """One layer's share of the attention role; all in the model's dtype but `gate_ED` and FP8.
 
     Attributes:
         q_a: [q_lora, D].
@@ -44,18 +58,18 @@ class AttentionLayerWeights:
     """
 
     input_norm_D: torch.Tensor
-    q_a: torch.Tensor
+    q_a: LinearWeight
     q_a_norm: torch.Tensor
-    q_b: torch.Tensor
-    kv_a: torch.Tensor
+    q_b: LinearWeight
+    kv_a: LinearWeight
     kv_a_norm: torch.Tensor
     w_uk_HNC: torch.Tensor
     w_uv_HVC: torch.Tensor
-    o_proj: torch.Tensor
+    o_proj: LinearWeight
     post_norm_D: torch.Tensor
     gate_ED: torch.Tensor
-    shared_gate_up: torch.Tensor
-    shared_down: torch.Tensor
+    shared_gate_up: LinearWeight
+    shared_down: LinearWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +100,9 @@ class ExpertLayerWeights:
     down: torch.Tensor
 
 
+ExpertLayer: TypeAlias = ExpertLayerWeights | Fp8Experts
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertWeights:
     """The routed experts of one shard.
@@ -94,7 +111,7 @@ class ExpertWeights:
         local_to_logical: The logical expert in each local slot, the same in every layer.
     """
 
-    layers: tuple[ExpertLayerWeights, ...]
+    layers: tuple[ExpertLayer, ...]
     local_to_logical: tuple[int, ...]
 
 
@@ -118,14 +135,18 @@ def load_attention_weights(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    precision: WeightFormat = WeightFormat.PLAIN,
     progress: ReadProgress | None = None,
 ) -> AttentionWeights:
     """Read all that the attention role needs; what `progress` is told adds up to `attention_bytes`.
 
     Raises:
         CheckpointError: As `check_checkpoint`.
+        ValueError: The checkpoint's weights cannot be multiplied in `precision`.
     """
-    source = WeightSource(reader, config, Role.ATTENTION, device=device, progress=progress)
+    source = WeightSource(
+        reader, config, Role.ATTENTION, device=device, precision=precision, progress=progress
+    )
     source.tell_dequantized(dtype)
     embed_VD = source.take("embed", None, dtype)
     tied = config.tie_word_embeddings
@@ -147,6 +168,7 @@ def load_expert_weights(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    precision: WeightFormat = WeightFormat.PLAIN,
     progress: ReadProgress | None = None,
 ) -> ExpertWeights:
     """Read these experts of every layer, and no other byte.
@@ -156,58 +178,95 @@ def load_expert_weights(
         config: Its config.
         local_to_logical: The logical expert for each local slot; repeats are replicas.
         device: Where to.
-        dtype: As what.
+        dtype: As what, if not FP8.
+        precision: See the module.
         progress: Told the bytes filled; in the end they add up to `expert_bytes`.
 
     Raises:
         CheckpointError: As `check_checkpoint`.
+        ValueError: No such expert, or weights that cannot be multiplied in `precision`.
     """
     if not all(0 <= expert < config.num_experts for expert in local_to_logical):
         raise ValueError(f"local_to_logical={local_to_logical}: {config.num_experts} experts exist")
-    source = WeightSource(reader, config, Role.EXPERT, device=device, progress=progress)
+    source = WeightSource(
+        reader, config, Role.EXPERT, device=device, precision=precision, progress=progress
+    )
     source.tell_dequantized(dtype)
-    layers = []
-    for layer in range(config.num_layers):
-        gate_up, down = source.take_experts(layer, local_to_logical, dtype)
-        layers.append(ExpertLayerWeights(gate_up=gate_up, down=down))
+    layers = tuple(
+        _expert_layer(source, layer, local_to_logical, dtype) for layer in range(config.num_layers)
+    )
     source.verify()
-    return ExpertWeights(layers=tuple(layers), local_to_logical=tuple(local_to_logical))
+    return ExpertWeights(layers=layers, local_to_logical=tuple(local_to_logical))
 
 
-def attention_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory that `load_attention_weights` fills, in bytes."""
+def attention_bytes(
+    config: ModelConfig, dtype: torch.dtype, precision: WeightFormat = WeightFormat.PLAIN
+) -> int:
+    """Memory that `load_attention_weights` fills, in bytes.
+
+    Exact where all is FP8 that may be, as in the official checkpoint.
+    """
     return sum(
-        (torch.float32 if tensor.parameter == "gate" else dtype).itemsize * math.prod(tensor.shape)
+        _attention_tensor_bytes(tensor, dtype, precision)
         for tensor in TEXT_SCHEME.expected(config).values()
         if tensor.role is Role.ATTENTION
     )
 
 
-def expert_bytes(config: ModelConfig, num_local: int, dtype: torch.dtype) -> int:
+def expert_bytes(
+    config: ModelConfig,
+    num_local: int,
+    dtype: torch.dtype,
+    precision: WeightFormat = WeightFormat.PLAIN,
+) -> int:
     """Memory that `load_expert_weights` fills for this many local slots, in bytes."""
     values = 3 * config.expert_hidden_size * config.hidden_size
-    return config.num_layers * num_local * values * dtype.itemsize
+    each_bytes = values * dtype.itemsize
+    if precision is WeightFormat.FP8:  # two matrices with two scales each
+        each_bytes = values + 4 * _SCALE_BYTES
+    return config.num_layers * num_local * each_bytes
+
+
+def _attention_tensor_bytes(
+    tensor: ExpectedTensor, dtype: torch.dtype, precision: WeightFormat
+) -> int:
+    values = math.prod(tensor.shape)
+    if precision is WeightFormat.FP8 and tensor.parameter in _SCALES:
+        return values + _SCALES[tensor.parameter] * _SCALE_BYTES
+    return values * (torch.float32 if tensor.parameter == "gate" else dtype).itemsize
+
+
+def _expert_layer(
+    source: WeightSource, layer: int, local_to_logical: Sequence[int], dtype: torch.dtype
+) -> ExpertLayer:
+    if source.has_fp8_experts(layer):
+        return source.take_fp8_experts(layer, local_to_logical)
+    gate_up, down = source.take_experts(layer, local_to_logical, dtype)
+    return ExpertLayerWeights(gate_up=gate_up, down=down)
 
 
 def _attention_layer(source: WeightSource, layer: int, dtype: torch.dtype) -> AttentionLayerWeights:
     def take(parameter: str) -> torch.Tensor:
         return source.take(parameter, layer, dtype)
 
+    def take_linear(*parameters: str) -> LinearWeight:
+        return source.take_linear(parameters, layer, dtype)
+
     w_uk_HNC, w_uv_HVC = _split_kv_b(source.config, take("kv_b"))
     return AttentionLayerWeights(
         input_norm_D=take("input_norm"),
-        q_a=take("q_a"),
+        q_a=take_linear("q_a"),
         q_a_norm=take("q_a_norm"),
-        q_b=take("q_b"),
-        kv_a=take("kv_a"),
+        q_b=take_linear("q_b"),
+        kv_a=take_linear("kv_a"),
         kv_a_norm=take("kv_a_norm"),
         w_uk_HNC=w_uk_HNC,
         w_uv_HVC=w_uv_HVC,
-        o_proj=take("o_proj"),
+        o_proj=take_linear("o_proj"),
         post_norm_D=take("post_norm"),
         gate_ED=source.take("gate", layer, torch.float32),
-        shared_gate_up=torch.cat((take("shared_gate"), take("shared_up"))),
-        shared_down=take("shared_down"),
+        shared_gate_up=take_linear("shared_gate", "shared_up"),
+        shared_down=take_linear("shared_down"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import checkpoint_variants
 import pytest
 from checkpoints import make_tiny_checkpoint
 from typer.testing import CliRunner
@@ -80,6 +81,15 @@ def test_check_fails_for_a_preset_of_gpus_that_are_not_here(model_dir):
     result = CliRunner().invoke(app, ["check", "multinode", "--model", str(model_dir)])
     assert result.exit_code == 1
     assert "16 ranks with a GPU each" in result.stdout
+
+
+def test_check_tells_that_a_gpu_serves_fp8_as_it_is_stored(tmp_path, ports):
+    plain = make_tiny_checkpoint(tmp_path / "plain", num_layers=1, dtype="bfloat16")
+    fp8 = checkpoint_variants.write_variant(plain, tmp_path / "fp8", "hf", "fp8")
+    on_gpu = check(fp8, *ports, "--set", "layout.device=cuda").stdout
+    assert "cuda, bfloat16 with fp8 weights" in " ".join(on_gpu.split())
+    on_cpu = check(fp8, *ports, "--set", "layout.device=cpu").stdout
+    assert "fp8 weights" not in on_cpu
 
 
 @pytest.mark.parametrize(

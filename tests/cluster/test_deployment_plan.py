@@ -16,6 +16,7 @@ from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, Lay
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment
 from ostro.configs.model import ModelConfig, RopeConfig
+from ostro.configs.quantization import Quantization, WeightFormat
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -48,6 +49,9 @@ SMALL_4 = ModelConfig(
     vision=None,
     dtype="bfloat16",
 )
+SMALL_4_FP8 = replace(
+    SMALL_4, quantization=Quantization(weight_format=WeightFormat.FP8, has_input_scales=True)
+)
 TINY = replace(
     SMALL_4,
     num_layers=2,
@@ -77,10 +81,10 @@ def machine(*gpus_gib: float, host_gib: float = 64, free_gib: float | None = Non
     )
 
 
-def plan(preset: str, where: Machine, *overrides: str, **options):
+def plan(preset: str, where: Machine, *overrides: str, config: ModelConfig = SMALL_4, **options):
     deployment = load_deployment(preset, overrides)
     return plan_deployment(
-        deployment, SMALL_4, where, device="cuda", dtype=torch.bfloat16, **options
+        deployment, config, where, device="cuda", dtype=torch.bfloat16, **options
     )
 
 
@@ -145,6 +149,40 @@ def test_plan_of_two_h200_leaves_the_cache_what_gpu_memory_fraction_allows():
 )
 def test_plan_of_a_preset_fits_the_gpus_it_is_made_for(preset, gpus):
     assert plan(preset, machine(*gpus)).problems == ()
+
+
+# ---- quantised checkpoints
+
+
+def test_plan_holds_fp8_experts_in_54_gib_on_each_of_two_expert_ranks():
+    result = plan("2xh200", machine(140, 140), config=SMALL_4_FP8)
+    own_bytes = attention_bytes(SMALL_4, torch.bfloat16, WeightFormat.FP8)
+    scale_bytes = 36 * 64 * 16  # four float32 for an expert
+    assert [rank.weight_bytes - own_bytes for rank in result.ranks] == [54 * GIB + scale_bytes] * 2
+    assert result.precision is WeightFormat.FP8
+
+
+def test_plan_puts_the_whole_fp8_model_on_one_h200():
+    result = plan("1xh200", machine(140), config=SMALL_4_FP8)
+    assert result.problems == ()
+    # Everything in FP8 but embeddings, head, kv_b, norms and the float32 gate.
+    assert 111.7 < result.ranks[0].weight_bytes / GIB < 112.1
+
+
+def test_plan_counts_dequantised_weights_where_there_are_no_kernels():
+    nvfp4 = Quantization(weight_format=WeightFormat.NVFP4, has_input_scales=True)
+    result = plan("2xh200", machine(140, 140), config=replace(SMALL_4, quantization=nvfp4))
+    assert result.precision is WeightFormat.PLAIN
+    assert result.ranks == plan("2xh200", machine(140, 140)).ranks
+    assert any("dequantised to bfloat16 on the GPU" in note for note in result.notes)
+
+
+def test_plan_on_cpu_dequantises_fp8():
+    result = plan_deployment(
+        load_deployment("laptop"), SMALL_4_FP8, machine(), device="cpu", dtype=torch.bfloat16
+    )
+    assert result.precision is WeightFormat.PLAIN
+    assert not any("dequantised" in note for note in result.notes)
 
 
 # ---- what does not fit, and the way out
@@ -244,8 +282,9 @@ def test_plan_gives_as_many_pages_as_an_attention_shard_takes(engine):
     assert planned == num_pages(spec, TINY)
 
 
-def test_plan_weights_are_those_of_the_plan():
+@pytest.mark.parametrize("config", [SMALL_4, SMALL_4_FP8], ids=["bf16", "fp8"])
+def test_plan_weights_are_those_of_the_plan(config):
     deployment = load_deployment("8xh200_split")
-    weights = plan_weights(deployment, SMALL_4, torch.bfloat16)
-    ranks = plan("8xh200_split", machine()).ranks
+    weights = plan_weights(deployment, config, device="cuda", dtype=torch.bfloat16)
+    ranks = plan("8xh200_split", machine(), config=config).ranks
     assert weights == {rank.rank: rank.weight_bytes for rank in ranks}

@@ -29,6 +29,7 @@ from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import load_attention_weights, load_expert_weights
 from ostro.configs.model import load_model_config
+from ostro.configs.quantization import WeightFormat
 from ostro.kernels.combine import combine
 
 
@@ -95,6 +96,7 @@ class ModelRig:
         num_micro_batches: int = 1,
         position_offset: int = 0,
         dtype: torch.dtype = torch.float32,
+        precision: WeightFormat = WeightFormat.PLAIN,
         device: str = "cpu",
         image_cache_bytes: int = 2**20,
     ) -> None:
@@ -105,13 +107,17 @@ class ModelRig:
         )
         for layer_NSW in self.cache.layers:
             layer_NSW.fill_(torch.nan)
-        weights = load_attention_weights(reader, self.config, device=device, dtype=dtype)
+        weights = load_attention_weights(
+            reader, self.config, device=device, dtype=dtype, precision=precision
+        )
         self.decoder = Decoder(
             self.config, weights, self.cache, image_cache_bytes=image_cache_bytes
         )
         self.exchange = InProcessExchange(
             [
-                self._load_experts(reader, shard, num_expert_shards, device, dtype)
+                self._load_experts(
+                    reader, shard, num_expert_shards, device, dtype=dtype, precision=precision
+                )
                 for shard in range(num_expert_shards)
             ]
         )
@@ -123,10 +129,15 @@ class ModelRig:
         self._free_pages: list[int] = torch.randperm(num_pages, generator=generator).tolist()
 
     def _load_experts(
-        self, reader: CheckpointReader, shard: int, num_shards: int, device: str, dtype: torch.dtype
+        self,
+        reader: CheckpointReader,
+        shard: int,
+        num_shards: int,
+        device: str,
+        **held: Any,
     ) -> tuple[LocalExperts, torch.Tensor]:
         mine = list(range(shard, self.config.num_experts, num_shards))
-        weights = load_expert_weights(reader, self.config, mine, device=device, dtype=dtype)
+        weights = load_expert_weights(reader, self.config, mine, device=device, **held)
         local_of_logical = torch.full((self.config.num_experts,), -1, device=device)
         local_of_logical[mine] = torch.arange(len(mine), device=device)
         return LocalExperts(self.config, weights), local_of_logical

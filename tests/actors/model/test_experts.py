@@ -78,4 +78,4 @@ def test_bfloat16_experts_give_the_same_rows_as_float32(
         found_RD.float(), exact_RD, rtol=0.05, atol=0.05 * exact_RD.abs().max().item()
     )
     # Packed where they stood: a shard never holds its experts twice.
-    assert narrow._gate_up_LE[0].data_ptr() == stacks[0].layers[0].gate_up.data_ptr()
+    assert narrow._layers[0].gate_up.data_ptr() == stacks[0].layers[0].gate_up.data_ptr()

@@ -11,6 +11,7 @@ from ostro.actors.model.weight_formats import (
     RawWeight,
     dequantize,
     dequantize_into,
+    fp8_weight,
     halves_to_pairs,
     join_rows,
     pairs_to_halves,
@@ -37,6 +38,28 @@ def test_dequantize_fp8_worked_example() -> None:
         scale=torch.tensor(0.5),
     )
     assert dequantize(raw, torch.float32).tolist() == [[1.0]]
+
+
+def test_fp8_weight_has_float32_scales_without_dimensions() -> None:
+    raw = RawWeight(
+        weight_format=WeightFormat.FP8,
+        values=torch.tensor([[2.0]]).to(torch.float8_e4m3fn),
+        scale=torch.tensor([0.5], dtype=torch.bfloat16),
+        input_scale=torch.tensor(0.25, dtype=torch.bfloat16),
+    )
+    weight = fp8_weight(raw)
+    assert weight.values_OI is raw.values
+    assert weight.scale.dtype == weight.input_scale.dtype == torch.float32
+    assert (weight.scale.shape, weight.input_scale.shape) == ((), ())
+    assert (weight.scale.item(), weight.input_scale.item()) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("missing", ["scale", "input_scale"])
+def test_fp8_weight_refuses_what_lacks_a_scale(missing: str) -> None:
+    scales = {"scale": torch.tensor(0.5), "input_scale": torch.tensor(0.25), missing: None}
+    values = torch.ones(1, 1).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="only an fp8 weight with its scale"):
+        fp8_weight(RawWeight(weight_format=WeightFormat.FP8, values=values, **scales))
 
 
 def test_dequantize_nvfp4_worked_example() -> None:

@@ -50,7 +50,9 @@ def test_fp8_linear_cuda_matches_reference(
     x_TI = wide_TI.to(dtype).to(triton_device)[:, 16:]
     found_TO = fp8_linear_cuda(x_TI, weight)
     assert found_TO.shape == (num_rows, 48)
-    torch.testing.assert_close(found_TO, fp8_linear_reference(x_TI, weight))
+    expected_TO = fp8_linear_reference(x_TI, weight)
+    # Hopper keeps about 14 bits of a sum until it is passed on to float32.
+    torch.testing.assert_close(found_TO, expected_TO, rtol=0.016, atol=0.002)
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(24, 32), (32, 24)])

@@ -9,6 +9,7 @@ bucket gathers its pages once. Widths are rounded to few values, as oneDNN compi
 every new shape (0.8 ms, against 0.04 ms to run it). Scores are in the model's dtype, the softmax
 in float32.
 
+On a GPU the contexts are cut into chunks that programs attend by themselves (`gpu/mla_decode.py`).
 On CPU in bfloat16 the CPU operators read the pages where they are, in chunks of 512 keys that are
 joined at the end, and nothing is gathered or masked.
 
@@ -19,59 +20,24 @@ nope, P rope), V value width, C latent, W = C + P, S places gathered per request
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ostro.kernels.cpu import library
-from ostro.kernels.linear import is_packed, pack_linear
+from ostro.kernels.latent_heads import (
+    LatentHeads,
+    PackedHeads,
+    absorb_queries,
+    expand_values,
+)
+
+if TYPE_CHECKING:
+    from ostro.kernels.gpu.mla_decode import DecodeChunks
 
 # Places that one bucket may gather: at 320 values of bf16 this is 80 MiB of latents.
 _MAX_GATHERED = 2**17
-_LATENTS_AT_ONCE = 64  # of the CPU operator
-
-
-@dataclass(frozen=True, slots=True)
-class LatentHeads:
-    """How one layer's heads read latents.
-
-    Attributes:
-        w_uk_HNC: Keys' half of kv_b: nope query to latent, or latent to nope key.
-        w_uv_HVC: Values' half of kv_b: latent to value.
-        scale: Softmax scale.
-        packed: The same for the CPU operators, where they serve; see `pack_heads`.
-    """
-
-    w_uk_HNC: torch.Tensor
-    w_uv_HVC: torch.Tensor
-    scale: float
-    packed: PackedHeads | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PackedHeads:
-    """Packed weights of one layer's heads, stacked.
-
-    Attributes:
-        absorb_H: Nope queries to latents, each head's [C, N] packed.
-        keys_H: Latents to nope keys, each head's [N, C] packed.
-        values_H: Latents to values, each head's [V, C] packed.
-    """
-
-    absorb_H: torch.Tensor
-    keys_H: torch.Tensor
-    values_H: torch.Tensor
-
-
-def pack_heads(heads: LatentHeads) -> LatentHeads:
-    """With packed weights beside the plain ones, if the CPU operators take this dtype and shape."""
-    if heads.w_uk_HNC.shape[2] % _LATENTS_AT_ONCE:
-        return heads
-    absorb_H = pack_linear(heads.w_uk_HNC.transpose(1, 2))
-    keys_H, values_H = pack_linear(heads.w_uk_HNC), pack_linear(heads.w_uv_HVC)
-    if not all(map(is_packed, (absorb_H, keys_H, values_H))):
-        return heads
-    return replace(heads, packed=PackedHeads(absorb_H, keys_H, values_H))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +79,7 @@ class DecodePlan:
     _ragged: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = field(
         default=None, init=False
     )
+    _chunks: DecodeChunks | None = field(default=None, init=False)
 
     @property
     def num_queries(self) -> int:
@@ -157,6 +124,25 @@ class DecodePlan:
             pages_n, first_T, length_T = (torch.tensor(c, device=self.device) for c in columns)
             self._ragged = pages_n, first_T, length_T
         return self._ragged
+
+    def chunks(self) -> DecodeChunks:
+        """What the programs of a GPU attend."""
+        from ostro.kernels.gpu.mla_decode import DecodeChunks, cut_chunks
+
+        if self._chunks is None:
+            lengths = list(self.context_lengths)
+            num_pages = [-(-length // self.page_size) for length in lengths]
+            width = max(num_pages)
+            table = [
+                [*table[:count], *([0] * (width - count))]
+                for table, count in zip(self.page_tables, num_pages, strict=True)
+            ]
+            chunks, first = cut_chunks(lengths)
+            columns = (table, lengths, chunks, first)
+            self._chunks = DecodeChunks(
+                *(torch.tensor(c, dtype=torch.int32, device=self.device) for c in columns)
+            )
+        return self._chunks
 
 
 def _make_bucket(
@@ -218,6 +204,11 @@ def mla_decode(
     """
     if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:
         return mla_decode_cpu(q_THQ, cache_NSW, plan, heads, heads.packed)
+    if q_THQ.is_cuda:
+        from ostro.kernels.gpu.mla_decode import serves
+
+        if serves(q_THQ, cache_NSW, *heads.w_uk_HNC.shape[1:]):
+            return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads)
     q_THW = absorb_queries(q_THQ, heads.w_uk_HNC)
     latent_width = heads.w_uk_HNC.shape[2]
     buckets = plan.buckets()
@@ -231,6 +222,28 @@ def mla_decode(
             q_THW[queries_B], cache_NSW, bucket, latent_width, heads.scale
         )
     return expand_values(out_THC, heads.w_uv_HVC)
+
+
+def mla_decode_triton(
+    q_THQ: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    chunks: DecodeChunks,
+    heads: LatentHeads,
+    turn_TJ: torch.Tensor | None = None,
+    scale_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`mla_decode` by Triton; a query's result does not depend on the others.
+
+    With `turn_TJ` and `scale_T` the queries come as projected, and are turned and scaled on the way
+    into latent space; see `latent_queries_triton`.
+    """
+    from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
+    from ostro.kernels.gpu.mla_decode import attend_latents_triton
+
+    q_THW = latent_queries_triton(q_THQ, heads.w_uk_HNC, turn_TJ, scale_T)
+    latent = heads.w_uk_HNC.shape[2]
+    out_THC = attend_latents_triton(q_THW, cache_NSW, chunks, latent, heads.scale)
+    return expand_values_triton(out_THC, heads.w_uv_HVC)
 
 
 def mla_decode_cpu(
@@ -292,22 +305,6 @@ def mla_decode_reference(
         weight_HS = torch.softmax(score_HS * heads.scale, dim=-1)
         out.append(torch.einsum("hs,hsv->hv", weight_HS, value_HSV))
     return torch.stack(out).to(q_THQ.dtype)
-
-
-def absorb_queries(q_THQ: torch.Tensor, w_uk_HNC: torch.Tensor) -> torch.Tensor:
-    """Queries [T, H, C + P] that meet cached rows directly: q_nope Wuk, then q_rope as it is."""
-    num_tokens, num_heads, query_width = q_THQ.shape
-    nope, latent_width = w_uk_HNC.shape[1:]
-    q_THW = q_THQ.new_empty(num_tokens, num_heads, latent_width + query_width - nope)
-    latent_HTC = torch.bmm(q_THQ[..., :nope].transpose(0, 1), w_uk_HNC)
-    q_THW[..., :latent_width] = latent_HTC.transpose(0, 1)
-    q_THW[..., latent_width:] = q_THQ[..., nope:]
-    return q_THW
-
-
-def expand_values(out_THC: torch.Tensor, w_uv_HVC: torch.Tensor) -> torch.Tensor:
-    """Weighted latents to weighted values, [T, H, V]."""
-    return torch.bmm(out_THC.transpose(0, 1), w_uv_HVC.transpose(1, 2)).transpose(0, 1)
 
 
 def _attend_bucket(

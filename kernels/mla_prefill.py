@@ -20,7 +20,7 @@ import torch
 
 from ostro.kernels.cpu import library
 from ostro.kernels.linear import linear
-from ostro.kernels.mla_decode import LatentHeads, absorb_queries, expand_values
+from ostro.kernels.latent_heads import LatentHeads, absorb_queries, expand_values
 
 # Keys of a block, off the GPU.
 _KEYS_AT_ONCE = 2048

@@ -18,8 +18,9 @@ from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import AttentionWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.latent_cache import write_rows
+from ostro.kernels.latent_heads import LatentHeads, pack_heads
 from ostro.kernels.linear import linear
-from ostro.kernels.mla_decode import LatentHeads, mla_decode, pack_heads
+from ostro.kernels.mla_decode import mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
 from ostro.kernels.rms_norm import rms_norm
 from ostro.kernels.rotary import (

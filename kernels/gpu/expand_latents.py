@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 
 _ROWS_AT_ONCE = 8
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.expand_latents import expand_latents_triton
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 
 # 256 MiB of keys and values in Mistral Small 4's sizes; the float32 result that travels between
 # blocks of 16K keys costs under 2% of their attention.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import triton
 
 _TUNED = Path(__file__).parent.parent / "tuned"
 _MIN_ROWS, _MAX_ROWS = 16, 128
@@ -68,6 +69,14 @@ def tile(operation: str, dtype: torch.dtype, rows: int, device: torch.device) ->
     return _tuned(_slug(torch.cuda.get_device_name(device))).get(
         (operation, str(dtype).removeprefix("torch."), rows), usual
     )
+
+
+def architecture(device: torch.device) -> int:
+    """Of the GPU that a kernel is compiled for, such as 90; the interpreter passes for a Hopper."""
+    if device.type == "cpu":
+        return 90
+    found: int = triton.runtime.driver.active.get_current_target().arch
+    return found
 
 
 def num_programs(tile_: Tile, device: torch.device) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from ostro.kernels.gpu.expand_latents import expand_latents_triton
 from ostro.kernels.gpu.mla_prefill import attend_triton
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 
 _HEADS, _NOPE, _ROPE, _VALUE, _LATENT = 32, 64, 64, 128, 256
 _PAGE_SIZE = 64

@@ -10,6 +10,7 @@ from ostro.kernels.cpu import library
 from ostro.kernels.gate import gate, gate_reference, pack_gate
 from ostro.kernels.grouped_gemm import expert_mlp_cpu, expert_mlp_reference, mlp, swiglu
 from ostro.kernels.latent_cache import write_latents_reference, write_rows
+from ostro.kernels.latent_heads import LatentHeads, pack_heads
 from ostro.kernels.linear import (
     is_packed,
     linear_cpu,
@@ -17,13 +18,7 @@ from ostro.kernels.linear import (
     linear_wide,
     pack_linear,
 )
-from ostro.kernels.mla_decode import (
-    DecodePlan,
-    LatentHeads,
-    mla_decode,
-    mla_decode_reference,
-    pack_heads,
-)
+from ostro.kernels.mla_decode import DecodePlan, mla_decode, mla_decode_reference
 from ostro.kernels.mla_prefill import mla_prefill, mla_prefill_reference
 from ostro.kernels.rms_norm import rms_norm_cpu, rms_norm_reference
 from ostro.kernels.rotary import rotary_, rotary_reference, rotations

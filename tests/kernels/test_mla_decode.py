@@ -6,12 +6,8 @@ import pytest
 import torch
 
 from ostro.kernels import mla_decode as mla_decode_module
-from ostro.kernels.mla_decode import (
-    DecodePlan,
-    LatentHeads,
-    mla_decode,
-    mla_decode_reference,
-)
+from ostro.kernels.latent_heads import LatentHeads
+from ostro.kernels.mla_decode import DecodePlan, mla_decode, mla_decode_reference
 
 PAGE_SIZE = 4
 HEADS, NOPE, ROPE, VALUE, LATENT = 3, 6, 4, 5, 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ostro.kernels import mla_prefill as mla_prefill_module
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill, mla_prefill_reference
 
 PAGE_SIZE = 4

@@ -16,9 +16,17 @@ import triton
 from compile_gate import ARCHITECTURES, MAX_SHARED_BYTES, Compiled, compiled, from_json
 
 # Each record holds the launches of a module in tests/helpers.
-MODULE_OF_RECORD = {"experts.json": "expert_launches", "prefill.json": "prefill_launches"}
+MODULE_OF_RECORD = {
+    "decode.json": "decode_launches",
+    "experts.json": "expert_launches",
+    "prefill.json": "prefill_launches",
+}
 # Compiled by every run; the others by the slow one.
-EVERY_RUN = {"experts.json": ("gate", "experts_fp8_16"), "prefill.json": ("attend_8192",)}
+EVERY_RUN = {
+    "decode.json": ("attend_latents",),
+    "experts.json": ("gate", "experts_fp8_16"),
+    "prefill.json": ("attend_8192",),
+}
 
 each_record = pytest.mark.parametrize("record", MODULE_OF_RECORD)
 
@@ -104,3 +112,12 @@ def test_small_chunks_leave_room_for_two_programs_a_processor() -> None:
         figures = kernels["_attend_block_kernel"]
         assert figures.shared_bytes * 2 <= MAX_SHARED_BYTES
         assert figures.registers * 32 * figures.num_warps * 2 <= 65536
+
+
+@pytest.mark.parametrize(
+    ("architecture", "instruction"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")]
+)
+def test_keys_meet_every_head_in_one_instruction(architecture: str, instruction: str) -> None:
+    figures = _launches("decode.json")["attend_latents"][architecture]["_attend_kernel"]
+    assert {kind.split(".")[0] for kind in figures.mma} == {instruction}
+    assert figures.num_tma_loads

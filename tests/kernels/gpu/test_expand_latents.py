@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ostro.kernels.gpu.expand_latents import expand_latents_reference, expand_latents_triton
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 
 PAGE_SIZE, LATENT, ROPE = 4, 36, 4
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}

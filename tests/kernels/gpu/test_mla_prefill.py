@@ -13,7 +13,7 @@ from ostro.kernels.gpu.mla_prefill import (
     mla_prefill_triton,
     prefill_tile,
 )
-from ostro.kernels.mla_decode import LatentHeads
+from ostro.kernels.latent_heads import LatentHeads
 from ostro.kernels.mla_prefill import mla_prefill_reference
 
 PAGE_SIZE = 4

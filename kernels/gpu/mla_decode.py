@@ -1,0 +1,233 @@
+"""Absorbed attention of single new tokens on a GPU: chunks of keys, then a query's chunks joined.
+
+A query's chunks are cut by its own length alone, so its result does not depend on the other
+requests, and a batch of any lengths becomes programs of about one size.
+
+Keys are the left factor, scores_SH = K q^T and sum_CH = K^T p: 64 of them fill a tensor core and 32
+heads are its other side, so the cache is read once for all heads. Pages come as boxes (TMA).
+
+Shape legend: T queries (one per request), H heads, Q = N + P query width (N nope, P rope),
+C latent, W = C + P, X chunks, B pages of a query, N pages, S page size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ostro.kernels.gpu.tiles import architecture
+
+# Keys of a chunk: a longer request has longer ones, so that its join stays short.
+_CHUNK_KEYS, _LONG_CHUNK_KEYS, _LONG = 512, 1024, 65_536
+_MAX_TILE_KEYS = 64
+_BLOCK_CHUNKS = 16
+_STAGES = 3  # two tiles and, one step further, the number of a page
+_WARPS, _WARPS_OF_BLACKWELL, _BLACKWELL = 4, 8, 100  # with 4 the sums spill there
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeChunks:
+    """What each program attends: on the device, the same for every layer of a step.
+
+    Attributes:
+        table_TB: int32 pages of each query's request, padded.
+        length_T: int32 keys that each query sees; 0 for a row that is padding.
+        chunk_X3: int32 (query, first key, end of keys) of each chunk, queries ascending; padding
+            has no keys.
+        first_T1: int32 [T + 1], where each query's chunks begin.
+    """
+
+    table_TB: torch.Tensor
+    length_T: torch.Tensor
+    chunk_X3: torch.Tensor
+    first_T1: torch.Tensor
+
+
+def cut_chunks(context_lengths: list[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Chunks (query, first key, end) and where each query's begin.
+
+    Example:
+        lengths [600, 3] give [(0, 0, 512), (0, 512, 600), (1, 0, 3)] and [0, 2, 3].
+    """
+    chunks: list[tuple[int, int, int]] = []
+    first = [0]
+    for query, length in enumerate(context_lengths):
+        size = _CHUNK_KEYS if length <= _LONG else _LONG_CHUNK_KEYS
+        chunks += [(query, start, min(start + size, length)) for start in range(0, length, size)]
+        first.append(len(chunks))
+    return chunks, first
+
+
+def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int) -> bool:
+    """Whether the kernels take these sizes: powers of two that fill tensor cores."""
+    rope = q_THQ.shape[2] - nope
+    return all(
+        size >= 16 and size & (size - 1) == 0
+        for size in (nope, rope, latent, cache_NSW.shape[1])
+    )
+
+
+def attend_latents_triton(
+    q_THW: torch.Tensor, cache_NSW: torch.Tensor, chunks: DecodeChunks, latent: int, scale: float
+) -> torch.Tensor:
+    """Attend to cached rows: out_THC, zeros for a query without keys.
+
+    Args:
+        q_THW: From `latent_queries_triton`.
+        cache_NSW: One layer's pages.
+        chunks: Of these queries.
+        latent: C.
+        scale: Softmax scale.
+    """
+    num_tokens, num_heads, width = q_THW.shape
+    page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X3)
+    keys = min(page_size, _MAX_TILE_KEYS)
+    rows = cache_NSW.view(-1, width)
+    block_heads = max(16, triton.next_power_of_2(num_heads))
+    part_XHC = q_THW.new_empty(num_chunks, num_heads, latent, dtype=torch.float32)
+    lse_XH = q_THW.new_empty(num_chunks, num_heads, dtype=torch.float32)
+    out_THC = q_THW.new_empty(num_tokens, num_heads, latent)
+    _attend_kernel[(num_chunks,)](
+        q_THW,
+        TensorDescriptor.from_tensor(rows, [keys, latent]),
+        TensorDescriptor.from_tensor(rows, [keys, width - latent]),
+        chunks.table_TB,
+        chunks.chunk_X3,
+        part_XHC,
+        lse_XH,
+        scale * _LOG2_E,
+        chunks.table_TB.stride(0),
+        num_heads,
+        C=latent,
+        P=width - latent,
+        S=page_size,
+        KEYS=keys,
+        BLOCK_H=block_heads,
+        STAGES=_STAGES,
+        num_warps=_WARPS if architecture(cache_NSW.device) < _BLACKWELL else _WARPS_OF_BLACKWELL,
+        num_stages=_STAGES,
+    )
+    _join_kernel[(num_tokens, num_heads)](
+        part_XHC,
+        lse_XH,
+        chunks.first_T1,
+        out_THC,
+        num_heads,
+        C=latent,
+        BLOCK_X=_BLOCK_CHUNKS,
+        num_warps=4,
+    )
+    return out_THC
+
+
+def attend_latents_reference(
+    q_THW: torch.Tensor, cache_NSW: torch.Tensor, chunks: DecodeChunks, latent: int, scale: float
+) -> torch.Tensor:
+    """Meaning of `attend_latents_triton` in float32, query by query."""
+    out_THC = torch.zeros(*q_THW.shape[:2], latent, device=q_THW.device)
+    for t, length in enumerate(chunks.length_T.tolist()):
+        if length:
+            pages = chunks.table_TB[t, : -(-length // cache_NSW.shape[1])].long()
+            latent_SW = cache_NSW[pages].flatten(0, 1)[:length].float()
+            weight_HS = torch.softmax(q_THW[t].float() @ latent_SW.T * scale, dim=1)
+            out_THC[t] = weight_HS @ latent_SW[:, :latent]
+    return out_THC.to(q_THW.dtype)
+
+
+@triton.jit
+def _fold(q_latent, q_rope, latent, rope, is_seen, scale2, largest, total, values):
+    """One tile of keys into the online softmax, in base 2; `is_seen` is None for a full tile."""
+    score = tl.dot(latent, q_latent.T, input_precision="ieee")
+    score = tl.dot(rope, q_rope.T, score, input_precision="ieee") * scale2
+    if is_seen is not None:
+        score = tl.where(is_seen[:, None], score, float("-inf"))
+    now = tl.maximum(largest, tl.max(score, 0))
+    weight = tl.exp2(score - now[None, :])
+    decay = tl.exp2(largest - now)
+    total = total * decay + tl.sum(weight, 0)
+    values = values * decay[None, :]
+    values = tl.dot(latent.T, weight.to(latent.dtype), values, input_precision="ieee")
+    return now, total, values
+
+
+@triton.jit
+def _attend_kernel(
+    q,
+    latents,
+    rope_keys,
+    table,
+    chunk,
+    part,
+    lse,
+    scale2,
+    table_stride,
+    H,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    x = tl.program_id(0)
+    t = tl.load(chunk + x * 3)
+    start = tl.load(chunk + x * 3 + 1)
+    stop = tl.load(chunk + x * 3 + 2)
+    if start < stop:
+        h, c, p = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, P)
+        row = q + (t.to(tl.int64) * H + h)[:, None] * (C + P)
+        q_latent = tl.load(row + c[None, :], mask=(h < H)[:, None], other=0.0)
+        q_rope = tl.load(row + C + p[None, :], mask=(h < H)[:, None], other=0.0)
+        pages = table + t.to(tl.int64) * table_stride
+        largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        values = tl.zeros((C, BLOCK_H), tl.float32)
+        full = start + (stop - start) // KEYS * KEYS
+        for key in tl.range(start, full, KEYS, num_stages=STAGES):
+            slot = tl.load(pages + key // S) * S + key % S
+            latent, rope = latents.load([slot, 0]), rope_keys.load([slot, C])
+            largest, total, values = _fold(
+                q_latent, q_rope, latent, rope, None, scale2, largest, total, values
+            )
+        if full < stop:
+            slot = tl.load(pages + full // S) * S + full % S
+            is_seen = full + tl.arange(0, KEYS) < stop
+            # What an earlier owner left in the page may be NaN, and 0 * NaN would reach the output.
+            latent = tl.where(is_seen[:, None], latents.load([slot, 0]), 0.0)
+            rope = tl.where(is_seen[:, None], rope_keys.load([slot, C]), 0.0)
+            latent, rope = latent.to(q_latent.dtype), rope.to(q_rope.dtype)
+            largest, total, values = _fold(
+                q_latent, q_rope, latent, rope, is_seen, scale2, largest, total, values
+            )
+        place = (x.to(tl.int64) * H + h) * C
+        out = tl.trans(values / total[None, :])
+        tl.store(part + place[:, None] + c[None, :], out, mask=(h < H)[:, None])
+        tl.store(lse + x * H + h, largest + tl.log2(total), mask=h < H)
+
+
+@triton.jit
+def _join_kernel(part, lse, first, out, H, C: tl.constexpr, BLOCK_X: tl.constexpr):
+    t, h = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, C)
+    stop = tl.load(first + t + 1)
+    largest = float("-inf")
+    total = 0.0
+    values = tl.zeros((C,), tl.float32)
+    for start in range(tl.load(first + t), stop, BLOCK_X):
+        x = start + tl.arange(0, BLOCK_X)
+        mass = tl.load(lse + x * H + h, mask=x < stop, other=float("-inf"))
+        place = (x.to(tl.int64) * H + h) * C
+        rows = tl.load(part + place[:, None] + c[None, :], mask=(x < stop)[:, None], other=0.0)
+        now = tl.maximum(largest, tl.max(mass, 0))
+        share = tl.exp2(mass - now)
+        decay = tl.exp2(largest - now)
+        total = total * decay + tl.sum(share, 0)
+        values = values * decay + tl.sum(rows * share[:, None], 0)
+        largest = now
+    values = values / tl.where(total > 0, total, 1.0)
+    tl.store(out + (t.to(tl.int64) * H + h) * C + c, values.to(out.dtype.element_ty))

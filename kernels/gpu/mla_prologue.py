@@ -1,0 +1,108 @@
+"""What comes between the down projections and attention, in one launch.
+
+A token's compressed query is normed by one program; its latent is normed, its rope key turned, and
+both written to the cache by another.
+
+Shape legend: T tokens, L compressed query width, C latent, P rope dim, J = P / 2 rotary pairs,
+W = C + P.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def mla_prologue_triton(
+    query_TL: torch.Tensor,
+    row_TW: torch.Tensor,
+    query_norm_L: torch.Tensor,
+    latent_norm_C: torch.Tensor,
+    eps: float,
+    turn_TJ: torch.Tensor,
+    slots_T: torch.Tensor,
+    cache_NSW: torch.Tensor,
+) -> torch.Tensor:
+    """`ostro.kernels.mla_prologue.mla_prologue` by Triton; a slot of -1 is not written."""
+    num_tokens, query_width = query_TL.shape
+    latent = latent_norm_C.shape[0]
+    rope = row_TW.shape[1] - latent
+    out_TL = query_TL.new_empty(num_tokens, query_width)
+    if not num_tokens:
+        return out_TL
+    _mla_prologue_kernel[(num_tokens, 2)](
+        query_TL,
+        row_TW,
+        query_norm_L,
+        latent_norm_C,
+        torch.view_as_real(turn_TJ),
+        slots_T,
+        out_TL,
+        cache_NSW,
+        query_TL.stride(0),
+        row_TW.stride(0),
+        eps,
+        query_width,
+        latent,
+        rope,
+        BLOCK_L=triton.next_power_of_2(query_width),
+        BLOCK_C=triton.next_power_of_2(latent),
+        BLOCK_J=triton.next_power_of_2(rope // 2),
+        num_warps=4,
+    )
+    return out_TL
+
+
+@triton.jit
+def _normed(row, weight, eps, width, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    is_in = i < width
+    wide = tl.load(row + i, mask=is_in, other=0.0).to(tl.float32)
+    scaled = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    factor = tl.load(weight + i, mask=is_in, other=0.0)
+    return scaled.to(factor.dtype).to(tl.float32) * factor.to(tl.float32)
+
+
+@triton.jit
+def _mla_prologue_kernel(
+    query,
+    row,
+    query_norm,
+    latent_norm,
+    turn,
+    slots,
+    out,
+    cache,
+    query_stride,
+    row_stride,
+    eps,
+    L,
+    C,
+    P,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        i = tl.arange(0, BLOCK_L)
+        value = _normed(query + t * query_stride, query_norm, eps, L, BLOCK_L)
+        tl.store(out + t * L + i, value.to(out.dtype.element_ty), mask=i < L)
+    else:
+        slot = tl.load(slots + t).to(tl.int64)
+        if slot >= 0:
+            place = cache + slot * (C + P)
+            kind = cache.dtype.element_ty
+            i = tl.arange(0, BLOCK_C)
+            value = _normed(row + t * row_stride, latent_norm, eps, C, BLOCK_C)
+            tl.store(place + i, value.to(kind), mask=i < C)
+            j = tl.arange(0, BLOCK_J)
+            is_pair = j < P // 2
+            pair = row + t * row_stride + C + 2 * j
+            even = tl.load(pair, mask=is_pair, other=0.0).to(tl.float32)
+            odd = tl.load(pair + 1, mask=is_pair, other=0.0).to(tl.float32)
+            cos = tl.load(turn + t * P + 2 * j, mask=is_pair, other=0.0)
+            sin = tl.load(turn + t * P + 2 * j + 1, mask=is_pair, other=0.0)
+            tl.store(place + C + 2 * j, (even * cos - odd * sin).to(kind), mask=is_pair)
+            tl.store(place + C + 2 * j + 1, (odd * cos + even * sin).to(kind), mask=is_pair)

@@ -1,0 +1,66 @@
+"""Launches of single-token attention in Mistral Small 4's sizes, for the compile gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
+from ostro.kernels.gpu.mla_decode import DecodeChunks, attend_latents_triton
+from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+
+_HEADS, _NOPE, _ROPE, _LATENT, _VALUE, _PAGE = 32, 64, 64, 256, 128, 64
+_COMPRESSED = 1024
+_TOKENS, _CHUNKS, _PAGES = 64, 256, 4096
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _prologue() -> None:
+    projected = _meta(_TOKENS, _COMPRESSED + _LATENT + _ROPE)
+    mla_prologue_triton(
+        projected[:, :_COMPRESSED],
+        projected[:, _COMPRESSED:],
+        _meta(_COMPRESSED),
+        _meta(_LATENT),
+        1e-6,
+        _meta(_TOKENS, _ROPE // 2, dtype=torch.complex64),
+        _meta(_TOKENS, dtype=torch.int64),
+        _meta(_PAGES, _PAGE, _LATENT + _ROPE),
+    )
+
+
+def _latent_queries() -> None:
+    latent_queries_triton(
+        _meta(_TOKENS, _HEADS, _NOPE + _ROPE),
+        _meta(_HEADS, _NOPE, _LATENT),
+        _meta(_TOKENS, _ROPE // 2, dtype=torch.complex64),
+        _meta(_TOKENS, dtype=torch.float32),
+    )
+
+
+def _attend_latents() -> None:
+    chunks = DecodeChunks(
+        table_TB=_meta(_TOKENS, _PAGES, dtype=torch.int32),
+        length_T=_meta(_TOKENS, dtype=torch.int32),
+        chunk_X3=_meta(_CHUNKS, 3, dtype=torch.int32),
+        first_T1=_meta(_TOKENS + 1, dtype=torch.int32),
+    )
+    q_THW = _meta(_TOKENS, _HEADS, _LATENT + _ROPE)
+    cache_NSW = _meta(_PAGES, _PAGE, _LATENT + _ROPE)
+    attend_latents_triton(q_THW, cache_NSW, chunks, _LATENT, 0.1)
+
+
+def _expand_values() -> None:
+    expand_values_triton(_meta(_TOKENS, _HEADS, _LATENT), _meta(_HEADS, _VALUE, _LATENT))
+
+
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "mla_prologue": _prologue,
+    "latent_queries": _latent_queries,
+    "attend_latents": _attend_latents,
+    "expand_values": _expand_values,
+}

@@ -81,6 +81,13 @@ class DecodePlan:
     )
     _chunks: DecodeChunks | None = field(default=None, init=False)
 
+    @classmethod
+    def of_chunks(cls, chunks: DecodeChunks, page_size: int) -> DecodePlan:
+        """A plan whose lengths are known on the GPU alone, for a graph that is run again."""
+        plan = cls([], [], page_size, chunks.chunk_X4.device)
+        plan._chunks = chunks
+        return plan
+
     @property
     def num_queries(self) -> int:
         """T."""
@@ -130,15 +137,7 @@ class DecodePlan:
         from ostro.kernels.gpu.mla_decode import DecodeChunks, cut_chunks
 
         if self._chunks is None:
-            lengths = list(self.context_lengths)
-            num_pages = [-(-length // self.page_size) for length in lengths]
-            width = max(num_pages)
-            table = [
-                [*table[:count], *([0] * (width - count))]
-                for table, count in zip(self.page_tables, num_pages, strict=True)
-            ]
-            chunks, first = cut_chunks(lengths)
-            columns = (table, lengths, chunks, first)
+            columns = cut_chunks(self.page_tables, self.context_lengths, self.page_size)
             self._chunks = DecodeChunks(
                 *(torch.tensor(c, dtype=torch.int32, device=self.device) for c in columns)
             )

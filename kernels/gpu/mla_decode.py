@@ -7,11 +7,13 @@ Keys are the left factor, scores_SH = K q^T and sum_CH = K^T p: 64 of them fill 
 heads are its other side, so the cache is read once for all heads. Pages come as boxes (TMA).
 
 Shape legend: T queries (one per request), H heads, Q = N + P query width (N nope, P rope),
-C latent, W = C + P, X chunks, B pages of a query, N pages, S page size.
+C latent, W = C + P, X chunks, G pages of all of them, N pages, S page size.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,40 +37,56 @@ class DecodeChunks:
     """What each program attends: on the device, the same for every layer of a step.
 
     Attributes:
-        table_TB: int32 pages of each query's request, padded.
-        length_T: int32 keys that each query sees; 0 for a row that is padding.
-        chunk_X3: int32 (query, first key, end of keys) of each chunk, queries ascending; padding
-            has no keys.
-        first_T1: int32 [T + 1], where each query's chunks begin.
+        pages_G: int32 pages of every chunk, one chunk after the other.
+        chunk_X4: int32 (query, first key, end of keys, where its pages begin in `pages_G`) of each
+            chunk, queries ascending; padding has no keys.
+        first_T1: int32 [T + 1], where each query's chunks begin; padding has none.
     """
 
-    table_TB: torch.Tensor
-    length_T: torch.Tensor
-    chunk_X3: torch.Tensor
+    pages_G: torch.Tensor
+    chunk_X4: torch.Tensor
     first_T1: torch.Tensor
 
 
-def cut_chunks(context_lengths: list[int]) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Chunks (query, first key, end) and where each query's begin.
+def cut_chunks(
+    page_tables: Sequence[Sequence[int]], context_lengths: Sequence[int], page_size: int
+) -> tuple[list[int], list[tuple[int, int, int, int]], list[int]]:
+    """What `DecodeChunks` holds, as lists.
+
+    Args:
+        page_tables: Pages of each query's request; may hold more than the context needs.
+        context_lengths: Keys that each query sees.
+        page_size: At most a chunk.
 
     Example:
-        lengths [600, 3] give [(0, 0, 512), (0, 512, 600), (1, 0, 3)] and [0, 2, 3].
+        tables [[7, 5], [9]] of 512 keys a page, lengths [600, 3] give pages [7, 5, 9], chunks
+        [(0, 0, 512, 0), (0, 512, 600, 1), (1, 0, 3, 2)] and first [0, 2, 3].
     """
-    chunks: list[tuple[int, int, int]] = []
+    pages: list[int] = []
+    chunks: list[tuple[int, int, int, int]] = []
     first = [0]
-    for query, length in enumerate(context_lengths):
-        size = _CHUNK_KEYS if length <= _LONG else _LONG_CHUNK_KEYS
-        chunks += [(query, start, min(start + size, length)) for start in range(0, length, size)]
+    for query, (table, length) in enumerate(zip(page_tables, context_lengths, strict=True)):
+        size = chunk_keys(length)
+        at = len(pages)
+        pages.extend(table[: -(-length // page_size)])
+        chunks.extend(
+            (query, start, min(start + size, length), at + start // page_size)
+            for start in range(0, length, size)
+        )
         first.append(len(chunks))
-    return chunks, first
+    return pages, chunks, first
+
+
+def chunk_keys(context_length: int) -> int:
+    """Keys of each chunk of a context."""
+    return _CHUNK_KEYS if context_length <= _LONG else _LONG_CHUNK_KEYS
 
 
 def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int) -> bool:
     """Whether the kernels take these sizes: powers of two that fill tensor cores."""
     rope = q_THQ.shape[2] - nope
     return all(
-        size >= 16 and size & (size - 1) == 0
-        for size in (nope, rope, latent, cache_NSW.shape[1])
+        size >= 16 and size & (size - 1) == 0 for size in (nope, rope, latent, cache_NSW.shape[1])
     )
 
 
@@ -85,7 +103,7 @@ def attend_latents_triton(
         scale: Softmax scale.
     """
     num_tokens, num_heads, width = q_THW.shape
-    page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X3)
+    page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X4)
     keys = min(page_size, _MAX_TILE_KEYS)
     rows = cache_NSW.view(-1, width)
     block_heads = max(16, triton.next_power_of_2(num_heads))
@@ -96,12 +114,11 @@ def attend_latents_triton(
         q_THW,
         TensorDescriptor.from_tensor(rows, [keys, latent]),
         TensorDescriptor.from_tensor(rows, [keys, width - latent]),
-        chunks.table_TB,
-        chunks.chunk_X3,
+        chunks.pages_G,
+        chunks.chunk_X4,
         part_XHC,
         lse_XH,
         scale * _LOG2_E,
-        chunks.table_TB.stride(0),
         num_heads,
         C=latent,
         P=width - latent,
@@ -130,10 +147,16 @@ def attend_latents_reference(
 ) -> torch.Tensor:
     """Meaning of `attend_latents_triton` in float32, query by query."""
     out_THC = torch.zeros(*q_THW.shape[:2], latent, device=q_THW.device)
-    for t, length in enumerate(chunks.length_T.tolist()):
-        if length:
-            pages = chunks.table_TB[t, : -(-length // cache_NSW.shape[1])].long()
-            latent_SW = cache_NSW[pages].flatten(0, 1)[:length].float()
+    page_size, chunk = cache_NSW.shape[1], chunks.chunk_X4.tolist()
+    for t, (begin, end) in enumerate(itertools.pairwise(chunks.first_T1.tolist())):
+        rows = [
+            cache_NSW[chunks.pages_G[at : at + -(-(stop - start) // page_size)].long()]
+            .flatten(0, 1)[: stop - start]
+            .float()
+            for _, start, stop, at in chunk[begin:end]
+        ]
+        if rows:
+            latent_SW = torch.cat(rows)
             weight_HS = torch.softmax(q_THW[t].float() @ latent_SW.T * scale, dim=1)
             out_THC[t] = weight_HS @ latent_SW[:, :latent]
     return out_THC.to(q_THW.dtype)
@@ -160,12 +183,11 @@ def _attend_kernel(
     q,
     latents,
     rope_keys,
-    table,
+    pages,
     chunk,
     part,
     lse,
     scale2,
-    table_stride,
     H,
     C: tl.constexpr,
     P: tl.constexpr,
@@ -175,27 +197,27 @@ def _attend_kernel(
     STAGES: tl.constexpr,
 ):
     x = tl.program_id(0)
-    t = tl.load(chunk + x * 3)
-    start = tl.load(chunk + x * 3 + 1)
-    stop = tl.load(chunk + x * 3 + 2)
+    t = tl.load(chunk + x * 4)
+    start = tl.load(chunk + x * 4 + 1)
+    stop = tl.load(chunk + x * 4 + 2)
     if start < stop:
         h, c, p = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, P)
         row = q + (t.to(tl.int64) * H + h)[:, None] * (C + P)
         q_latent = tl.load(row + c[None, :], mask=(h < H)[:, None], other=0.0)
         q_rope = tl.load(row + C + p[None, :], mask=(h < H)[:, None], other=0.0)
-        pages = table + t.to(tl.int64) * table_stride
+        first = pages + tl.load(chunk + x * 4 + 3) - start // S
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_H,), tl.float32)
         values = tl.zeros((C, BLOCK_H), tl.float32)
         full = start + (stop - start) // KEYS * KEYS
         for key in tl.range(start, full, KEYS, num_stages=STAGES):
-            slot = tl.load(pages + key // S) * S + key % S
+            slot = tl.load(first + key // S) * S + key % S
             latent, rope = latents.load([slot, 0]), rope_keys.load([slot, C])
             largest, total, values = _fold(
                 q_latent, q_rope, latent, rope, None, scale2, largest, total, values
             )
         if full < stop:
-            slot = tl.load(pages + full // S) * S + full % S
+            slot = tl.load(first + full // S) * S + full % S
             is_seen = full + tl.arange(0, KEYS) < stop
             # What an earlier owner left in the page may be NaN, and 0 * NaN would reach the output.
             latent = tl.where(is_seen[:, None], latents.load([slot, 0]), 0.0)

@@ -44,9 +44,8 @@ def _latent_queries() -> None:
 
 def _attend_latents() -> None:
     chunks = DecodeChunks(
-        table_TB=_meta(_TOKENS, _PAGES, dtype=torch.int32),
-        length_T=_meta(_TOKENS, dtype=torch.int32),
-        chunk_X3=_meta(_CHUNKS, 3, dtype=torch.int32),
+        pages_G=_meta(_PAGES, dtype=torch.int32),
+        chunk_X4=_meta(_CHUNKS, 4, dtype=torch.int32),
         first_T1=_meta(_TOKENS + 1, dtype=torch.int32),
     )
     q_THW = _meta(_TOKENS, _HEADS, _LATENT + _ROPE)

@@ -65,16 +65,18 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_cut_chunks_worked_example() -> None:
-    chunks, first = cut_chunks([600, 3])
-    assert chunks == [(0, 0, 512), (0, 512, 600), (1, 0, 3)]
+    pages, chunks, first = cut_chunks([[7, 5], [9]], [600, 3], 512)
+    assert pages == [7, 5, 9]
+    assert chunks == [(0, 0, 512, 0), (0, 512, 600, 1), (1, 0, 3, 2)]
     assert first == [0, 2, 3]
 
 
 def test_cut_chunks_depend_on_no_other_request() -> None:
-    alone, _ = cut_chunks([70_000])
-    beside, first = cut_chunks([5, 70_000, 600])
-    cut = [(start, stop) for query, start, stop in beside if query == 1]
-    assert cut == [(start, stop) for _, start, stop in alone]
+    table = list(range(70_000 // 64 + 1))
+    _, alone, _ = cut_chunks([table], [70_000], 64)
+    _, beside, first = cut_chunks([[0], table, table], [5, 70_000, 600], 64)
+    cut = [(start, stop) for query, start, stop, _ in beside if query == 1]
+    assert cut == [(start, stop) for _, start, stop, _ in alone]
     assert first[2] - first[1] == len(alone)
 
 
@@ -121,9 +123,8 @@ def test_padding_reads_nothing_and_gives_zeros(triton_device: str) -> None:
         return torch.cat((values, torch.full_like(values[-1:], fill)))
 
     padded = DecodeChunks(
-        table_TB=pad(chunks.table_TB, 10**6),
-        length_T=pad(chunks.length_T, 0),
-        chunk_X3=pad(chunks.chunk_X3, 0),
+        pages_G=pad(chunks.pages_G, 10**6),
+        chunk_X4=pad(chunks.chunk_X4, 0),
         first_T1=pad(chunks.first_T1, int(chunks.first_T1[-1])),
     )
     q_THQ = torch.cat((case.q_THQ, torch.full_like(case.q_THQ, torch.nan)))

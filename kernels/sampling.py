@@ -2,7 +2,8 @@
 
 A draw is a pure function of (logits row, settings, seed, position): one uniform number per row,
 from a counter-based hash, against the cumulative distribution in token-id order. Rows are handled
-one by one, so a row's token cannot depend on the batch around it.
+one by one, so a row's token cannot depend on the batch around it; `batch_sampling` means the same
+for many rows at once.
 
 Filters keep every token at or above a cutoff, so equal logits are kept or dropped together:
 temperature first, then top-k, then top-p over what top-k kept, then min-p.
@@ -33,7 +34,7 @@ class Draw:
 
     Attributes:
         uniform: From `uniform`, in [0, 1).
-        temperature: Above 0.
+        temperature: Above 0; where a batch is drawn at once, 0 means greedy.
         top_k: Keep the k most likely; 0 keeps all.
         top_p: Then keep the fewest most likely tokens whose mass reaches top_p; 1 keeps all.
         min_p: Then drop tokens below min_p times the most likely one's probability.

@@ -20,12 +20,14 @@ MODULE_OF_RECORD = {
     "decode.json": "decode_launches",
     "experts.json": "expert_launches",
     "prefill.json": "prefill_launches",
+    "sampling.json": "sampling_launches",
 }
 # Compiled by every run; the others by the slow one.
 EVERY_RUN = {
     "decode.json": ("attend_latents",),
     "experts.json": ("gate", "experts_fp8_16"),
     "prefill.json": ("attend_8192",),
+    "sampling.json": ("filtered",),
 }
 
 each_record = pytest.mark.parametrize("record", MODULE_OF_RECORD)

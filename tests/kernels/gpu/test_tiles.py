@@ -38,16 +38,26 @@ def test_tuned_file_names_operation_dtype_and_rows(tmp_path: Path) -> None:
     }
     path = tmp_path / "some_gpu.json"
     path.write_text(json.dumps({"down": {"bfloat16": {"16": entry}}}))
-    assert tiles._read(path) == {("down", "bfloat16", 16): Tile(block_rows=16, **entry)}
+    assert tiles.read_tuned(path) == {("down", "bfloat16", 16): Tile(block_rows=16, **entry)}
     path.write_text(json.dumps({"down": {"bfloat16": {"16": {"block_out": 64}}}}))
     with pytest.raises(ValueError, match=r"some_gpu.json: down.bfloat16.16"):
-        tiles._read(path)
+        tiles.read_tuned(path)
 
 
 def test_every_tuned_file_reads() -> None:
     for path in tiles._TUNED.glob("*.json"):
-        assert tiles._read(path)
+        assert tiles.read_tuned(path)
+
+
+@pytest.mark.parametrize("operation", ["gate_up", "down"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_programs_of_a_processor_fit_its_shared_memory(operation: str, dtype: torch.dtype) -> None:
+    for rows in (16, 32, 64, 128):
+        cut = tile(operation, dtype, rows, CPU)
+        boxes = rows + cut.block_out * (2 if operation == "gate_up" else 1)
+        step_bytes = boxes * cut.block_in * dtype.itemsize
+        assert step_bytes * cut.num_stages * cut.programs_per_processor <= 232_448
 
 
 def test_device_names_make_file_names() -> None:
-    assert tiles._slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+    assert tiles.device_slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"

@@ -1,7 +1,7 @@
-"""Sampling on a GPU: a batch's next tokens in two to five launches, whatever each row asks for.
+"""Sampling on a GPU: a batch's next tokens in two to six launches, whatever each row asks for.
 
     1. of each slice of the vocabulary the largest logit
-    2. the cutoff of top-k and top-p (`sampling_cutoff`), if some row asks for them
+    2. in three launches the cutoff of top-k and top-p (`sampling_cutoff`), if some row asks for it
     3. of each slice the mass of the tokens that are kept, if some row draws
     4. the slice in which the row's uniform number falls, and the token within
 

@@ -2,7 +2,7 @@
 
 A token's weight is exp((logit - largest) / temperature), at most 1; its key is the weight's bits as
 an int32, which order as weights do. Its mass is the weight in units of 2**-44, so that masses add
-up exactly in any order: 131,072 of them stay below 2**62, and a weight below one unit is never
+up exactly in any order: 131,072 of them are at most 2**61, and a weight below one unit is never
 drawn anyway.
 
 The cutoff is the largest key such that tokens at or above it are k, or have the mass that top-p

@@ -100,14 +100,15 @@ class AttentionShard(RankActor):
         engine = spec.deployment.engine
         greeting = StepEvents(epoch.epoch, spec.rank, [])
         self._tokens = SyncServer(self._epoch_address(epoch), epoch.secret, greeting=greeting)
+        exchange = self._make_exchange(spec)
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
             conducted=spec.deployment.layout.world_size() > 1,
             scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
-            decoder=self._decoder,
+            decoder=self._graphed(spec, exchange),
             sampler=self._sampler,
-            exchange=self._make_exchange(spec),
+            exchange=exchange,
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,
@@ -117,6 +118,23 @@ class AttentionShard(RankActor):
             take_counts=self._experts.take_counts if self._experts else None,
         )
         return AttentionEngine(parts), self._tokens.start()
+
+    def _graphed(self, spec: RankSpec, exchange: StepExchange) -> StepDecoder:
+        """The decoder, with its decode steps as CUDA graphs where no other rank takes part."""
+        engine, decoder = spec.deployment.engine, self._decoder
+        if spec.device != "cuda" or not engine.cuda_graphs:
+            return decoder
+        if not isinstance(exchange, LocalExchange) or not isinstance(decoder, Decoder):
+            return decoder
+        from ostro.actors.model.cuda_graphs import GraphedDecoder
+
+        graphed = GraphedDecoder(decoder, exchange)
+        graphed.capture(
+            max_requests=engine.max_running_requests,
+            max_context=max_context(spec, self._config),
+            num_pages=self._num_pages,
+        )
+        return graphed
 
     def _make_exchange(self, spec: RankSpec) -> StepExchange:
         if self._experts is None:

@@ -144,6 +144,7 @@ class EngineConfig:
         dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA; on CPU where it is native and the
             model is large enough to gain from it.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
+        cuda_graphs: Whether decode steps of `single` on a GPU are captured when it starts.
     """
 
     page_size: int = 16
@@ -160,6 +161,7 @@ class EngineConfig:
     image_cache_bytes: int = 256 * 2**20
     dtype: str = "auto"
     num_threads: int | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in (

@@ -115,11 +115,12 @@ def combine_norm(
     norm_D: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's output from dense parts, and its RMS norm, the next layer's input.
+    """A residual with what is added to it, and its RMS norm, the input of what comes next.
 
     Args:
-        parts: At least one [T, D] tensor of any float dtype, in rank order.
-        shared_TD: In the model's dtype.
+        parts: [T, D] tensors of any float dtype, in rank order; none where routed experts add
+            nothing. One alone in float32 may be changed.
+        shared_TD: Added too, in the model's dtype.
         residual_TD: Likewise.
         norm_D: Weight of the norm, likewise.
         eps: Of the norm.
@@ -135,7 +136,12 @@ def combine_norm(
         from ostro.kernels.gpu.combine import combine_norm_triton
 
         return combine_norm_triton(parts, shared_TD, residual_TD, norm_D, eps)
-    out_TD = add_residual(combine(parts), shared_TD, residual_TD)
+    if not parts:
+        out_TD = residual_TD + shared_TD
+    elif len(parts) == 1 and parts[0].dtype == torch.float32:
+        out_TD = add_residual(parts[0], shared_TD, residual_TD)
+    else:
+        out_TD = add_residual(combine(parts), shared_TD, residual_TD)
     return out_TD, rms_norm(out_TD, norm_D, eps)
 
 
@@ -165,6 +171,8 @@ def combine_norm_reference(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Meaning of `combine_norm`."""
-    sum_TD = torch.stack([part.float() for part in parts]).sum(0)
+    sum_TD = torch.zeros(residual_TD.shape, device=residual_TD.device)
+    for part_TD in parts:
+        sum_TD += part_TD.float()
     out_TD = add_residual_reference(sum_TD, shared_TD, residual_TD)
     return out_TD, rms_norm_reference(out_TD, norm_D, eps)

@@ -20,7 +20,11 @@ _MAX_SORTED_TOKENS = 32
 
 
 def gate(
-    x_TD: torch.Tensor, gate_ED: torch.Tensor, num_chosen: int, scale: float = 1.0
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    num_chosen: int,
+    scale: float = 1.0,
+    num_live: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `num_chosen` experts a token.
 
@@ -29,21 +33,28 @@ def gate(
         gate_ED: Gate matrix, float32, or what `pack_gate` made of it.
         num_chosen: K.
         scale: Factor on the weights, the model's routed scaling factor.
+        num_live: int32 [1] on the same device; tokens from there on are padding. None is T.
 
     Returns:
-        expert_TK int64, most likely first, and weight_TK float32, which sums to `scale` per token.
+        expert_TK int64, most likely first, and weight_TK float32, which sums to `scale` per token;
+        -1 and 0 for padding.
 
     Example:
         logits [[0., 2., 2., 1.]], K 2 give experts [[1, 2]] and weights [[0.5, 0.5]].
     """
-    if is_packed(gate_ED):
-        return gate_cpu(x_TD, gate_ED, num_chosen, scale)
     if x_TD.is_cuda:
         from ostro.kernels.gpu.gate import gate_triton
 
-        return gate_triton(x_TD, gate_ED, num_chosen, scale)
-    logits_TE = torch.nn.functional.linear(x_TD.float(), gate_ED)
-    return _choose(logits_TE, num_chosen, scale)
+        return gate_triton(x_TD, gate_ED, num_chosen, scale, num_live)
+    if is_packed(gate_ED):
+        expert_TK, weight_TK = gate_cpu(x_TD, gate_ED, num_chosen, scale)
+    else:
+        logits_TE = torch.nn.functional.linear(x_TD.float(), gate_ED)
+        expert_TK, weight_TK = _choose(logits_TE, num_chosen, scale)
+    if num_live is not None:
+        expert_TK[int(num_live) :] = -1
+        weight_TK[int(num_live) :] = 0.0
+    return expert_TK, weight_TK
 
 
 def pack_gate(gate_ED: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ostro.kernels.linear import is_packed, pack_linear
+from ostro.kernels.rotary import rotary_
 
 _LATENTS_AT_ONCE = 64  # of the CPU operator
 
@@ -58,6 +59,16 @@ def pack_heads(heads: LatentHeads) -> LatentHeads:
     if not all(map(is_packed, (absorb_H, keys_H, values_H))):
         return heads
     return replace(heads, packed=PackedHeads(absorb_H, keys_H, values_H))
+
+
+def turn_queries_(
+    q_THQ: torch.Tensor, nope: int, turn_TJ: torch.Tensor | None, scale_T: torch.Tensor | None
+) -> None:
+    """Turn the rope part and apply the llama-4 scale, in place; None leaves either out."""
+    if turn_TJ is not None:
+        rotary_(q_THQ[..., nope:], turn_TJ)
+    if scale_T is not None:
+        q_THQ.mul_(scale_T.to(q_THQ.dtype)[:, None, None])
 
 
 def absorb_queries(q_THQ: torch.Tensor, w_uk_HNC: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Shape legend: T rows, I inputs, O outputs; a packed weight is [O / 16, I / 2, 16
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias, TypeGuard, overload
 
 import torch
@@ -50,6 +51,26 @@ def pack_linear(weight_OI: LinearWeight) -> LinearWeight:
 def is_packed(weight: LinearWeight) -> TypeGuard[torch.Tensor]:
     """Whether a weight, or a stack of them, is packed."""
     return isinstance(weight, torch.Tensor) and weight.dim() >= 4
+
+
+def join_linear(first_OI: LinearWeight, second_OI: LinearWeight) -> LinearWeight | None:
+    """Two weights of the same inputs as one, `second_OI`'s outputs after the others.
+
+    None where one product cannot serve both: a packed weight, or FP8 with different scales.
+
+    Example:
+        [[1., 2.]] and [[3., 4.]] give [[1., 2.], [3., 4.]].
+    """
+    if isinstance(first_OI, Fp8Weight) and isinstance(second_OI, Fp8Weight):
+        pairs = ("scale", "input_scale")
+        if any(not torch.equal(getattr(first_OI, n), getattr(second_OI, n)) for n in pairs):
+            return None
+        return replace(first_OI, values_OI=torch.cat((first_OI.values_OI, second_OI.values_OI)))
+    if isinstance(first_OI, Fp8Weight) or isinstance(second_OI, Fp8Weight):
+        return None
+    if is_packed(first_OI) or is_packed(second_OI):
+        return None
+    return torch.cat((first_OI, second_OI))
 
 
 def linear(x_TI: torch.Tensor, weight_OI: LinearWeight) -> torch.Tensor:

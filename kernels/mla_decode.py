@@ -31,6 +31,7 @@ from ostro.kernels.latent_heads import (
     PackedHeads,
     absorb_queries,
     expand_values,
+    turn_queries_,
 )
 
 if TYPE_CHECKING:
@@ -186,14 +187,18 @@ def mla_decode(
     cache_NSW: torch.Tensor,
     plan: DecodePlan,
     heads: LatentHeads,
+    turn_TJ: torch.Tensor | None = None,
+    scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend each query to its request's cached latents.
 
     Args:
-        q_THQ: Queries, nope part first, rope part turned, llama-4 scale applied.
+        q_THQ: Queries, nope part first; changed, if they are to be turned or scaled.
         cache_NSW: One layer's pages; the queries' own rows are already written.
         plan: Of these queries.
         heads: The layer's heads.
+        turn_TJ: Rotations of the queries' positions; None where the rope part is turned already.
+        scale_T: Llama-4 scale of each query; None where it is 1 or applied already.
 
     Returns:
         out_THV in the dtype of `q_THQ`.
@@ -201,13 +206,14 @@ def mla_decode(
     Example:
         a context of one token gives Wuv[h] latent, whatever the query.
     """
-    if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:
-        return mla_decode_cpu(q_THQ, cache_NSW, plan, heads, heads.packed)
     if q_THQ.is_cuda:
         from ostro.kernels.gpu.mla_decode import serves
 
         if serves(q_THQ, cache_NSW, *heads.w_uk_HNC.shape[1:]):
-            return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads)
+            return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads, turn_TJ, scale_T)
+    turn_queries_(q_THQ, heads.w_uk_HNC.shape[1], turn_TJ, scale_T)
+    if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:
+        return mla_decode_cpu(q_THQ, cache_NSW, plan, heads, heads.packed)
     q_THW = absorb_queries(q_THQ, heads.w_uk_HNC)
     latent_width = heads.w_uk_HNC.shape[2]
     buckets = plan.buckets()
@@ -231,11 +237,7 @@ def mla_decode_triton(
     turn_TJ: torch.Tensor | None = None,
     scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`mla_decode` by Triton; a query's result does not depend on the others.
-
-    With `turn_TJ` and `scale_T` the queries come as projected, and are turned and scaled on the way
-    into latent space; see `latent_queries_triton`.
-    """
+    """`mla_decode` by Triton; a query's result does not depend on the others."""
     from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
     from ostro.kernels.gpu.mla_decode import attend_latents_triton
 

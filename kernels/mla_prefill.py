@@ -19,8 +19,8 @@ from collections.abc import Callable
 import torch
 
 from ostro.kernels.cpu import library
-from ostro.kernels.linear import linear
 from ostro.kernels.latent_heads import LatentHeads, absorb_queries, expand_values
+from ostro.kernels.linear import linear
 
 # Keys of a block, off the GPU.
 _KEYS_AT_ONCE = 2048

@@ -15,7 +15,12 @@ NOWHERE = -1
 
 
 class ExpertMap:
-    """Lookups of one placement; all of them stay on the device."""
+    """Lookups of one placement; all of them stay on the device.
+
+    Attributes:
+        placement: Which.
+        is_plain: Whether every logical expert's only copy is the local one of the same number.
+    """
 
     def __init__(self, placement: Placement, device: torch.device, *, rank: int) -> None:
         """`rank` is whose slots are local, and where its round over replicas starts."""
@@ -31,13 +36,13 @@ class ExpertMap:
         self._num_copies_E = _table([*(len(copies) for copies in replicas), 1], device)
         self._rank_of = _table([*placement.rank_of_physical, NOWHERE], device)
         slots = placement.local_slots(rank)
-        self._local_of = _table(
-            [
-                physical - slots.start if physical in slots else NOWHERE
-                for physical in range(placement.num_physical)
-            ]
-            + [NOWHERE],
-            device,
+        local_of = [
+            physical - slots.start if physical in slots else NOWHERE
+            for physical in range(placement.num_physical)
+        ]
+        self._local_of = _table([*local_of, NOWHERE], device)
+        self.is_plain = most == 1 and all(
+            local_of[copies[0]] == logical for logical, copies in enumerate(replicas)
         )
 
     def to_physical(self, expert_TK: torch.Tensor) -> torch.Tensor:

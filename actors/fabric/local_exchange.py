@@ -99,13 +99,14 @@ class LocalExchange:
         self._waiting[layer, micro_batch] = (x_TD, expert_TK, weight_TK)
 
     def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
-        """[T, D] float32: what the experts made of the rows handed in."""
+        """[T, D]: what the experts made of the rows handed in; float32 off the GPU."""
         x_TD, expert_TK, weight_TK = self._waiting.pop((layer, micro_batch))
         began_s = time.perf_counter()
-        local_TK = self._map.to_local(self._map.to_physical(expert_TK))
-        out_TD = self._experts(layer, x_TD, local_TK, weight_TK).float()
+        if not self._map.is_plain:
+            expert_TK = self._map.to_local(self._map.to_physical(expert_TK))
+        out_TD = self._experts(layer, x_TD, expert_TK, weight_TK)
         self.counters.experts_s += time.perf_counter() - began_s
-        return out_TD
+        return out_TD if out_TD.is_cuda else out_TD.float()
 
     def end_step(self) -> None:
         """Nothing is left to wait for."""

@@ -17,16 +17,14 @@ from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import AttentionWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.latent_cache import write_rows
-from ostro.kernels.latent_heads import LatentHeads, pack_heads
+from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
-from ostro.kernels.rms_norm import rms_norm
+from ostro.kernels.mla_prologue import mla_prologue
 from ostro.kernels.rotary import (
     inverse_frequencies,
     llama4_query_scale,
-    rotary_,
     rotations,
     yarn_inverse_frequencies,
 )
@@ -38,11 +36,11 @@ class PositionTerms:
 
     Attributes:
         turn_TJ: Rotations of the rope pairs.
-        query_scale_T11: Llama-4 scale in the model's dtype; None where it is 1 for every token.
+        scale_T: Llama-4 scale in the model's dtype; None where it is 1 for every token.
     """
 
     turn_TJ: torch.Tensor
-    query_scale_T11: torch.Tensor | None
+    scale_T: torch.Tensor | None
 
 
 class Attention:
@@ -68,37 +66,47 @@ class Attention:
         if batch.last_position < original or not config.llama4_beta:
             return PositionTerms(turn_TJ, None)
         scale_T = llama4_query_scale(batch.positions_T, config.llama4_beta, original)
-        return PositionTerms(turn_TJ, scale_T.to(self._dtype)[:, None, None])
+        return PositionTerms(turn_TJ, scale_T.to(self._dtype))
 
     def forward(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
     ) -> torch.Tensor:
         """Write the tokens' latents, attend, project; out_TD to be added to the residual."""
-        self._write_cache(layer, x_TD, batch, terms)
-        q_THQ = self._queries(layer, x_TD, terms)
-        out_THV = self._attend(layer, q_THQ, batch)
+        q_THQ = self._project(layer, x_TD, batch, terms)
+        out_THV = self._attend(layer, q_THQ, batch, terms)
         return linear(out_THV.flatten(1), self._layers[layer].o_proj)
 
-    def _write_cache(
+    def _project(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
-    ) -> None:
-        w, cache_NSW = self._layers[layer], self._cache.layers[layer]
-        row_TW, eps = linear(x_TD, w.kv_a), self._config.rms_norm_eps
-        write_rows(cache_NSW, row_TW, w.kv_a_norm, eps, terms.turn_TJ, batch.slots_T)
-
-    def _queries(self, layer: int, x_TD: torch.Tensor, terms: PositionTerms) -> torch.Tensor:
+    ) -> torch.Tensor:
+        """Write the tokens' latents; their queries, not yet turned."""
         w, config = self._layers[layer], self._config
-        compressed = rms_norm(linear(x_TD, w.q_a), w.q_a_norm, config.rms_norm_eps)
-        q_THQ = linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
-        rotary_(q_THQ[..., config.qk_nope_head_dim :], terms.turn_TJ)
-        if terms.query_scale_T11 is not None:
-            q_THQ.mul_(terms.query_scale_T11)
-        return q_THQ
+        query_TX = linear(x_TD, w.q_a)
+        if w.kv_a is None:
+            query_TX, row_TW = query_TX.tensor_split([config.q_lora_rank], dim=1)
+        else:
+            row_TW = linear(x_TD, w.kv_a)
+        compressed = mla_prologue(
+            query_TX,
+            row_TW,
+            w.q_a_norm,
+            w.kv_a_norm,
+            config.rms_norm_eps,
+            terms.turn_TJ,
+            batch.slots_T,
+            self._cache.layers[layer],
+        )
+        return linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
 
-    def _attend(self, layer: int, q_THQ: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def _attend(
+        self, layer: int, q_THQ: torch.Tensor, batch: Batch, terms: PositionTerms
+    ) -> torch.Tensor:
         cache_NSW, heads = self._cache.layers[layer], self._heads[layer]
         if batch.decode_plan is not None and not batch.prefill_spans:
-            return mla_decode(q_THQ, cache_NSW, batch.decode_plan, heads)
+            return mla_decode(
+                q_THQ, cache_NSW, batch.decode_plan, heads, terms.turn_TJ, terms.scale_T
+            )
+        turn_queries_(q_THQ, self._config.qk_nope_head_dim, terms.turn_TJ, terms.scale_T)
         out_THV = q_THQ.new_empty(*q_THQ.shape[:2], self._config.v_head_dim)
         if batch.decode_plan is not None:
             rows = batch.decode_rows

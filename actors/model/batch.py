@@ -52,7 +52,7 @@ class ImageSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch; tensors are int64 and on the model's device.
+    """One micro-batch; tensors are int64 and on the model's device, unless they say more.
 
     Attributes:
         positions_T: Absolute positions, for rotary embedding and query scale.
@@ -63,6 +63,7 @@ class Batch:
         prefill_spans: The other rows.
         sample_rows: Rows whose logits are wanted, in the order of the entries.
         image_spans: What of images is among the tokens.
+        num_live: int32 [1]; tokens from there on are padding. None where there is none.
     """
 
     tokens_T: torch.Tensor
@@ -74,6 +75,7 @@ class Batch:
     prefill_spans: Sequence[PrefillSpan]
     sample_rows: torch.Tensor
     image_spans: Sequence[ImageSpan]
+    num_live: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

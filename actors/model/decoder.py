@@ -28,10 +28,10 @@ from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.vision import VisionTower
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.combine import add_residual
+from ostro.kernels.combine import add_residual, combine_norm
 from ostro.kernels.gate import gate, pack_gate
 from ostro.kernels.grouped_gemm import mlp
-from ostro.kernels.linear import linear_wide, pack_linear
+from ostro.kernels.linear import join_linear, linear_wide, pack_linear
 from ostro.kernels.rms_norm import rms_norm
 
 
@@ -62,16 +62,22 @@ class ExpertExchange(Protocol):
         ...
 
     def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
-        """Wait for the sum of the routed experts, float32 [T, D]; the caller may change it."""
+        """Wait for the sum of the routed experts, [T, D]; the caller may change it.
+
+        float32, or on a GPU the model's dtype where one rank's experts are all there are.
+        """
         ...
 
 
 class _MicroBatch:
     """A micro-batch on its way through the layers."""
 
-    def __init__(self, batch: Batch, hidden_TD: torch.Tensor, terms: PositionTerms) -> None:
+    def __init__(
+        self, batch: Batch, hidden_TD: torch.Tensor, x_TD: torch.Tensor, terms: PositionTerms
+    ) -> None:
         self.batch = batch
         self.hidden_TD = hidden_TD
+        self.x_TD = x_TD  # normed, the input of what comes next
         self.terms = terms
         self.shared_TD = hidden_TD  # replaced in every layer
 
@@ -80,6 +86,8 @@ class Decoder:
     """All of the model but the routed experts.
 
     Attributes:
+        config: The checkpoint's.
+        cache: Where latents are kept.
         images: Encodes images; None if the checkpoint has no vision tower.
         seconds: Time by stage since construction. On CUDA it is the time to launch, except where a
             stage waits.
@@ -101,7 +109,7 @@ class Decoder:
             cache: Where latents are kept.
             image_cache_bytes: Bound of the image embeddings that are kept for further requests.
         """
-        self._config = config
+        self.config, self.cache = config, cache
         self._weights = _packed(weights)
         self._attention = Attention(config, self._weights, cache)
         self.seconds = dict.fromkeys(
@@ -121,14 +129,14 @@ class Decoder:
             Per micro-batch the logits of its `sample_rows`, float32 [B, V].
         """
         slices = [self._enter(batch) for batch in batches]
-        last = self._config.num_layers - 1
-        for layer in range(self._config.num_layers):
+        last = self.config.num_layers - 1
+        for layer in range(self.config.num_layers):
             for index, slice_ in enumerate(slices):
                 if layer:
                     self._finish_layer(layer - 1, index, slice_, exchange)
                 self._start_layer(layer, index, slice_, exchange)
         for index, slice_ in enumerate(slices):
-            self._finish_layer(last, index, slice_, exchange)
+            self._finish_last_layer(last, index, slice_, exchange)
         return [self._head(slice_) for slice_ in slices]
 
     def _enter(self, batch: Batch) -> _MicroBatch:
@@ -137,7 +145,9 @@ class Decoder:
         if batch.image_spans:
             self._place_images(hidden_TD, batch.image_spans)
             began_s = time.perf_counter()
-        micro_batch = _MicroBatch(batch, hidden_TD, self._attention.position_terms(batch))
+        norm_D, eps = self._weights.layers[0].input_norm_D, self.config.rms_norm_eps
+        terms = self._attention.position_terms(batch)
+        micro_batch = _MicroBatch(batch, hidden_TD, rms_norm(hidden_TD, norm_D, eps), terms)
         self.seconds["attention"] += time.perf_counter() - began_s
         return micro_batch
 
@@ -154,13 +164,15 @@ class Decoder:
     ) -> None:
         w, seconds, clock = self._weights.layers[layer], self.seconds, time.perf_counter
         began_s = clock()
-        x_TD = self._attend(layer, w, slice_)
+        self._attend(layer, w, slice_)
+        x_TD = slice_.x_TD
         attended_s = clock()
         expert_TK, weight_TK = gate(
             x_TD,
             w.gate_ED,
-            self._config.num_experts_per_token,
-            self._config.routed_scaling_factor,
+            self.config.num_experts_per_token,
+            self.config.routed_scaling_factor,
+            slice_.batch.num_live,
         )
         gated_s = clock()
         exchange.dispatch(layer, index, x_TD, expert_TK, weight_TK)
@@ -171,18 +183,32 @@ class Decoder:
         seconds["dispatch"] += dispatched_s - gated_s
         seconds["shared"] += clock() - dispatched_s
 
-    def _attend(self, layer: int, w: AttentionLayerWeights, slice_: _MicroBatch) -> torch.Tensor:
-        """Attention and its residual; the normed input of the experts."""
-        eps = self._config.rms_norm_eps
-        if slice_.batch.num_tokens:
-            x_TD = rms_norm(slice_.hidden_TD, w.input_norm_D, eps)
-            attended_TD = self._attention.forward(layer, x_TD, slice_.batch, slice_.terms)
-            slice_.hidden_TD = slice_.hidden_TD + attended_TD
-        return rms_norm(slice_.hidden_TD, w.post_norm_D, eps)
+    def _attend(self, layer: int, w: AttentionLayerWeights, slice_: _MicroBatch) -> None:
+        """Attention and its residual; then the normed input of the experts."""
+        eps = self.config.rms_norm_eps
+        if not slice_.batch.num_tokens:
+            return
+        attended_TD = self._attention.forward(layer, slice_.x_TD, slice_.batch, slice_.terms)
+        slice_.hidden_TD, slice_.x_TD = combine_norm(
+            (), attended_TD, slice_.hidden_TD, w.post_norm_D, eps
+        )
 
     def _finish_layer(
         self, layer: int, index: int, slice_: _MicroBatch, exchange: ExpertExchange
     ) -> None:
+        """Take the experts' rows; then the normed input of the next layer."""
+        began_s = time.perf_counter()
+        sum_TD = exchange.combine(layer, index)
+        norm_D, eps = self._weights.layers[layer + 1].input_norm_D, self.config.rms_norm_eps
+        slice_.hidden_TD, slice_.x_TD = combine_norm(
+            (sum_TD,), slice_.shared_TD, slice_.hidden_TD, norm_D, eps
+        )
+        self.seconds["combine"] += time.perf_counter() - began_s
+
+    def _finish_last_layer(
+        self, layer: int, index: int, slice_: _MicroBatch, exchange: ExpertExchange
+    ) -> None:
+        """Without a norm, which only the rows that sample need."""
         began_s = time.perf_counter()
         sum_TD = exchange.combine(layer, index)
         slice_.hidden_TD = add_residual(sum_TD, slice_.shared_TD, slice_.hidden_TD)
@@ -191,7 +217,7 @@ class Decoder:
     def _head(self, slice_: _MicroBatch) -> torch.Tensor:
         began_s = time.perf_counter()
         rows_BD = slice_.hidden_TD.index_select(0, slice_.batch.sample_rows)
-        rows_BD = rms_norm(rows_BD, self._weights.final_norm_D, self._config.rms_norm_eps)
+        rows_BD = rms_norm(rows_BD, self._weights.final_norm_D, self.config.rms_norm_eps)
         logits_BV = linear_wide(rows_BD, self._weights.lm_head_VD)
         self.seconds["head"] += time.perf_counter() - began_s
         return logits_BV
@@ -199,17 +225,23 @@ class Decoder:
 
 def _packed(weights: AttentionWeights) -> AttentionWeights:
     """The same weights, with linear layers in the form that `linear` reads fastest."""
-    layers = tuple(
-        replace(
-            w,
-            q_a=pack_linear(w.q_a),
-            q_b=pack_linear(w.q_b),
-            kv_a=pack_linear(w.kv_a),
-            o_proj=pack_linear(w.o_proj),
-            shared_gate_up=pack_linear(w.shared_gate_up),
-            shared_down=pack_linear(w.shared_down),
-            gate_ED=pack_gate(w.gate_ED, weights.embed_VD.dtype),
-        )
-        for w in weights.layers
-    )
+    dtype = weights.embed_VD.dtype
+    layers = tuple(_packed_layer(w, dtype) for w in weights.layers)
     return replace(weights, layers=layers, lm_head_VD=pack_linear(weights.lm_head_VD), vision=None)
+
+
+def _packed_layer(w: AttentionLayerWeights, dtype: torch.dtype) -> AttentionLayerWeights:
+    q_a, kv_a = w.q_a, w.kv_a
+    if kv_a is not None and w.gate_ED.is_cuda:  # there a launch more costs more than the bytes
+        joined = join_linear(q_a, kv_a)
+        q_a, kv_a = (q_a, kv_a) if joined is None else (joined, None)
+    return replace(
+        w,
+        q_a=pack_linear(q_a),
+        q_b=pack_linear(w.q_b),
+        kv_a=None if kv_a is None else pack_linear(kv_a),
+        o_proj=pack_linear(w.o_proj),
+        shared_gate_up=pack_linear(w.shared_gate_up),
+        shared_down=pack_linear(w.shared_down),
+        gate_ED=pack_gate(w.gate_ED, dtype),
+    )

@@ -44,7 +44,7 @@ class AttentionLayerWeights:
     """One layer's share of the attention role; all in the model's dtype but `gate_ED` and FP8.
 
     Attributes:
-        q_a: [q_lora, D].
+        q_a: [q_lora, D]; `kv_a`'s rows follow where that is None.
         q_a_norm: [q_lora].
         q_b: [H * (N + P), q_lora]; per head nope rows, then rope rows.
         kv_a: [C + P, D]; latent rows, then rope-key rows.
@@ -61,7 +61,7 @@ class AttentionLayerWeights:
     q_a: LinearWeight
     q_a_norm: torch.Tensor
     q_b: LinearWeight
-    kv_a: LinearWeight
+    kv_a: LinearWeight | None
     kv_a_norm: torch.Tensor
     w_uk_HNC: torch.Tensor
     w_uv_HVC: torch.Tensor

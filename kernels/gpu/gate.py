@@ -16,7 +16,11 @@ _BLOCK_TOKENS = 4
 
 
 def gate_triton(
-    x_TD: torch.Tensor, gate_ED: torch.Tensor, num_chosen: int, scale: float = 1.0
+    x_TD: torch.Tensor,
+    gate_ED: torch.Tensor,
+    num_chosen: int,
+    scale: float = 1.0,
+    num_live: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`ostro.kernels.gate.gate` by Triton; the same shapes and dtypes."""
     logits_TE = torch.nn.functional.linear(x_TD.float(), gate_ED)
@@ -26,6 +30,7 @@ def gate_triton(
     if num_tokens:
         _gate_kernel[(triton.cdiv(num_tokens, _BLOCK_TOKENS),)](
             logits_TE,
+            num_live,
             expert_TK,
             weight_TK,
             num_tokens,
@@ -43,6 +48,7 @@ def gate_triton(
 @triton.jit
 def _gate_kernel(
     logits,
+    num_live,
     expert,
     weight,
     T,
@@ -76,6 +82,10 @@ def _gate_kernel(
         logit = tl.where((k == i)[None, :], back.to(tl.float32, bitcast=True)[:, None], logit)
     power = tl.exp(logit - tl.max(logit, axis=1)[:, None])
     share = power / tl.sum(power, axis=1)[:, None] * scale
+    if num_live is not None:
+        is_live = (t < tl.load(num_live))[:, None]
+        chosen = tl.where(is_live, chosen, -1)
+        share = tl.where(is_live, share, 0.0)
     place = t.to(tl.int64)[:, None] * K + k[None, :]
     is_chosen = (t < T)[:, None] & (k < K)[None, :]
     tl.store(expert + place, chosen.to(tl.int64), mask=is_chosen)

@@ -24,12 +24,29 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ostro.kernels.gpu.tiles import architecture
 
 # Keys of a chunk: a longer request has longer ones, so that its join stays short.
-_CHUNK_KEYS, _LONG_CHUNK_KEYS, _LONG = 512, 1024, 65_536
+MIN_CHUNK_KEYS, MAX_CHUNK_KEYS, _LONG = 512, 1024, 65_536
 _MAX_TILE_KEYS = 64
 _BLOCK_CHUNKS = 16
-_STAGES = 3  # two tiles and, one step further, the number of a page
-_WARPS, _WARPS_OF_BLACKWELL, _BLACKWELL = 4, 8, 100  # with 4 the sums spill there
+_BLACKWELL = 100
 _LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeCut:
+    """How the attention is launched.
+
+    Attributes:
+        num_warps: Per program.
+        num_stages: Steps whose loads are under way: tiles and, one step further, a page's number.
+    """
+
+    num_warps: int
+    num_stages: int
+
+
+def decode_cut(device: torch.device) -> DecodeCut:
+    """The usual one; on Blackwell the sums of four warps spill."""
+    return DecodeCut(num_warps=4 if architecture(device) < _BLACKWELL else 8, num_stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +66,10 @@ class DecodeChunks:
 
 
 def cut_chunks(
-    page_tables: Sequence[Sequence[int]], context_lengths: Sequence[int], page_size: int
+    page_tables: Sequence[Sequence[int]],
+    context_lengths: Sequence[int],
+    page_size: int,
+    keys_at_once: int | None = None,
 ) -> tuple[list[int], list[tuple[int, int, int, int]], list[int]]:
     """What `DecodeChunks` holds, as lists.
 
@@ -57,6 +77,7 @@ def cut_chunks(
         page_tables: Pages of each query's request; may hold more than the context needs.
         context_lengths: Keys that each query sees.
         page_size: At most a chunk.
+        keys_at_once: Keys of a chunk; None means `chunk_keys` of each context.
 
     Example:
         tables [[7, 5], [9]] of 512 keys a page, lengths [600, 3] give pages [7, 5, 9], chunks
@@ -66,7 +87,7 @@ def cut_chunks(
     chunks: list[tuple[int, int, int, int]] = []
     first = [0]
     for query, (table, length) in enumerate(zip(page_tables, context_lengths, strict=True)):
-        size = chunk_keys(length)
+        size = keys_at_once or chunk_keys(length)
         at = len(pages)
         pages.extend(table[: -(-length // page_size)])
         chunks.extend(
@@ -79,7 +100,7 @@ def cut_chunks(
 
 def chunk_keys(context_length: int) -> int:
     """Keys of each chunk of a context."""
-    return _CHUNK_KEYS if context_length <= _LONG else _LONG_CHUNK_KEYS
+    return MIN_CHUNK_KEYS if context_length <= _LONG else MAX_CHUNK_KEYS
 
 
 def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int) -> bool:
@@ -91,7 +112,13 @@ def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int)
 
 
 def attend_latents_triton(
-    q_THW: torch.Tensor, cache_NSW: torch.Tensor, chunks: DecodeChunks, latent: int, scale: float
+    q_THW: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    chunks: DecodeChunks,
+    latent: int,
+    scale: float,
+    *,
+    cut: DecodeCut | None = None,
 ) -> torch.Tensor:
     """Attend to cached rows: out_THC, zeros for a query without keys.
 
@@ -101,7 +128,9 @@ def attend_latents_triton(
         chunks: Of these queries.
         latent: C.
         scale: Softmax scale.
+        cut: How to launch; None means `decode_cut`.
     """
+    cut = cut or decode_cut(cache_NSW.device)
     num_tokens, num_heads, width = q_THW.shape
     page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X4)
     keys = min(page_size, _MAX_TILE_KEYS)
@@ -125,9 +154,9 @@ def attend_latents_triton(
         S=page_size,
         KEYS=keys,
         BLOCK_H=block_heads,
-        STAGES=_STAGES,
-        num_warps=_WARPS if architecture(cache_NSW.device) < _BLACKWELL else _WARPS_OF_BLACKWELL,
-        num_stages=_STAGES,
+        STAGES=cut.num_stages,
+        num_warps=cut.num_warps,
+        num_stages=cut.num_stages,
     )
     _join_kernel[(num_tokens, num_heads)](
         part_XHC,

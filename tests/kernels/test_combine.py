@@ -91,3 +91,15 @@ def test_combine_norm_and_add_residual_match_reference(hidden: int, dtype: torch
     expected = combine_norm_reference([first, second], shared, residual, norm_D, 1e-6)
     assert torch.equal(out_TD, expected[0])
     torch.testing.assert_close(normed_TD, expected[1])
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
+def test_combine_norm_takes_any_number_of_parts(num_parts: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(3, 32, generator=generator) for _ in range(num_parts + 2)]
+    *parts, shared, residual = rows
+    norm_D = torch.ones(32)
+    expected = combine_norm_reference(parts, shared, residual, norm_D, 1e-6)
+    out = combine_norm(parts, shared, residual, norm_D, 1e-6)
+    for one, other in zip(out, expected, strict=True):
+        torch.testing.assert_close(one, other)

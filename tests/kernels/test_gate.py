@@ -34,3 +34,10 @@ def test_gate_breaks_ties_by_lowest_expert(num_tokens: int) -> None:
     gate_ED[77] = 1.0
     expert_TK, _ = gate(torch.ones(num_tokens, 3), gate_ED, 4)
     assert expert_TK.tolist() == [[77, 0, 1, 2]] * num_tokens
+
+
+def test_gate_sends_padding_nowhere() -> None:
+    num_live = torch.tensor([1], dtype=torch.int32)
+    expert_TK, weight_TK = gate(torch.ones(2, 3), torch.eye(3), 2, num_live=num_live)
+    assert expert_TK.tolist() == [[0, 1], [-1, -1]]
+    assert weight_TK.tolist() == [[0.5, 0.5], [0.0, 0.0]]

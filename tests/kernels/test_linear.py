@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.kernels.linear import linear, linear_reference, pack_linear
+from ostro.kernels.fp8_linear import Fp8Weight
+from ostro.kernels.linear import join_linear, linear, linear_reference, pack_linear
 
 
 def test_linear_worked_example() -> None:
@@ -42,3 +43,22 @@ def test_linear_takes_strided_rows() -> None:
 )
 def test_pack_linear_leaves_what_gains_nothing(weight: torch.Tensor) -> None:
     assert pack_linear(weight) is weight
+
+
+def test_join_linear_puts_one_weight_after_the_other() -> None:
+    first, second = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
+    joined = join_linear(first, second)
+    assert isinstance(joined, torch.Tensor)
+    assert joined.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_join_linear_keeps_fp8_weights_of_other_scales_apart() -> None:
+    def weight(scale: float) -> Fp8Weight:
+        values = torch.ones(16, 16).to(torch.float8_e4m3fn)
+        return Fp8Weight(values_OI=values, scale=torch.tensor(scale), input_scale=torch.tensor(1.0))
+
+    joined = join_linear(weight(0.5), weight(0.5))
+    assert isinstance(joined, Fp8Weight)
+    assert joined.values_OI.shape == (32, 16)
+    assert join_linear(weight(0.5), weight(0.25)) is None
+    assert join_linear(weight(0.5), torch.ones(16, 16)) is None

@@ -64,6 +64,15 @@ def test_combine_norm_triton_matches_reference(
     torch.testing.assert_close(normed_TD, expected[1])
 
 
+def test_combine_norm_triton_takes_no_parts(triton_device: str) -> None:
+    shared_TD, residual_TD = _rows(2, 3, 20, torch.bfloat16, triton_device)
+    norm_D = torch.ones(20, dtype=torch.bfloat16, device=triton_device)
+    out_TD, normed_TD = combine_norm_triton((), shared_TD, residual_TD, norm_D, 1e-6)
+    expected = combine_norm_reference((), shared_TD, residual_TD, norm_D, 1e-6)
+    assert torch.equal(out_TD, expected[0])
+    torch.testing.assert_close(normed_TD, expected[1])
+
+
 def test_combine_norm_triton_gives_the_bits_of_its_steps(triton_device: str) -> None:
     *parts, shared_TD, residual_TD = _rows(5, 4, 64, torch.bfloat16, triton_device)
     norm_D = torch.ones(64, dtype=torch.bfloat16, device=triton_device)

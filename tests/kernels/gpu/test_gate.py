@@ -44,3 +44,11 @@ def test_gate_triton_orders_negative_and_infinite_logits(triton_device: str) -> 
     gate_ED = torch.tensor(logits, device=triton_device)[:, None]
     expert_TK, _ = gate_triton(torch.ones(1, 1, device=triton_device), gate_ED, 6)
     assert expert_TK.tolist() == [[4, 5, 2, 3, 1, 0]]
+
+
+def test_gate_triton_sends_padding_nowhere(triton_device: str) -> None:
+    x_TD, gate_ED = torch.ones(6, 3, device=triton_device), torch.eye(3, device=triton_device)
+    num_live = torch.tensor([2], dtype=torch.int32, device=triton_device)
+    expert_TK, weight_TK = gate_triton(x_TD, gate_ED, 2, 1.0, num_live)
+    assert expert_TK.tolist() == [[0, 1]] * 2 + [[-1, -1]] * 4
+    assert weight_TK.tolist() == [[0.5, 0.5]] * 2 + [[0.0, 0.0]] * 4

@@ -1,1 +1,1 @@
-"""Kernels measured on a GPU: right on fresh inputs first, then timed beside the machine's ceilings."""
+"""Kernels measured on a GPU: right on fresh inputs first, then timed beside what it can do."""

@@ -7,8 +7,8 @@ case, each with inputs of its own, which together pass the cache.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,8 @@ Launch = Callable[[], object]
 
 _GRAPH_US = 2_000.0  # of one replay, about; shorter ones would measure its start
 _MAX_LAUNCHES = 400
+_PAST_CACHE_BYTES = 128 << 20  # more than twice the L2 of a Hopper
+_MAX_VARIANTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class Case:
     """A kernel on inputs of one size.
 
     Attributes:
-        operation: What runs, with its dtype: "gate_up fp8".
+        operation: What runs, with its dtype where that varies: "gate_up fp8".
         size: Of its inputs: "B=32".
         launches: The same on different inputs.
         bytes_moved: That must pass the GPU's memory in one launch.
@@ -38,11 +40,11 @@ class Case:
     size: str
     launches: Sequence[Launch]
     bytes_moved: float
-    flops: float
-    flops_ceiling: str
     error: Callable[[], float]
     tolerance: float
-    others: dict[str, Sequence[Launch]]
+    flops: float = 0.0
+    flops_ceiling: str = "bf16"
+    others: Mapping[str, Sequence[Launch]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,16 +53,28 @@ class Ceilings:
 
     Attributes:
         copy_bytes_s: Bytes read and written by a large copy, per second.
+        read_bytes_s: Bytes that a large sum reads, per second.
         flops_s: By name ("bf16", "fp8") of a large matrix product, per second.
     """
 
     copy_bytes_s: float
+    read_bytes_s: float
     flops_s: dict[str, float]
 
     def floor_us(self, case: Case) -> float:
-        """No kernel for this case is faster."""
-        memory_s = case.bytes_moved / self.copy_bytes_s
+        """No kernel for this case is faster, if all of its bytes come from memory."""
+        memory_s = case.bytes_moved / max(self.copy_bytes_s, self.read_bytes_s)
         return max(memory_s, case.flops / self.flops_s[case.flops_ceiling]) * 1e6
+
+
+def num_variants(num_bytes: float, most: int = _MAX_VARIANTS) -> int:
+    """Of inputs of so many bytes: enough to pass the cache, unless those are tiny."""
+    return int(max(2, min(most, -(-_PAST_CACHE_BYTES // max(num_bytes, 1.0)))))
+
+
+def poison(num_bytes: int, device: str) -> None:
+    """Leave NaN in memory that the allocator hands out next."""
+    torch.full((num_bytes,), 0xFF, dtype=torch.uint8, device=device)
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -69,29 +83,31 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(expected.double()))
 
 
+def largest_error(errors: Sequence[float]) -> float:
+    """NaN if one is, which Python's `max` would hide."""
+    return float(torch.tensor(errors).max())
+
+
 def replay_us(launches: Sequence[Launch], rounds: int = 7) -> float:
     """Median time of one launch in a replayed CUDA graph, in microseconds."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+
+    def once() -> None:
         for launch in launches:
             launch()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once()
     stream.synchronize()
-    once_us = _elapsed_us(lambda: [launch() for launch in launches]) / len(launches)
+    once_us = _elapsed_us(once) / len(launches)
     repeats = max(1, min(_MAX_LAUNCHES, int(_GRAPH_US / max(once_us, 1.0))) // len(launches))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
-            for launch in launches:
-                launch()
+            once()
     graph.replay()
     samples = [_elapsed_us(graph.replay) for _ in range(rounds)]
     return statistics.median(samples) / (repeats * len(launches))
-
-
-def call_us(run: Launch, rounds: int = 5) -> float:
-    """Median time of a call that no graph can hold, the host's part included."""
-    run()
-    return statistics.median(_elapsed_us(run) for _ in range(rounds))
 
 
 def _elapsed_us(run: Launch) -> float:
@@ -102,26 +118,3 @@ def _elapsed_us(run: Launch) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e3
-
-
-def measure_ceilings() -> Ceilings:
-    """A copy of 4 GB and products of 8192 x 8192 matrices of random values."""
-    num_bytes = 1 << 31
-    source = torch.empty(num_bytes // 4, dtype=torch.float32, device="cuda").normal_()
-    target = torch.empty_like(source)
-    copy_us = replay_us([lambda: target.copy_(source)])
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_us = replay_us([lambda: left @ right])
-    flops = 2.0 * size**3
-    flops_s = {"bf16": flops / product_us * 1e6}
-    narrow = [x.to(torch.float8_e4m3fn) for x in (left, right)]
-    one = torch.ones((), device="cuda")
-
-    def fp8_product() -> object:
-        return torch._scaled_mm(
-            narrow[0], narrow[1].T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-
-    flops_s["fp8"] = flops / replay_us([fp8_product]) * 1e6
-    return Ceilings(copy_bytes_s=2.0 * num_bytes / copy_us * 1e6, flops_s=flops_s)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ostro.kernels.bench.measure import Case, Ceilings, replay_us
+from ostro.kernels.bench.measure import Case, Ceilings, Launch, replay_us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +43,22 @@ class Result:
         """The floor over the time: 1 is as fast as the machine can be."""
         return self.floor_us / self.us
 
+    def line(self) -> str:
+        """The figures in one short line."""
+        others = "".join(f"  {name} {us:.1f}" for name, us in self.others_us.items())
+        verdict = "ok" if self.is_right else "WRONG"
+        return (
+            f"{self.operation:15} {self.size:13} {self.us:8.1f} us {self.gigabytes_s:5.0f} GB/s"
+            f" {self.teraflops:4.0f} TF {self.share_of_floor():4.0%} {verdict} {self.error:.0e}"
+            f"{others} {self.failure[:60]}"
+        ).rstrip()
+
 
 def run_case(case: Case, ceilings: Ceilings) -> Result:
     """Check, then time; a failure becomes part of the result."""
     us = error = math.nan
-    failure, others_us = "", {}
+    failure = ""
+    others_us: dict[str, float] = {}
     try:
         error = case.error()
         us = replay_us(case.launches)
@@ -70,7 +81,7 @@ def run_case(case: Case, ceilings: Ceilings) -> Result:
     )
 
 
-def _time_of_other(launches: list[Callable[[], object]]) -> float:
+def _time_of_other(launches: Sequence[Launch]) -> float:
     """NaN where this torch or this GPU does not have it."""
     try:
         return replay_us(launches)

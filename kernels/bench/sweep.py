@@ -1,34 +1,38 @@
-"""Find the fastest tiles of the grouped products on this GPU.
+"""Find the fastest tiles of the grouped products, and how many rows a tile should have.
 
-Variants are compiled by several processes first, as each takes a second or two; they then lie in
-Triton's cache for the process that times them.
+A sweep of tiles goes by rows, each with tokens that fill such tiles; a sweep of rows goes by
+tokens, each number of rows with its best tile.
 """
 
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
-from ostro.kernels.bench.expert_cases import NUM_CHOSEN, NUM_EXPERTS, Layer
-from ostro.kernels.bench.measure import replay_us
-from ostro.kernels.gpu.tiles import Tile
+from ostro.kernels.bench.expert_cases import FP8, Batch, Layer
+from ostro.kernels.bench.measure import Launch
+from ostro.kernels.bench.sizes import Sizes
+from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, compile_all, quietly, tried
+from ostro.kernels.bench.tuned import TILED
+from ostro.kernels.gpu.tiles import Tile, TunedTiles, tile
 
 # Tokens of a batch whose tiles have so many rows.
-_TOKENS_OF_ROWS = {16: 32, 32: 1024, 64: 2048, 128: 8192}
-_MAX_SHARED_BYTES = 232_448
-_COMPILE_TIMEOUT_S = 120.0
-_ROUNDS = 3
+TOKENS_OF_ROWS = {16: 32, 32: 1024, 64: 2048, 128: 8192}
+ROW_BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
+# Few experts, few rows: as many of each as their strides are multiples of 16.
+_TO_COMPILE = Sizes(hidden=512, inner=256, num_experts=16)
+_FEW_ROWS = 32
+_MAX_SUMS = 160  # float32 sums of a thread, beside which 255 registers still hold the rest
+_JOBS_A_KERNEL = 4
 
 
 def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
     """Tiles worth trying: whose loads fit shared memory."""
-    few = rows <= 32
+    few = rows <= _FEW_ROWS
     choices = itertools.product(
         (64, 128) if few else (64, 128, 256),  # outputs
         (4, 8),  # warps
@@ -40,9 +44,8 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
     for block_out, num_warps, num_stages, programs in choices:
         step_bytes = 128 * (num_weights * block_out + rows)
         sums = block_out * rows * num_weights / (32 * num_warps)
-        if step_bytes * num_stages * programs > _MAX_SHARED_BYTES or sums > 160:  # noqa: PLR2004
-            continue
-        if block_out == 64 and num_warps == 8 and few:  # noqa: PLR2004 - half of them would idle
+        is_idle = few and block_out < 16 * num_warps  # a warp of Hopper's takes 16 outputs
+        if is_idle or step_bytes * num_stages * programs > MAX_SHARED_BYTES or sums > _MAX_SUMS:
             continue
         found.append(
             Tile(
@@ -57,72 +60,74 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
     return found
 
 
-def sweep(layer: Layer, rows_list: tuple[int, ...] = tuple(_TOKENS_OF_ROWS)) -> Iterator[dict]:
-    """Time every variant of both products; one record each, in no order of speed."""
-    compile_all(layer.name, rows_list)
+def sweep_tiles(
+    layer: Layer, rows_list: Sequence[int] = tuple(TOKENS_OF_ROWS)
+) -> Iterator[list[Trial]]:
+    """Every variant of both products, one list for each product and number of rows."""
+    compile_all(
+        [
+            partial(_compile, layer.dtype, operation, rows, part)
+            for operation, rows in itertools.product(TILED, rows_list)
+            for part in range(_JOBS_A_KERNEL)
+        ]
+    )
     for rows in rows_list:
-        batches = layer.batches(_TOKENS_OF_ROWS[rows])
-        hidden = [layer.gate_up(batch) for batch in batches]
-        for operation in ("gate_up", "down"):
-            for cut in variants(operation, layer.dtype, rows):
-                record = {"operation": operation, "dtype": str(layer.dtype), **asdict(cut)}
-                try:
-                    if operation == "gate_up":
-                        launches = [lambda b=b, c=cut: layer.gate_up(b, c) for b in batches]
-                    else:
-                        launches = [
-                            lambda b=b, h=h, c=cut: layer.down(b, h, c)
-                            for b, h in zip(batches, hidden, strict=True)
-                        ]
-                    record["us"] = replay_us(launches, _ROUNDS)
-                except Exception as problem:  # noqa: BLE001 - a variant may not fit this GPU
-                    record["failure"] = str(problem)[:200]
-                yield record
-
-
-def compile_all(name: str, rows_list: tuple[int, ...]) -> None:
-    """Compile every variant by as many processes as there are cores, into Triton's cache."""
-    jobs = [(name, operation, rows) for operation in ("gate_up", "down") for rows in rows_list]
-    parts = [(job, part) for job in jobs for part in range(4)]
-    context = multiprocessing.get_context("spawn")
-    workers = max(1, min(len(parts), (os.cpu_count() or 1) - 2))
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        done = [pool.submit(_compile, *job, part) for job, part in parts]
-        for future in as_completed(done, timeout=_COMPILE_TIMEOUT_S):
-            future.result()
-
-
-def _compile(name: str, operation: str, rows: int, part: int) -> None:
-    """A quarter of the variants, launched on few experts: sizes are arguments, not code."""
-    from ostro.kernels.bench import expert_cases
-    from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
-    from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
-
-    dtype = torch.float8_e4m3fn if name == "fp8" else torch.bfloat16
-    experts, hidden, inner = 16, 512, 256
-    expert_RK = torch.zeros(16, NUM_CHOSEN, dtype=torch.int64, device="cuda")
-    counts = torch.zeros(1 + experts, dtype=torch.int64, device="cuda")
-    schedule = expert_schedule_triton(expert_RK, experts, rows, counts)
-    scale = torch.ones(experts, device="cuda")
-    pairs = expert_RK.numel()
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, device="cuda").to(dtype)
-
-    x, hidden_AF = zeros(pairs, hidden), zeros(pairs, inner)
-    gate_up, down = zeros(experts, 2 * inner, hidden), zeros(experts, hidden, inner)
-    weight_RK = torch.zeros(16, NUM_CHOSEN, device="cuda")
-    del expert_cases
-    for cut in variants(operation, dtype, rows)[part::4]:
-        scales = {"scale_E": scale, "input_scale_E": scale} if name == "fp8" else {}
-        try:
-            if operation == "gate_up":
-                next_scale = {"next_input_scale_E": scale} if name == "fp8" else {}
-                gate_up_triton(x, gate_up, schedule, cut=cut, **scales, **next_scale)
-            else:
-                down_triton(
-                    hidden_AF, down, weight_RK, schedule, torch.bfloat16, cut=cut, **scales
+        num_tokens = TOKENS_OF_ROWS[rows]
+        runs = _Runs(layer, num_tokens, rows)
+        for operation in TILED:
+            yield [
+                tried(
+                    operation,
+                    layer.dtype,
+                    f"B={num_tokens} rows={rows}",
+                    asdict(cut),
+                    runs.launches(operation, cut),
                 )
-        except Exception:  # noqa: BLE001 - told where it is timed
-            continue
-    torch.cuda.synchronize()
+                for cut in variants(operation, layer.dtype, rows)
+            ]
+
+
+def sweep_rows(
+    layer: Layer, best: TunedTiles, batches: Sequence[int] = ROW_BATCHES
+) -> Iterator[list[Trial]]:
+    """Rows of a tile for batches of tokens; `best` has the tiles, where it has none the usual."""
+    dtype, device = layer.dtype, torch.device(layer.sizes.device)
+    for num_tokens in batches:
+        by_rows = {rows: _Runs(layer, num_tokens, rows) for rows in TOKENS_OF_ROWS}
+        for operation in TILED:
+            trials = []
+            for rows, runs in by_rows.items():
+                key = operation, str(dtype).removeprefix("torch."), rows
+                cut = best.get(key) or tile(operation, dtype, rows, device)
+                launches = runs.launches(operation, cut)
+                name = f"{operation} by rows"
+                trials.append(tried(name, dtype, f"B={num_tokens}", asdict(cut), launches))
+            yield trials
+
+
+class _Runs:
+    """Both products of batches of one size."""
+
+    def __init__(self, layer: Layer, num_tokens: int, rows: int) -> None:
+        self._layer = layer
+        self._batches = layer.batches(num_tokens, rows=rows)
+        self._hidden = [layer.gate_up(batch) for batch in self._batches]
+
+    def launches(self, operation: str, cut: Tile) -> list[Launch]:
+        if operation == "gate_up":
+            return [partial(self._layer.gate_up, batch, cut) for batch in self._batches]
+        pairs: zip[tuple[Batch, torch.Tensor]] = zip(self._batches, self._hidden, strict=True)
+        return [partial(self._layer.down, batch, hidden, cut) for batch, hidden in pairs]
+
+
+def _compile(dtype: torch.dtype, operation: str, rows: int, part: int) -> None:
+    """Some of the variants."""
+    layer = Layer(dtype, _TO_COMPILE)
+    (batch, *_) = layer.batches(_TO_COMPILE.num_experts, rows=rows)
+    hidden = batch.x_AD.new_zeros(len(batch.x_AD), _TO_COMPILE.inner, dtype=torch.bfloat16)
+    hidden = hidden.to(FP8) if layer.is_fp8 else hidden
+    for cut in variants(operation, dtype, rows)[part::_JOBS_A_KERNEL]:
+        if operation == "gate_up":
+            quietly(partial(layer.gate_up, batch, cut))
+        else:
+            quietly(partial(layer.down, batch, hidden, cut))

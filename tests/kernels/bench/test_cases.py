@@ -1,0 +1,64 @@
+"""Cases of the benchmark in tiny sizes: every kernel passes its own check, and all launches run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from ostro.kernels.bench import (
+    attention_cases,
+    expert_cases,
+    prefill_cases,
+    sampling_cases,
+    small_cases,
+)
+from ostro.kernels.bench.expert_cases import FP8, Layer
+from ostro.kernels.bench.measure import Case
+from ostro.kernels.bench.sizes import Sizes
+
+TINY = {
+    "hidden": 64,
+    "num_experts": 8,
+    "inner": 48,
+    "num_chosen": 2,
+    "num_heads": 2,
+    "compressed": 80,
+    "latent": 32,
+    "nope": 16,
+    "rope": 16,
+    "value": 16,
+    "vocabulary": 1000,
+    "page_size": 16,
+}
+
+PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
+    "experts_fp8": lambda sizes: expert_cases.cases(Layer(FP8, sizes), [5, 32]),
+    "experts_bf16": lambda sizes: expert_cases.cases(Layer(torch.bfloat16, sizes), [5]),
+    "attention": lambda sizes: attention_cases.cases(sizes, [(3, 40)], [3], with_ragged=False),
+    "prefill": lambda sizes: prefill_cases.cases(sizes, [(60, 0), (20, 33)]),
+    "small": lambda sizes: small_cases.cases(sizes, [5]),
+    "sampling": lambda sizes: sampling_cases.cases(sizes, [3]),
+}
+
+
+@pytest.fixture
+def few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (attention_cases, small_cases, sampling_cases):
+        monkeypatch.setattr(module, "num_variants", lambda *_: 2)
+
+
+@pytest.mark.usefixtures("few_variants")
+@pytest.mark.parametrize("part", PARTS)
+def test_every_case_is_right_and_runs(part: str, triton_device: str) -> None:
+    torch.manual_seed(0)
+    names = set()
+    for case in PARTS[part](Sizes(**TINY, device=triton_device)):
+        assert case.error() <= case.tolerance, case.operation
+        for launch in case.launches[-2:]:
+            launch()
+        assert case.bytes_moved > 0, case.operation
+        assert (case.operation, case.size) not in names
+        names.add((case.operation, case.size))
+    assert names

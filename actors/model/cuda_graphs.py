@@ -132,7 +132,9 @@ class GraphedDecoder:
         self.seconds["graph"] = 0.0
 
     @torch.inference_mode()
-    def capture(self, *, max_requests: int, max_context: int, num_pages: int) -> None:
+    def capture(
+        self, *, max_requests: int, max_context: int, num_pages: int, only_largest: bool = False
+    ) -> None:
         """Capture every graph, the largest first, so that the others fit in its memory.
 
         Args:
@@ -140,14 +142,18 @@ class GraphedDecoder:
             max_context: Keys of a request, at most.
             num_pages: Of the cache; steps whose requests share so much of it that their chunks are
                 more than its own go launch by launch.
+            only_largest: Leave out the smaller ones: steps are all of one size.
         """
         began_s = time.perf_counter()
         page_size = self._decoder.cache.page_size
         own_chunks = num_pages * page_size // MIN_CHUNK_KEYS
         longest = -(-max_context // MIN_CHUNK_KEYS)
-        self._sizes = request_sizes(max_requests)
+        self._sizes = [max_requests] if only_largest else request_sizes(max_requests)
         most = {size: min(size * longest, own_chunks + size) for size in self._sizes}
-        self._chunks_of = {size: chunk_sizes(size, most[size]) for size in self._sizes}
+        self._chunks_of = {
+            size: [most[size]] if only_largest else chunk_sizes(size, most[size])
+            for size in self._sizes
+        }
         whole = self._inputs(max_requests, max(most.values()), page_size)
         config = self._decoder.config
         logits_TV = torch.empty(max_requests, config.vocab_size, device=whole.tokens_T.device)
@@ -157,6 +163,7 @@ class GraphedDecoder:
                 inputs = whole.part(num_requests, num_chunks)
                 graph = self._capture(inputs, logits_TV[:num_requests], pool)
                 self._graphs[num_requests, num_chunks] = graph, inputs
+                self._last = graph
         self._logits_TV = logits_TV
         logger.info(
             "captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - began_s
@@ -172,11 +179,16 @@ class GraphedDecoder:
         graph, inputs, batch, chunks = found
         inputs.fill(batch, chunks)
         graph.replay()
+        self._last = graph
         logits_BV = self._logits_TV[: batch.num_tokens]
         if len(batch.sample_rows) < batch.num_tokens:
             logits_BV = logits_BV.index_select(0, batch.sample_rows)
         self.seconds["graph"] += time.perf_counter() - began_s
         return [logits_BV]
+
+    def replay_last(self) -> None:
+        """The graph of the last decode step once more, for benchmarks."""
+        self._last.replay()
 
     def _find(
         self, batches: Sequence[Batch]

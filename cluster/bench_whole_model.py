@@ -1,0 +1,359 @@
+"""Mistral Small 4 whole on one GPU, with random FP8 weights: decode steps as graphs, beside floors.
+
+The product's decoder, experts and graphs; only the weights are drawn on the GPU instead of read, so
+that 119 GB take seconds. A step's floor is the bytes that it must read, at the rate at which this
+GPU reads: the experts that the batch really hit, everything else once, and the latents.
+
+Shape letters: B requests, L layers, E experts, D hidden, F expert hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ostro.actors.fabric.local_exchange import LocalExchange
+from ostro.actors.fabric.placement import initial_placement
+from ostro.actors.model.batch import Batch, PrefillSpan
+from ostro.actors.model.cuda_graphs import GraphedDecoder
+from ostro.actors.model.decoder import Decoder
+from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.random_checkpoint import RandomModel, write_config
+from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights, ExpertWeights
+from ostro.configs.model import ModelConfig, load_model_config
+from ostro.kernels.batch_sampling import Draws, sample_rows
+from ostro.kernels.bench.measure import Ceilings
+from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.fp8_linear import Fp8Weight
+from ostro.kernels.mla_decode import DecodePlan
+from ostro.kernels.sampling import Draw
+
+_PAGE_SIZE = 64
+_FP8 = torch.float8_e4m3fn
+_SIZE_OF_VALUE = 16.0  # of an FP8 weight before its scale, so that few values are subnormal
+_INPUT_SCALE = 1 / 32  # inputs are normed: the largest e4m3 is 14 times their size
+_CHUNK_VALUES = 1 << 28
+_WARM_STEPS, _STEPS = 3, 20
+
+
+def mistral_small_4(num_layers: int = 36) -> ModelConfig:
+    """Its config, with fewer layers where a GPU does not hold all."""
+    shape = RandomModel(
+        vocab_size=131_072,
+        hidden_size=4096,
+        num_layers=num_layers,
+        num_heads=32,
+        q_lora_rank=1024,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        expert_hidden_size=2048,
+        std=0.02,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        write_config(Path(directory), shape)
+        return load_model_config(Path(directory))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFigure:
+    """One size of a decode step, or of a prefill chunk.
+
+    Attributes:
+        kind: "decode" or "prefill".
+        num_requests: Of a decode step; 1 of a prefill chunk.
+        num_tokens: That the step computes.
+        context: Keys that each request sees before it.
+        graph_ms: Median time on the GPU.
+        step_ms: Likewise with what the host does: inputs, launch, a draw, its ids on the host.
+        floor_ms: What the bytes and FLOPs take at the GPU's measured rates.
+        experts_hit: Experts that a layer's rows went to, on average.
+    """
+
+    kind: str
+    num_requests: int
+    num_tokens: int
+    context: int
+    graph_ms: float
+    step_ms: float
+    floor_ms: float
+    experts_hit: float
+
+    def tokens_per_s(self) -> float:
+        """Of whole steps."""
+        return self.num_tokens / self.step_ms * 1e3
+
+
+class WholeModel:
+    """Decoder, experts and cache on one GPU, in `single`."""
+
+    def __init__(self, config: ModelConfig, *, cache_tokens: int) -> None:
+        """Take the GPU's memory: weights first, then pages for so many tokens."""
+        self.config = config
+        attention, experts = random_weights(config)
+        self.cache = LatentCache(
+            config,
+            num_pages=cache_tokens // _PAGE_SIZE,
+            page_size=_PAGE_SIZE,
+            device="cuda",
+            dtype=torch.bfloat16,
+        )
+        for layer_NSW in self.cache.layers:
+            layer_NSW.normal_()
+        self.decoder = Decoder(config, attention, self.cache)
+        self.experts = LocalExperts(config, experts)
+        placement = initial_placement(config.num_experts, [0])
+        self.exchange = LocalExchange(self.experts.forward, placement, "cuda")
+
+    def decode_batch(self, num_requests: int, context: int) -> Batch:
+        """Requests of this context, each with pages of its own, that compute one token."""
+        pages_each = -(-context // _PAGE_SIZE)
+        if num_requests * pages_each > self.cache.num_pages:
+            raise ValueError(f"{num_requests} x {context} tokens do not fit in the cache")
+        shuffled = torch.randperm(self.cache.num_pages).tolist()
+        tables = [
+            shuffled[start : start + pages_each]
+            for start in range(0, num_requests * pages_each, pages_each)
+        ]
+        last = context - 1
+        slots = [table[last // _PAGE_SIZE] * _PAGE_SIZE + last % _PAGE_SIZE for table in tables]
+        device = torch.device("cuda")
+        plan = DecodePlan(tables, [context] * num_requests, _PAGE_SIZE, device)
+        rows = torch.arange(num_requests, device=device)
+        return Batch(
+            tokens_T=torch.randint(self.config.vocab_size, (num_requests,), device=device),
+            positions_T=torch.full((num_requests,), last, device=device),
+            slots_T=torch.tensor(slots, device=device),
+            last_position=last,
+            decode_rows=slice(0, num_requests),
+            decode_plan=plan,
+            prefill_spans=(),
+            sample_rows=rows,
+            image_spans=(),
+        )
+
+    def prefill_batch(self, num_tokens: int, context: int) -> Batch:
+        """The last `num_tokens` of one request of this context."""
+        device = torch.device("cuda")
+        pages_n = torch.randperm(self.cache.num_pages, device=device)[: -(-context // _PAGE_SIZE)]
+        start = context - num_tokens
+        positions_T = torch.arange(start, context, device=device)
+        slots_T = pages_n[positions_T // _PAGE_SIZE] * _PAGE_SIZE + positions_T % _PAGE_SIZE
+        return Batch(
+            tokens_T=torch.randint(self.config.vocab_size, (num_tokens,), device=device),
+            positions_T=positions_T,
+            slots_T=slots_T,
+            last_position=context - 1,
+            decode_rows=slice(0, 0),
+            decode_plan=None,
+            prefill_spans=(PrefillSpan(slice(0, num_tokens), start, pages_n),),
+            sample_rows=torch.tensor([num_tokens - 1], device=device),
+            image_spans=(),
+        )
+
+    def measure_decode(self, num_requests: int, context: int, ceilings: Ceilings) -> StepFigure:
+        """A graph of exactly this batch, replayed; inputs are copied in as a step does it."""
+        batch = self.decode_batch(num_requests, context)
+        graphed = GraphedDecoder(self.decoder, self.exchange)
+        graphed.capture(
+            max_requests=num_requests,
+            max_context=context,
+            num_pages=self.cache.num_pages,
+            only_largest=True,
+        )
+
+        draws = _draws(num_requests)
+
+        def step() -> None:
+            (logits_BV,) = graphed.forward([batch], self.exchange)
+            sample_rows(logits_BV, draws).tolist()
+
+        self.experts.take_counts()
+        step()
+        counts_LE = self.experts.take_counts()
+        hit = sum(count > 0 for layer in counts_LE for count in layer) / len(counts_LE)
+        step_ms = _median_ms(step, on_host=True)
+        graph_ms = _median_ms(graphed.replay_last, on_host=False)
+        return StepFigure(
+            kind="decode",
+            num_requests=num_requests,
+            num_tokens=num_requests,
+            context=context,
+            graph_ms=graph_ms,
+            step_ms=step_ms,
+            floor_ms=decode_floor_ms(self.config, num_requests, context, hit, ceilings),
+            experts_hit=hit,
+        )
+
+    def measure_prefill(self, num_tokens: int, context: int, ceilings: Ceilings) -> StepFigure:
+        """A chunk launch by launch, as prefill runs."""
+        batch = self.prefill_batch(num_tokens, context)
+
+        draws = _draws(1)
+
+        def step() -> None:
+            (logits_BV,) = self.decoder.forward([batch], self.exchange)
+            sample_rows(logits_BV, draws).tolist()
+
+        step_ms = _median_ms(step, on_host=True, steps=5)
+        return StepFigure(
+            kind="prefill",
+            num_requests=1,
+            num_tokens=num_tokens,
+            context=context,
+            graph_ms=step_ms,
+            step_ms=step_ms,
+            floor_ms=prefill_floor_ms(self.config, num_tokens, context, ceilings),
+            experts_hit=float(self.config.num_experts),
+        )
+
+
+def decode_floor_ms(
+    config: ModelConfig, num_requests: int, context: int, experts_hit: float, ceilings: Ceilings
+) -> float:
+    """Bytes of one decode step at the GPU's reading rate: FP8 weights, bf16 latents and head."""
+    expert = 3 * config.hidden_size * config.expert_hidden_size
+    gate_bytes = 4 * config.num_experts * config.hidden_size
+    weight_bytes = experts_hit * expert + _attention_values(config) + gate_bytes
+    weight_bytes += 3 * config.hidden_size * config.shared_hidden_size()
+    latent_bytes = 2.0 * num_requests * context * config.latent_width()
+    head_bytes = 2.0 * config.vocab_size * config.hidden_size
+    total = config.num_layers * (weight_bytes + latent_bytes) + head_bytes
+    return total / max(ceilings.read_bytes_s, ceilings.copy_bytes_s) * 1e3
+
+
+def prefill_floor_ms(
+    config: ModelConfig, num_tokens: int, context: int, ceilings: Ceilings
+) -> float:
+    """FLOPs of one chunk at the GPU's measured rates: FP8 layers, bf16 attention."""
+    per_token = 3 * config.hidden_size * config.expert_hidden_size * config.num_experts_per_token
+    per_token += 3 * config.hidden_size * config.shared_hidden_size() + _attention_values(config)
+    pairs = num_tokens * (context - num_tokens / 2)
+    per_pair = config.num_heads * (config.qk_head_dim() + config.v_head_dim)
+    rates = ceilings.flops_s
+    layer_s = 2.0 * num_tokens * per_token / rates["fp8"] + 2.0 * pairs * per_pair / rates["bf16"]
+    return config.num_layers * layer_s * 1e3
+
+
+def _attention_values(config: ModelConfig) -> int:
+    heads = config.num_heads
+    return (
+        config.hidden_size * (config.q_lora_rank + config.latent_width())
+        + config.q_lora_rank * heads * config.qk_head_dim()
+        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + heads * config.v_head_dim * config.hidden_size
+    )
+
+
+def random_weights(config: ModelConfig) -> tuple[AttentionWeights, ExpertWeights]:
+    """Weights that keep rows at about unit size, drawn on the GPU."""
+    attention = AttentionWeights(
+        embed_VD=_plain(config.vocab_size, config.hidden_size, size=1.0),
+        layers=tuple(_attention_layer(config) for _ in range(config.num_layers)),
+        final_norm_D=_ones(config.hidden_size),
+        lm_head_VD=_plain(config.vocab_size, config.hidden_size),
+        vision=None,
+    )
+    experts = ExpertWeights(
+        layers=tuple(_expert_layer(config) for _ in range(config.num_layers)),
+        local_to_logical=tuple(range(config.num_experts)),
+    )
+    return attention, experts
+
+
+def _attention_layer(config: ModelConfig) -> AttentionLayerWeights:
+    hidden, heads, inner = config.hidden_size, config.num_heads, config.shared_hidden_size()
+    return AttentionLayerWeights(
+        input_norm_D=_ones(hidden),
+        q_a=_fp8(config.q_lora_rank, hidden),
+        q_a_norm=_ones(config.q_lora_rank),
+        q_b=_fp8(heads * config.qk_head_dim(), config.q_lora_rank),
+        kv_a=_fp8(config.latent_width(), hidden),
+        kv_a_norm=_ones(config.kv_lora_rank),
+        w_uk_HNC=_plain(heads, config.qk_nope_head_dim, config.kv_lora_rank),
+        w_uv_HVC=_plain(heads, config.v_head_dim, config.kv_lora_rank),
+        o_proj=_fp8(hidden, heads * config.v_head_dim),
+        post_norm_D=_ones(hidden),
+        gate_ED=_plain(config.num_experts, hidden).float(),
+        shared_gate_up=_fp8(2 * inner, hidden),
+        shared_down=_fp8(hidden, inner),
+    )
+
+
+def _expert_layer(config: ModelConfig) -> Fp8Experts:
+    num_experts, hidden = config.num_experts, config.hidden_size
+    inner = config.expert_hidden_size
+    ones_E = torch.ones(num_experts, device="cuda")
+    return Fp8Experts(
+        gate_up_EHD=_fp8_values(num_experts, 2 * inner, hidden),
+        gate_up_scale_E=ones_E * (hidden**-0.5 / _SIZE_OF_VALUE),
+        gate_up_input_scale_E=ones_E * _INPUT_SCALE,
+        down_EDF=_fp8_values(num_experts, hidden, inner),
+        down_scale_E=ones_E * (inner**-0.5 / _SIZE_OF_VALUE),
+        down_input_scale_E=ones_E * _INPUT_SCALE,
+    )
+
+
+def _ones(width: int) -> torch.Tensor:
+    return torch.ones(width, dtype=torch.bfloat16, device="cuda")
+
+
+def _plain(*shape: int, size: float | None = None) -> torch.Tensor:
+    factor = shape[-1] ** -0.5 if size is None else size
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") * factor
+
+
+def _fp8(num_out: int, num_in: int) -> Fp8Weight:
+    return Fp8Weight(
+        values_OI=_fp8_values(num_out, num_in),
+        scale=torch.tensor(num_in**-0.5 / _SIZE_OF_VALUE, device="cuda"),
+        input_scale=torch.tensor(_INPUT_SCALE, device="cuda"),
+    )
+
+
+def _fp8_values(*shape: int) -> torch.Tensor:
+    values = torch.empty(shape, dtype=_FP8, device="cuda")
+    for chunk in values.view(-1).split(_CHUNK_VALUES):
+        chunk.copy_(torch.randn(len(chunk), dtype=torch.bfloat16, device="cuda") * _SIZE_OF_VALUE)
+    return values
+
+
+def _draws(num_rows: int) -> Draws:
+    draws = [Draw(uniform=(b + 0.5) / num_rows, temperature=0.7) for b in range(num_rows)]
+    return Draws.of(draws, torch.device("cuda"))
+
+
+def _median_ms(run: Callable[[], object], *, on_host: bool, steps: int = _STEPS) -> float:
+    samples = []
+    for index in range(_WARM_STEPS + steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        began_s = time.perf_counter()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        took_ms = (time.perf_counter() - began_s) * 1e3 if on_host else start.elapsed_time(end)
+        if index >= _WARM_STEPS:
+            samples.append(took_ms)
+    return float(torch.tensor(samples).median())
+
+
+def measure(
+    model: WholeModel,
+    ceilings: Ceilings,
+    decodes: Sequence[tuple[int, int]],
+    prefills: Sequence[tuple[int, int]],
+) -> Iterator[StepFigure]:
+    """Every (requests, context) of decode, then every (tokens, context) of prefill."""
+    for num_requests, context in decodes:
+        yield model.measure_decode(num_requests, context, ceilings)
+    for num_tokens, context in prefills:
+        yield model.measure_prefill(num_tokens, context, ceilings)

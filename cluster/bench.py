@@ -1,4 +1,4 @@
-"""`ostro bench`: measure servers, the engine, the faces and the scheduler, side by side in one run.
+"""`ostro bench`: measure servers, the engine, the faces, the scheduler and a GPU's kernels.
 
 Tables are for people; `--json` writes the same figures for machines.
 Figures are medians over rounds that interleave what is compared, so a noisy machine hits all alike.
@@ -17,6 +17,7 @@ import typer
 
 from ostro.cluster.bench_command_engine import engine
 from ostro.cluster.bench_command_gateway import gateway
+from ostro.cluster.bench_command_kernels import kernels
 from ostro.cluster.bench_command_scheduler import scheduler
 from ostro.cluster.bench_command_serve import serve
 from ostro.cluster.bench_figures import to_table, write_json
@@ -28,7 +29,7 @@ from ostro.cluster.tekken import write_tekken
 from ostro.configs.load import load_deployment
 
 app = typer.Typer(
-    help="Measure servers, the engine, the faces and the scheduler, side by side.",
+    help="Measure servers, the engine, the faces, the scheduler and kernels, side by side.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,6 +38,7 @@ app.command()(serve)
 app.command()(engine)
 app.command()(gateway)
 app.command()(scheduler)
+app.command()(kernels)
 _console = make_console()
 
 

@@ -58,6 +58,13 @@ class Report:
         """Every kernel agreed with its reference, and all of it ran."""
         return not self.failures and all(result.is_right for result in self.results)
 
+    def title(self) -> str:
+        """The device and what it does at most, in one line."""
+        c = self.ceilings
+        flops = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in c.flops_s.items())
+        copy, read = c.copy_bytes_s / 1e12, c.read_bytes_s / 1e12
+        return f"{self.device}: copy {copy:.2f} TB/s, read {read:.2f} TB/s, {flops}"
+
     def write(self, path: Path | None) -> None:
         """As JSON; nowhere if that is None."""
         if path is not None:
@@ -121,7 +128,7 @@ def measure_kernels(
         raise NoGpuError("kernels are measured on a CUDA device, and torch finds none")
     torch.manual_seed(0)
     report = Report(torch.cuda.get_device_name(), measure_ceilings())
-    tell(_ceilings_line(report))
+    tell(report.title())
     for name in parts:
         with _told_failures(name, report, tell):
             for result in run_cases(PARTS[name](), report.ceilings):
@@ -148,13 +155,6 @@ def _told_failures(name: str, report: Report, tell: Callable[[str], None]) -> It
         report.failures[name] = f"{type(problem).__name__}: {problem}"[:1000]
         tell(f"{name} FAILED: {report.failures[name][:100]}")
     torch.cuda.empty_cache()
-
-
-def _ceilings_line(report: Report) -> str:
-    c = report.ceilings
-    flops = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in c.flops_s.items())
-    copy, read = c.copy_bytes_s / 1e12, c.read_bytes_s / 1e12
-    return f"{report.device}: copy {copy:.2f} TB/s, read {read:.2f} TB/s, {flops}"
 
 
 def trials_line(trials: Sequence[Trial]) -> str:

@@ -23,7 +23,7 @@ class Result:
         gigabytes_s: Bytes that must move over the time.
         teraflops: Likewise of the FLOPs.
         error: Relative, against float32.
-        is_right: Whether that is within the case's tolerance.
+        is_right: Whether that is within the case's tolerance, and nothing failed.
         others_us: Times of other kernels that do the same work.
         failure: What went wrong, "" if nothing did.
     """
@@ -75,7 +75,7 @@ def run_case(case: Case, ceilings: Ceilings) -> Result:
         gigabytes_s=case.bytes_moved / us / 1e3,
         teraflops=case.flops / us / 1e6,
         error=error,
-        is_right=error <= case.tolerance,
+        is_right=not failure and error <= case.tolerance,
         others_us=others_us,
         failure=failure,
     )

@@ -96,6 +96,7 @@ def replay_us(launches: Sequence[Launch], rounds: int = 7) -> float:
             launch()
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # inputs may still be on their way
     with torch.cuda.stream(stream):
         once()
     stream.synchronize()

@@ -48,8 +48,8 @@ class Result:
         others = "".join(f"  {name} {us:.1f}" for name, us in self.others_us.items())
         verdict = "ok" if self.is_right else "WRONG"
         return (
-            f"{self.operation:15} {self.size:13} {self.us:8.1f} us {self.gigabytes_s:5.0f} GB/s"
-            f" {self.teraflops:4.0f} TF {self.share_of_floor():4.0%} {verdict} {self.error:.0e}"
+            f"{self.operation:15} {self.size:14} {self.us:8.1f} us {self.gigabytes_s:4.0f} GB/s"
+            f" {self.teraflops:3.0f} TF {self.share_of_floor():4.0%} {verdict} {self.error:.0e}"
             f"{others} {self.failure[:60]}"
         ).rstrip()
 

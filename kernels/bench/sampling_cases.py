@@ -58,5 +58,5 @@ def _case(name: str, logits: list[torch.Tensor]) -> Case:
         launches=[partial(sample_rows_triton, logits_BV, draws) for logits_BV in logits],
         bytes_moved=logits[0].numel() * 4,
         error=error,
-        tolerance=0.02,
+        tolerance=1 / 32,
     )

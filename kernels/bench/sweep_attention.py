@@ -22,7 +22,7 @@ _CHUNK_KEYS = (256, 512, 1024)
 _DTYPE = torch.bfloat16
 _FEW_KEYS = 192
 _WIDTH = 128  # of a head's query, key and value
-_MAX_SUMS = 128  # float32 values of a thread in scores, likewise in values
+_MAX_SUMS = 192  # float32 scores and values of a thread, beside which 255 registers hold the rest
 
 
 def decode_cuts() -> list[DecodeCut]:
@@ -36,7 +36,7 @@ def prefill_tiles() -> list[PrefillTile]:
     found = []
     for queries, keys, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3)):
         loads = 2 * _WIDTH * (queries + 2 * keys * stages)
-        sums = queries * max(keys, _WIDTH) / (32 * warps)
+        sums = queries * (keys + _WIDTH) / (32 * warps)
         is_idle = queries < 16 * warps  # a warp of Hopper's takes 16 queries
         if not is_idle and loads <= MAX_SHARED_BYTES and sums <= _MAX_SUMS:
             found.append(

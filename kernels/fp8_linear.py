@@ -34,7 +34,20 @@ class Fp8Weight:
     input_scale: torch.Tensor
 
 
-def fp8_linear(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Rows:
+    """Rows that whoever made them has rounded already, for the one weight they are for.
+
+    Attributes:
+        values_TI: e4m3, in units of that weight's input scale.
+        dtype: Of the product.
+    """
+
+    values_TI: torch.Tensor
+    dtype: torch.dtype
+
+
+def fp8_linear(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
     """Multiply rows by an FP8 weight: x W^T, [T, O] in the dtype of `x_TI`.
 
     Raises:
@@ -44,13 +57,13 @@ def fp8_linear(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
         values [[2., 4.]] of scale 0.5, input scale 1: x [[1.1, 3.]] enters as [[1.125, 3.]] and
         gives [[7.125]].
     """
-    if x_TI.is_cuda:
+    if weight.values_OI.is_cuda:
         return fp8_linear_cuda(x_TI, weight)
     return fp8_linear_reference(x_TI, weight)
 
 
-def fp8_linear_cuda(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
-    """`fp8_linear` by a Triton kernel that rounds the rows, then cuBLAS; any number of rows.
+def fp8_linear_cuda(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
+    """`fp8_linear` by a Triton kernel that rounds the rows, if they are not, then cuBLAS.
 
     Sums are not taken by the fast accumulation, which on Hopper keeps 14 bits of them.
     """
@@ -60,8 +73,11 @@ def fp8_linear_cuda(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
         raise ValueError(
             f"an FP8 weight of {list(weight.values_OI.shape)}: both must divide by {_STEP} on a GPU"
         )
+    if not isinstance(x_TI, Fp8Rows):
+        values_TI = quantize_fp8_triton(x_TI, weight.input_scale)
+        x_TI = Fp8Rows(values_TI=values_TI, dtype=x_TI.dtype)
     return torch._scaled_mm(
-        quantize_fp8_triton(x_TI, weight.input_scale),
+        x_TI.values_TI,
         weight.values_OI.t(),  # column-major, the one form that Hopper multiplies
         scale_a=weight.input_scale,
         scale_b=weight.scale,
@@ -70,10 +86,12 @@ def fp8_linear_cuda(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
     )
 
 
-def fp8_linear_reference(x_TI: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
+def fp8_linear_reference(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
     """Meaning of `fp8_linear`; sums in float32."""
-    units_TI = quantize_fp8_reference(x_TI, weight.input_scale).float()
-    sum_TO = units_TI @ weight.values_OI.float().T
+    if not isinstance(x_TI, Fp8Rows):
+        values_TI = quantize_fp8_reference(x_TI, weight.input_scale)
+        x_TI = Fp8Rows(values_TI=values_TI, dtype=x_TI.dtype)
+    sum_TO = x_TI.values_TI.float() @ weight.values_OI.float().T
     return (sum_TO * (weight.input_scale * weight.scale)).to(x_TI.dtype)
 
 

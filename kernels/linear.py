@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeGuard, overload
 import torch
 
 from ostro.kernels.cpu import library
-from ostro.kernels.fp8_linear import Fp8Weight, fp8_linear
+from ostro.kernels.fp8_linear import Fp8Rows, Fp8Weight, fp8_linear
 
 LinearWeight: TypeAlias = torch.Tensor | Fp8Weight
 
@@ -73,14 +73,19 @@ def join_linear(first_OI: LinearWeight, second_OI: LinearWeight) -> LinearWeight
     return torch.cat((first_OI, second_OI))
 
 
-def linear(x_TI: torch.Tensor, weight_OI: LinearWeight) -> torch.Tensor:
+def linear(x_TI: torch.Tensor | Fp8Rows, weight_OI: LinearWeight) -> torch.Tensor:
     """Multiply rows by a plain, packed or FP8 weight: x W^T, [T, O].
+
+    Raises:
+        TypeError: The rows are rounded to FP8, and the weight is not.
 
     Example:
         x [[1., 2.]], weight [[3., 4.]] give [[11.]].
     """
     if isinstance(weight_OI, Fp8Weight):
         return fp8_linear(x_TI, weight_OI)
+    if isinstance(x_TI, Fp8Rows):
+        raise TypeError("rows in FP8 meet a weight that is not")
     if not is_packed(weight_OI):
         return torch.nn.functional.linear(x_TI, weight_OI)
     return linear_cpu(x_TI, weight_OI, x_TI.dtype)

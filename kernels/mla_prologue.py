@@ -8,34 +8,52 @@ J = P / 2 rotary pairs, W = C + P.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from ostro.kernels.fp8_linear import Fp8Rows, Fp8Weight
 from ostro.kernels.latent_cache import write_latents_reference, write_rows
+from ostro.kernels.linear import LinearWeight
 from ostro.kernels.rms_norm import rms_norm, rms_norm_reference
 from ostro.kernels.rotary import rotary_reference
+
+
+@dataclass(frozen=True, slots=True)
+class PrologueNorms:
+    """Weights of one layer's two RMS norms before attention.
+
+    Attributes:
+        query_L: Of compressed queries.
+        latent_C: Of latents.
+        eps: Of both.
+    """
+
+    query_L: torch.Tensor
+    latent_C: torch.Tensor
+    eps: float
 
 
 def mla_prologue(
     query_TL: torch.Tensor,
     row_TW: torch.Tensor,
-    query_norm_L: torch.Tensor,
-    latent_norm_C: torch.Tensor,
-    eps: float,
+    norms: PrologueNorms,
     turn_TJ: torch.Tensor,
     slots_T: torch.Tensor,
     cache_NSW: torch.Tensor,
-) -> torch.Tensor:
+    weight_OL: LinearWeight | None = None,
+) -> torch.Tensor | Fp8Rows:
     """Norm the compressed queries; norm, turn and store the tokens' latents and rope keys.
 
     Args:
         query_TL: As projected; rows may be strided.
         row_TW: Latents as projected, then rope keys; likewise.
-        query_norm_L: Weight of the queries' RMS norm.
-        latent_norm_C: Of the latents'.
-        eps: Of both.
+        norms: The layer's.
         turn_TJ: Rotations of the tokens' positions, complex64.
         slots_T: int64, all different; on a GPU -1 stores nothing.
         cache_NSW: One layer's cache, contiguous; written in place.
+        weight_OL: What multiplies the compressed queries; on a GPU they come rounded for it, if it
+            is FP8.
 
     Returns:
         compressed_TL.
@@ -46,27 +64,27 @@ def mla_prologue(
     if query_TL.is_cuda:
         from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 
-        return mla_prologue_triton(
-            query_TL, row_TW, query_norm_L, latent_norm_C, eps, turn_TJ, slots_T, cache_NSW
-        )
-    write_rows(cache_NSW, row_TW, latent_norm_C, eps, turn_TJ, slots_T)
-    return rms_norm(query_TL, query_norm_L, eps)
+        arguments = (query_TL, row_TW, norms, turn_TJ, slots_T)
+        if isinstance(weight_OL, Fp8Weight):
+            values_TL = mla_prologue_triton(*arguments, cache_NSW, weight_OL.input_scale)
+            return Fp8Rows(values_TI=values_TL, dtype=query_TL.dtype)
+        return mla_prologue_triton(*arguments, cache_NSW)
+    write_rows(cache_NSW, row_TW, norms.latent_C, norms.eps, turn_TJ, slots_T)
+    return rms_norm(query_TL, norms.query_L, norms.eps)
 
 
 def mla_prologue_reference(
     query_TL: torch.Tensor,
     row_TW: torch.Tensor,
-    query_norm_L: torch.Tensor,
-    latent_norm_C: torch.Tensor,
-    eps: float,
+    norms: PrologueNorms,
     turn_TJ: torch.Tensor,
     slots_T: torch.Tensor,
     cache_NSW: torch.Tensor,
 ) -> torch.Tensor:
     """Plain-torch meaning of `mla_prologue`; skips slots of -1."""
-    latent = latent_norm_C.shape[0]
+    latent = norms.latent_C.shape[0]
     is_stored = slots_T >= 0
-    latent_TC = rms_norm_reference(row_TW[:, :latent], latent_norm_C, eps)
+    latent_TC = rms_norm_reference(row_TW[:, :latent], norms.latent_C, norms.eps)
     key_TP = rotary_reference(row_TW[:, None, latent:], turn_TJ)[:, 0]
     write_latents_reference(cache_NSW, latent_TC[is_stored], key_TP[is_stored], slots_T[is_stored])
-    return rms_norm_reference(query_TL, query_norm_L, eps)
+    return rms_norm_reference(query_TL, norms.query_L, norms.eps)

@@ -21,7 +21,7 @@ from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
-from ostro.kernels.mla_prologue import mla_prologue
+from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue
 from ostro.kernels.rotary import (
     inverse_frequencies,
     llama4_query_scale,
@@ -89,12 +89,11 @@ class Attention:
         compressed = mla_prologue(
             query_TX,
             row_TW,
-            w.q_a_norm,
-            w.kv_a_norm,
-            config.rms_norm_eps,
+            PrologueNorms(w.q_a_norm, w.kv_a_norm, config.rms_norm_eps),
             terms.turn_TJ,
             batch.slots_T,
             self._cache.layers[layer],
+            w.q_b,
         )
         return linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
 

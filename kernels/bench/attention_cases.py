@@ -34,7 +34,7 @@ from ostro.kernels.gpu.mla_decode import (
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 from ostro.kernels.latent_heads import LatentHeads, expand_values_reference
 from ostro.kernels.mla_decode import mla_decode_triton
-from ostro.kernels.mla_prologue import mla_prologue_reference
+from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue_reference
 
 # (queries, keys of each)
 CONTEXTS = (
@@ -266,16 +266,14 @@ def _of_batch(sizes: Sizes, num_queries: int) -> Iterator[Case]:
 def _prologue(sizes: Sizes, num_tokens: int) -> Case:
     s, width = sizes, sizes.latent + sizes.rope
     projected = s.randn(num_tokens, s.compressed + width)
-    query_norm_L, latent_norm_C = s.randn(s.compressed), s.randn(s.latent)
+    norms = PrologueNorms(s.randn(s.compressed), s.randn(s.latent), _EPS)
     num_pages = -(-num_tokens // s.page_size) + 1
     cache_NSW = s.randn(num_pages, s.page_size, width)
     slots_T = torch.randperm(num_pages * s.page_size, device=s.device)[:num_tokens]
     arguments = (
         projected[:, : s.compressed],
         projected[:, s.compressed :],
-        query_norm_L,
-        latent_norm_C,
-        _EPS,
+        norms,
         random_turns(s, num_tokens),
         slots_T,
     )

@@ -33,8 +33,14 @@ def _quantize_fp8_kernel(x, scale, out, stride, width, BLOCK_I: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)  # int64: t * stride passes 2**31 at 512K rows
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     value = tl.load(x + t * stride + i, mask=i < width, other=0.0).to(tl.float32)
-    value = tl.div_rn(value, tl.load(scale))  # `/` is off by two ulp, which turns ties
+    value = in_units(value, tl.load(scale))
+    tl.store(out + t * width + i, value.to(out.dtype.element_ty), mask=i < width)
+
+
+@triton.jit
+def in_units(value, scale):  # noqa: ANN201 - not Python
+    """Values over a scale, within what e4m3 holds."""
+    value = tl.div_rn(value, scale)  # `/` is off by two ulp, which turns ties
     # 448 is the largest e4m3. A NaN stays one, so that a broken row shows.
     value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
-    value = tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + t * width + i, value.to(out.dtype.element_ty), mask=i < width)
+    return tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)

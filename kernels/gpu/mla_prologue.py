@@ -13,36 +13,43 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.fp8_linear import in_units
+from ostro.kernels.mla_prologue import PrologueNorms
+
 
 def mla_prologue_triton(
     query_TL: torch.Tensor,
     row_TW: torch.Tensor,
-    query_norm_L: torch.Tensor,
-    latent_norm_C: torch.Tensor,
-    eps: float,
+    norms: PrologueNorms,
     turn_TJ: torch.Tensor,
     slots_T: torch.Tensor,
     cache_NSW: torch.Tensor,
+    input_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`ostro.kernels.mla_prologue.mla_prologue` by Triton; a slot of -1 is not written."""
+    """`ostro.kernels.mla_prologue.mla_prologue` by Triton; a slot of -1 is not written.
+
+    With `input_scale`, the compressed queries come in units of it, as FP8 e4m3.
+    """
     num_tokens, query_width = query_TL.shape
-    latent = latent_norm_C.shape[0]
+    latent = norms.latent_C.shape[0]
     rope = row_TW.shape[1] - latent
-    out_TL = query_TL.new_empty(num_tokens, query_width)
+    dtype = query_TL.dtype if input_scale is None else torch.float8_e4m3fn
+    out_TL = query_TL.new_empty(num_tokens, query_width, dtype=dtype)
     if not num_tokens:
         return out_TL
     _mla_prologue_kernel[(num_tokens, 2)](
         query_TL,
         row_TW,
-        query_norm_L,
-        latent_norm_C,
+        norms.query_L,
+        norms.latent_C,
         torch.view_as_real(turn_TJ),
         slots_T,
+        input_scale,
         out_TL,
         cache_NSW,
         query_TL.stride(0),
         row_TW.stride(0),
-        eps,
+        norms.eps,
         query_width,
         latent,
         rope,
@@ -72,6 +79,7 @@ def _mla_prologue_kernel(
     latent_norm,
     turn,
     slots,
+    input_scale,
     out,
     cache,
     query_stride,
@@ -88,6 +96,8 @@ def _mla_prologue_kernel(
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_L)
         value = _normed(query + t * query_stride, query_norm, eps, L, BLOCK_L)
+        if input_scale is not None:
+            value = in_units(value.to(query.dtype.element_ty).to(tl.float32), tl.load(input_scale))
         tl.store(out + t * L + i, value.to(out.dtype.element_ty), mask=i < L)
     else:
         slot = tl.load(slots + t).to(tl.int64)

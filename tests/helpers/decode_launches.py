@@ -9,6 +9,7 @@ import torch
 from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
 from ostro.kernels.gpu.mla_decode import DecodeChunks, attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.mla_prologue import PrologueNorms
 
 _HEADS, _NOPE, _ROPE, _LATENT, _VALUE, _PAGE = 32, 64, 64, 256, 128, 64
 _COMPRESSED = 1024
@@ -24,9 +25,7 @@ def _prologue() -> None:
     mla_prologue_triton(
         projected[:, :_COMPRESSED],
         projected[:, _COMPRESSED:],
-        _meta(_COMPRESSED),
-        _meta(_LATENT),
-        1e-6,
+        PrologueNorms(_meta(_COMPRESSED), _meta(_LATENT), 1e-6),
         _meta(_TOKENS, _ROPE // 2, dtype=torch.complex64),
         _meta(_TOKENS, dtype=torch.int64),
         _meta(_PAGES, _PAGE, _LATENT + _ROPE),

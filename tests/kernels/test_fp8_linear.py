@@ -7,6 +7,7 @@ import torch
 from expert_cases import make_fp8_weight
 
 from ostro.kernels.fp8_linear import (
+    Fp8Rows,
     Fp8Weight,
     fp8_linear,
     fp8_linear_cuda,
@@ -77,3 +78,17 @@ def test_an_fp8_weight_is_never_packed() -> None:
     weight = make_fp8_weight(512, 256)
     assert pack_linear(weight) is weight
     assert not is_packed(weight)
+
+
+def test_linear_takes_rows_that_are_rounded_already(triton_device: str) -> None:
+    weight = make_fp8_weight(48, 80, triton_device)
+    x_TI = torch.randn(3, 80, generator=torch.Generator().manual_seed(1)).to(triton_device)
+    values_TI = quantize_fp8(x_TI, weight.input_scale)
+    rows = Fp8Rows(values_TI=values_TI, dtype=x_TI.dtype)
+    torch.testing.assert_close(linear(rows, weight), linear(x_TI, weight))
+
+
+def test_linear_refuses_rounded_rows_for_a_plain_weight() -> None:
+    rows = Fp8Rows(values_TI=torch.zeros(1, 2).to(torch.float8_e4m3fn), dtype=torch.float32)
+    with pytest.raises(TypeError, match="FP8"):
+        linear(rows, torch.zeros(3, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.kernels.mla_prologue import mla_prologue, mla_prologue_reference
+from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue, mla_prologue_reference
 from ostro.kernels.rotary import rotations
 
 
@@ -14,9 +14,7 @@ def test_mla_prologue_worked_example() -> None:
     out_TL = mla_prologue(
         torch.tensor([[3.0, 4.0]]),
         torch.tensor([[2.0, 2.0, 1.0, 0.0]]),
-        torch.ones(2),
-        torch.tensor([1.0, 3.0]),
-        0.0,
+        PrologueNorms(torch.ones(2), torch.tensor([1.0, 3.0]), 0.0),
         torch.tensor([[1j]]),
         torch.tensor([1]),
         cache_NSW,
@@ -34,7 +32,7 @@ def test_mla_prologue_matches_reference(dtype: torch.dtype) -> None:
     turn_TJ = rotations(torch.arange(5), torch.logspace(0, -2, 8))
     slots_T = torch.tensor([3, 0, 5, 4, 1])
     caches = [torch.zeros(2, 3, 48, dtype=dtype) for _ in range(2)]
-    arguments = (query_TL, row_TW, *norms, 1e-6, turn_TJ, slots_T)
+    arguments = (query_TL, row_TW, PrologueNorms(*norms, 1e-6), turn_TJ, slots_T)
     out_TL = mla_prologue(*arguments, caches[0])
     expected_TL = mla_prologue_reference(*arguments, caches[1])
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2

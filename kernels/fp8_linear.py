@@ -63,16 +63,22 @@ def fp8_linear(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
 
 
 def fp8_linear_cuda(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Tensor:
-    """`fp8_linear` by a Triton kernel that rounds the rows, if they are not, then cuBLAS.
+    """`fp8_linear` by Triton for very few rows, else by cuBLAS of rows that Triton has rounded.
 
     Sums are not taken by the fast accumulation, which on Hopper keeps 14 bits of them.
     """
-    from ostro.kernels.gpu.fp8_linear import quantize_fp8_triton
+    from ostro.kernels.gpu.fp8_linear import (
+        MAX_FEW_ROWS,
+        fp8_linear_triton,
+        quantize_fp8_triton,
+    )
 
     if any(size % _STEP for size in weight.values_OI.shape):
         raise ValueError(
             f"an FP8 weight of {list(weight.values_OI.shape)}: both must divide by {_STEP} on a GPU"
         )
+    if len(x_TI.values_TI if isinstance(x_TI, Fp8Rows) else x_TI) <= MAX_FEW_ROWS:
+        return fp8_linear_triton(x_TI, weight)
     if not isinstance(x_TI, Fp8Rows):
         values_TI = quantize_fp8_triton(x_TI, weight.input_scale)
         x_TI = Fp8Rows(values_TI=values_TI, dtype=x_TI.dtype)

@@ -19,6 +19,7 @@ from compile_gate import ARCHITECTURES, MAX_SHARED_BYTES, Compiled, compiled, fr
 MODULE_OF_RECORD = {
     "decode.json": "decode_launches",
     "experts.json": "expert_launches",
+    "linear.json": "linear_launches",
     "prefill.json": "prefill_launches",
     "sampling.json": "sampling_launches",
 }
@@ -26,6 +27,7 @@ MODULE_OF_RECORD = {
 EVERY_RUN = {
     "decode.json": ("attend_latents",),
     "experts.json": ("gate", "experts_fp8_16"),
+    "linear.json": ("fp8_linear_1_rounded",),
     "prefill.json": ("attend_8192",),
     "sampling.json": ("filtered",),
 }

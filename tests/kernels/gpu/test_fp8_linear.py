@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from expert_cases import make_fp8_weight
 
-from ostro.kernels.fp8_linear import quantize_fp8_reference
-from ostro.kernels.gpu.fp8_linear import quantize_fp8_triton
+from ostro.kernels.fp8_linear import Fp8Rows, fp8_linear_reference, quantize_fp8_reference
+from ostro.kernels.gpu.fp8_linear import MAX_FEW_ROWS, fp8_linear_triton, quantize_fp8_triton
 
 
 def test_quantize_fp8_triton_worked_example(triton_device: str) -> None:
@@ -50,3 +51,30 @@ def test_quantize_fp8_triton_keeps_a_nan_where_it_is(triton_device: str) -> None
     found_TI = quantize_fp8_triton(x_TI, torch.tensor(1.0, device=triton_device)).float()
     assert found_TI.isnan().tolist() == [[False, True, False]]
     assert found_TI[0, 2].item() == 448.0
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, MAX_FEW_ROWS])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 7), (48, 80), (9, 5000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fp8_linear_triton_matches_reference(
+    num_rows: int, outputs: int, inputs: int, dtype: torch.dtype, triton_device: str
+) -> None:
+    weight = make_fp8_weight(outputs, inputs, triton_device)
+    x_TI = torch.randn(num_rows, inputs, generator=torch.Generator().manual_seed(num_rows))
+    x_TI = x_TI.to(dtype).to(triton_device)
+    expected_TO = fp8_linear_reference(x_TI, weight)
+    values_TI = quantize_fp8_reference(x_TI, weight.input_scale)
+    for rows in (x_TI, Fp8Rows(values_TI=values_TI, dtype=dtype)):
+        found_TO = fp8_linear_triton(rows, weight)
+        assert found_TO.dtype == dtype
+        torch.testing.assert_close(found_TO, expected_TO, rtol=1e-2, atol=1e-4)
+
+
+def test_fp8_linear_triton_does_not_read_other_rows(triton_device: str) -> None:
+    weight = make_fp8_weight(16, 16, triton_device)
+    wide_TI = torch.full((4, 32), torch.nan, device=triton_device)
+    wide_TI[1:3, :16] = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    x_TI = wide_TI[1:3, :16]
+    torch.testing.assert_close(
+        fp8_linear_triton(x_TI, weight), fp8_linear_reference(x_TI, weight), rtol=1e-5, atol=1e-5
+    )

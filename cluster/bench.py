@@ -17,6 +17,7 @@ import typer
 
 from ostro.cluster.bench_command_engine import engine
 from ostro.cluster.bench_command_gateway import gateway
+from ostro.cluster.bench_command_h200 import h200
 from ostro.cluster.bench_command_kernels import kernels
 from ostro.cluster.bench_command_scheduler import scheduler
 from ostro.cluster.bench_command_serve import serve
@@ -39,6 +40,7 @@ app.command()(engine)
 app.command()(gateway)
 app.command()(scheduler)
 app.command()(kernels)
+app.command()(h200)
 _console = make_console()
 
 

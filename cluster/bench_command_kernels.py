@@ -41,7 +41,8 @@ def kernels(
     "of floor" is the time that the GPU needs at least, by its own copies, sums and matrix products
     of this run, over the time taken; what the cache serves may pass 100 %.
     """
-    from ostro.kernels.bench.report import PARTS, SWEEPS, NoGpuError, measure_kernels
+    from ostro.kernels.bench.ceilings import NoGpuError
+    from ostro.kernels.bench.report import PARTS, SWEEPS, measure_kernels
 
     chosen = _chosen(parts, PARTS, "--parts"), _chosen(sweep, SWEEPS, "--sweep")
     console = make_console()

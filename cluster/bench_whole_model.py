@@ -219,27 +219,36 @@ def decode_floor_ms(
     config: ModelConfig, num_requests: int, context: int, experts_hit: float, ceilings: Ceilings
 ) -> float:
     """Bytes of one decode step at the GPU's reading rate: FP8 weights, bf16 latents and head."""
-    expert = 3 * config.hidden_size * config.expert_hidden_size
-    gate_bytes = 4 * config.num_experts * config.hidden_size
-    weight_bytes = experts_hit * expert + _attention_values(config) + gate_bytes
-    weight_bytes += 3 * config.hidden_size * config.shared_hidden_size()
     latent_bytes = 2.0 * num_requests * context * config.latent_width()
     head_bytes = 2.0 * config.vocab_size * config.hidden_size
-    total = config.num_layers * (weight_bytes + latent_bytes) + head_bytes
-    return total / max(ceilings.read_bytes_s, ceilings.copy_bytes_s) * 1e3
+    layer_bytes = _weight_bytes(config, experts_hit) + latent_bytes
+    return (config.num_layers * layer_bytes + head_bytes) / ceilings.bytes_s() * 1e3
 
 
 def prefill_floor_ms(
     config: ModelConfig, num_tokens: int, context: int, ceilings: Ceilings
 ) -> float:
-    """FLOPs of one chunk at the GPU's measured rates: FP8 layers, bf16 attention."""
+    """FLOPs of one chunk at the GPU's measured rates, or its weights' bytes if they take longer.
+
+    Layers in FP8, attention in bf16; of the experts, as many as evenly chosen ones hit.
+    """
+    missed = (1.0 - config.num_experts_per_token / config.num_experts) ** num_tokens
+    weights_s = _weight_bytes(config, config.num_experts * (1.0 - missed)) / ceilings.bytes_s()
     per_token = 3 * config.hidden_size * config.expert_hidden_size * config.num_experts_per_token
     per_token += 3 * config.hidden_size * config.shared_hidden_size() + _attention_values(config)
     pairs = num_tokens * (context - num_tokens / 2)
     per_pair = config.num_heads * (config.qk_head_dim() + config.v_head_dim)
-    rates = ceilings.flops_s
-    layer_s = 2.0 * num_tokens * per_token / rates["fp8"] + 2.0 * pairs * per_pair / rates["bf16"]
-    return config.num_layers * layer_s * 1e3
+    products_s = 2.0 * num_tokens * per_token / ceilings.flops_s["fp8"]
+    attention_s = 2.0 * pairs * per_pair / ceilings.flops_s["bf16"]
+    return config.num_layers * max(weights_s, products_s + attention_s) * 1e3
+
+
+def _weight_bytes(config: ModelConfig, experts_hit: float) -> float:
+    """Of one layer."""
+    expert = 3 * config.hidden_size * config.expert_hidden_size
+    shared = 3 * config.hidden_size * config.shared_hidden_size()
+    gate_bytes = 4 * config.num_experts * config.hidden_size
+    return experts_hit * expert + shared + _attention_values(config) + gate_bytes
 
 
 def _attention_values(config: ModelConfig) -> int:

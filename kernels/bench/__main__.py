@@ -7,7 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from ostro.kernels.bench.report import PARTS, SWEEPS, NoGpuError, measure_kernels
+from ostro.kernels.bench.ceilings import NoGpuError
+from ostro.kernels.bench.report import PARTS, SWEEPS, measure_kernels
 
 
 def _tell(line: str) -> None:

@@ -16,6 +16,21 @@ _SIZE = 8192  # of the matrices
 _BLOCK, _STEPS = 4096, 16
 
 
+class NoGpuError(RuntimeError):
+    """Nothing can be measured here."""
+
+
+def gpu_name() -> str:
+    """Of the current GPU.
+
+    Raises:
+        NoGpuError: There is none.
+    """
+    if not torch.cuda.is_available():
+        raise NoGpuError("this is measured on a CUDA device, and torch finds none")
+    return torch.cuda.get_device_name()
+
+
 def measure_ceilings() -> Ceilings:
     """Of the current device, in about a second."""
     return Ceilings(copy_bytes_s=_copy_bytes_s(), read_bytes_s=_read_bytes_s(), flops_s=_flops_s())

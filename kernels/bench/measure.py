@@ -61,9 +61,13 @@ class Ceilings:
     read_bytes_s: float
     flops_s: dict[str, float]
 
+    def bytes_s(self) -> float:
+        """The faster of both."""
+        return max(self.copy_bytes_s, self.read_bytes_s)
+
     def floor_us(self, case: Case) -> float:
         """No kernel for this case is faster, if all of its bytes come from memory."""
-        memory_s = case.bytes_moved / max(self.copy_bytes_s, self.read_bytes_s)
+        memory_s = case.bytes_moved / self.bytes_s()
         return max(memory_s, case.flops / self.flops_s[case.flops_ceiling]) * 1e6
 
 

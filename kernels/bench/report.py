@@ -20,7 +20,7 @@ from ostro.kernels.bench import (
     sweep,
     sweep_attention,
 )
-from ostro.kernels.bench.ceilings import measure_ceilings
+from ostro.kernels.bench.ceilings import gpu_name, measure_ceilings
 from ostro.kernels.bench.measure import Case, Ceilings
 from ostro.kernels.bench.run import Result, run_cases
 from ostro.kernels.bench.sizes import Sizes
@@ -30,10 +30,6 @@ from ostro.kernels.bench.tuned import best_tiles, write_tuned
 _SIZES = Sizes()
 _NUM_TOLD = 3  # of the fastest configurations
 _DTYPES = {"fp8": expert_cases.FP8, "bf16": torch.bfloat16}
-
-
-class NoGpuError(RuntimeError):
-    """Nothing can be measured here."""
 
 
 @dataclass(slots=True)
@@ -124,10 +120,9 @@ def measure_kernels(
     Raises:
         NoGpuError: There is none.
     """
-    if not torch.cuda.is_available():
-        raise NoGpuError("kernels are measured on a CUDA device, and torch finds none")
+    device = gpu_name()
     torch.manual_seed(0)
-    report = Report(torch.cuda.get_device_name(), measure_ceilings())
+    report = Report(device, measure_ceilings())
     tell(report.title())
     for name in parts:
         with _told_failures(name, report, tell):

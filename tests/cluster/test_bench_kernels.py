@@ -47,7 +47,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = CliRunner().invoke(app, ["kernels"])
     assert result.exit_code == 1
-    assert "error: kernels are measured on a CUDA device, and torch finds none" in result.stderr
+    assert "error: this is measured on a CUDA device, and torch finds none" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--parts", "--sweep"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ostro.kernels.bench import report, small_cases
-from ostro.kernels.bench.ceilings import sum_blocks
+from ostro.kernels.bench.ceilings import NoGpuError, sum_blocks
 from ostro.kernels.bench.measure import (
     Case,
     Ceilings,
@@ -95,7 +95,7 @@ def test_a_result_fits_a_short_line() -> None:
 
 def test_without_a_gpu_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(report.NoGpuError, match="CUDA device"):
+    with pytest.raises(NoGpuError, match="CUDA device"):
         report.measure_kernels([], [], print)
 
 

@@ -1,0 +1,116 @@
+"""`ostro bench h200`: its options and its table."""
+
+from __future__ import annotations
+
+import json as json_format
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from ostro.cluster.bench_options import Json
+from ostro.cluster.bench_progress import shown_progress
+from ostro.cluster.cli_console import make_console, print_error
+
+if TYPE_CHECKING:
+    from ostro.cluster.bench_whole_model import StepFigure
+
+_DECODES = "1x1024,8x1024,32x1024,128x1024,245x4096,1x262080"
+_PREFILLS = "2048x2048,8192x8192,8192x32768"
+_PAGE_TOKENS = 64
+_COLUMNS = ("step", "requests", "context", "GPU", "with host", "floor", "of floor", "tokens/s")
+
+
+def h200(
+    decode: Annotated[
+        str, typer.Option(help="Decode steps, REQUESTSxCONTEXT by commas; none if empty.")
+    ] = _DECODES,
+    prefill: Annotated[
+        str, typer.Option(help="Prefill chunks, TOKENSxCONTEXT by commas; none if empty.")
+    ] = _PREFILLS,
+    layers: Annotated[
+        int, typer.Option(min=1, max=36, help="Fewer where the GPU does not hold all.")
+    ] = 36,
+    json: Json = None,
+) -> None:
+    """All of Mistral Small 4 on one GPU, with random FP8 weights: no checkpoint is needed.
+
+    "floor" is what the bytes of a decode step (experts that were hit, everything else once,
+    latents) or the FLOPs of a prefill chunk take at the rates that this GPU reached by itself in
+    this run. "GPU" replays a step's CUDA graph; "with host" adds inputs, draw and its ids.
+    """
+    from ostro.cluster.bench_whole_model import WholeModel, measure, mistral_small_4
+    from ostro.kernels.bench.ceilings import NoGpuError, gpu_name, measure_ceilings
+
+    decodes = parse_sizes(decode, "--decode")
+    prefills = parse_sizes(prefill, "--prefill")
+    try:
+        device = gpu_name()
+    except NoGpuError as error:
+        print_error(str(error))
+        raise typer.Exit(1) from None
+    with shown_progress() as progress:
+        progress.note("ceilings")
+        ceilings = measure_ceilings()
+        progress.note(f"{layers} layers of random weights")
+        model = WholeModel(mistral_small_4(layers), cache_tokens=cache_tokens(decodes, prefills))
+        figures = []
+        for figure in measure(model, ceilings, decodes, prefills):
+            figures.append(figure)
+            progress.note(f"{figure.kind} {figure.num_tokens} at {figure.context}")
+    make_console().print(to_table(f"{device}, {layers} layers, FP8", figures))
+    if json is not None:
+        tree = {
+            "device": device,
+            "layers": layers,
+            "ceilings": asdict(ceilings),
+            "figures": [asdict(figure) for figure in figures],
+        }
+        json.write_text(json_format.dumps(tree, indent=1) + "\n")
+
+
+def cache_tokens(decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[int, int]]) -> int:
+    """Places in the cache that the largest step needs, each request on pages of its own."""
+    steps = [(requests, context) for requests, context in decodes]
+    steps += [(1, context) for _, context in prefills]
+    return max((requests * (context + _PAGE_TOKENS) for requests, context in steps), default=0)
+
+
+def parse_sizes(text: str, option: str) -> list[tuple[int, int]]:
+    """Pairs from "1x1024,8x1024"; nothing from "".
+
+    Raises:
+        typer.BadParameter: It is something else.
+    """
+    sizes = []
+    for part in text.split(","):
+        first, mark, second = part.partition("x")
+        if not part:
+            continue
+        if not (mark and first.isdecimal() and second.isdecimal() and int(first) and int(second)):
+            raise typer.BadParameter(
+                f"{part!r}: must be two numbers such as 8x1024", param_hint=option
+            )
+        sizes.append((int(first), int(second)))
+    return sizes
+
+
+def to_table(title: str, figures: Sequence[StepFigure]) -> Table:
+    """One row a step."""
+    table = Table(title=title)
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "step" else "right")
+    for figure in figures:
+        table.add_row(
+            f"{figure.kind} {figure.num_tokens}",
+            str(figure.num_requests),
+            f"{figure.context:,}",
+            f"{figure.graph_ms:.2f} ms",
+            f"{figure.step_ms:.2f} ms",
+            f"{figure.floor_ms:.2f} ms",
+            f"{figure.floor_ms / figure.graph_ms:.0%}",
+            f"{figure.tokens_per_s():,.0f}",
+        )
+    return table

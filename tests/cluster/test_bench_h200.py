@@ -1,0 +1,77 @@
+"""`ostro bench h200` without a GPU: what it refuses, its floors, and how its figures print."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ostro.cluster.bench import app
+from ostro.cluster.bench_command_h200 import cache_tokens, parse_sizes, to_table
+from ostro.cluster.bench_whole_model import (
+    StepFigure,
+    decode_floor_ms,
+    mistral_small_4,
+    prefill_floor_ms,
+)
+from ostro.kernels.bench.measure import Ceilings
+
+CEILINGS = Ceilings(
+    copy_bytes_s=4.0e12, read_bytes_s=4.3e12, flops_s={"bf16": 790e12, "fp8": 1580e12}
+)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_h200_says_that_it_needs_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["h200"])
+    assert result.exit_code == 1
+    assert "CUDA device" in result.output
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "x8", "0x8", "8x0", "axb", "8x8x8"])
+def test_sizes_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="8x1024"):
+        parse_sizes(text, "--decode")
+
+
+def test_sizes_are_pairs() -> None:
+    assert parse_sizes("1x1024,8x64", "--decode") == [(1, 1024), (8, 64)]
+    assert parse_sizes("", "--decode") == []
+
+
+def test_cache_holds_the_largest_step_on_pages_of_its_own() -> None:
+    assert cache_tokens([(2, 100), (1, 64)], [(10, 150)]) == 2 * 164
+    assert cache_tokens([], [(10, 150)]) == 214
+
+
+def test_floors_are_those_of_the_real_model() -> None:
+    config = mistral_small_4()
+    assert decode_floor_ms(config, 1, 1024, 4.0, CEILINGS) == pytest.approx(1.55, abs=0.02)
+    assert decode_floor_ms(config, 128, 1024, 125.8, CEILINGS) == pytest.approx(28.0, abs=0.2)
+    assert prefill_floor_ms(config, 8192, 8192, CEILINGS) == pytest.approx(82.5, abs=1.0)
+
+
+def test_floor_of_a_small_prefill_chunk_is_the_bytes_of_its_weights() -> None:
+    config = mistral_small_4()
+    weights_ms = 117e9 / CEILINGS.read_bytes_s * 1e3
+    assert prefill_floor_ms(config, 512, 512, CEILINGS) == pytest.approx(weights_ms, rel=0.02)
+
+
+def test_table_has_a_row_a_step() -> None:
+    figure = StepFigure(
+        kind="decode",
+        num_requests=32,
+        num_tokens=32,
+        context=1024,
+        graph_ms=20.0,
+        step_ms=25.0,
+        floor_ms=15.0,
+        experts_hit=82.3,
+    )
+    console = Console(width=120, record=True)
+    console.print(to_table("H200", [figure]))
+    text = console.export_text()
+    for shown in ("decode 32", "1,024", "20.00 ms", "25.00 ms", "75%", "1,280"):
+        assert shown in text

@@ -159,7 +159,12 @@ class LocalCell:
 
 @contextlib.asynccontextmanager
 async def local_cell(
-    pool: ProcessPool, deployment: DeploymentConfig, model_dir: Path, *, dtype: str = "float32"
+    pool: ProcessPool,
+    deployment: DeploymentConfig,
+    model_dir: Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> AsyncIterator[LocalCell]:
     layout = deployment.layout
     peers = pool.take(layout.world_size())
@@ -170,7 +175,7 @@ async def local_cell(
         deployment,
         str(model_dir),
         peers,
-        device="cpu",
+        device=device,
         dtype=dtype,
         host="127.0.0.1",
         listen_address="unix:",

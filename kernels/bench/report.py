@@ -85,6 +85,10 @@ def _sweep_tiles(name: str, _: Report) -> Iterator[list[Trial]]:
     yield from sweep.sweep_tiles(expert_cases.Layer(_DTYPES[name], _SIZES))
 
 
+def _sweep_few(name: str, _: Report) -> Iterator[list[Trial]]:
+    yield from sweep.sweep_few(expert_cases.Layer(_DTYPES[name], _SIZES))
+
+
 def _sweep_rows(name: str, report: Report) -> Iterator[list[Trial]]:
     best = best_tiles(report.trials)  # of this run, if it swept them
     yield from sweep.sweep_rows(expert_cases.Layer(_DTYPES[name], _SIZES), best)
@@ -93,6 +97,7 @@ def _sweep_rows(name: str, report: Report) -> Iterator[list[Trial]]:
 SWEEPS: dict[str, Callable[[Report], Iterator[list[Trial]]]] = {
     "fp8": partial(_sweep_tiles, "fp8"),
     "bf16": partial(_sweep_tiles, "bf16"),
+    "few_fp8": partial(_sweep_few, "fp8"),
     "rows_fp8": partial(_sweep_rows, "fp8"),
     "rows_bf16": partial(_sweep_rows, "bf16"),
     "decode": lambda _: sweep_attention.sweep_decode(_SIZES),

@@ -22,6 +22,7 @@ from ostro.kernels.gpu.tiles import Tile, TunedTiles, tile
 
 # Tokens of a batch whose tiles have so many rows.
 TOKENS_OF_ROWS = {16: 32, 32: 1024, 64: 2048, 128: 8192}
+FEW_TOKENS = (1, 4)  # whose tiles are too few for every processor to have several
 ROW_BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 # Few experts, few rows: as many of each as their strides are multiples of 16.
 _TO_COMPILE = Sizes(hidden=512, inner=256, num_experts=16)
@@ -36,7 +37,7 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
     choices = itertools.product(
         (64, 128) if few else (64, 128, 256),  # outputs
         (4, 8),  # warps
-        (3, 4, 5, 6) if few else (3, 4),  # stages
+        (3, 4, 5, 6, 8) if few else (3, 4),  # stages
         (1, 2, 3, 4) if few else (1, 2),  # programs
     )
     num_weights = 2 if operation == "gate_up" else 1
@@ -80,6 +81,24 @@ def sweep_tiles(
                     operation,
                     layer.dtype,
                     f"B={num_tokens} rows={rows}",
+                    asdict(cut),
+                    runs.launches(operation, cut),
+                )
+                for cut in variants(operation, layer.dtype, rows)
+            ]
+
+
+def sweep_few(layer: Layer) -> Iterator[list[Trial]]:
+    """Every variant of the smallest tiles on very small batches."""
+    rows = min(TOKENS_OF_ROWS)
+    for num_tokens in FEW_TOKENS:
+        runs = _Runs(layer, num_tokens, rows)
+        for operation in TILED:
+            yield [
+                tried(
+                    f"{operation} of few",
+                    layer.dtype,
+                    f"B={num_tokens}",
                     asdict(cut),
                     runs.launches(operation, cut),
                 )

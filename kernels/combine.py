@@ -63,14 +63,14 @@ def combine_sparse(
 
 
 def add_residual(
-    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """The layer's output: routed sum, shared expert and residual, added in float32, rounded once.
 
     Args:
         sum_TD: float32; may be changed.
-        shared_TD: In the model's dtype.
-        residual_TD: Likewise.
+        shared_TD: In the model's dtype; None where `sum_TD` has it.
+        residual_TD: Likewise, always there.
 
     Returns:
         out_TD in the dtype of `residual_TD`.
@@ -78,13 +78,14 @@ def add_residual(
     Example:
         sum [[1.]], shared [[2.]] and residual [[3.]] give [[6.]].
     """
-    if library.serves(residual_TD) and not sum_TD.shape[1] % 16:
+    if shared_TD is not None and library.serves(residual_TD) and not sum_TD.shape[1] % 16:
         return add_residual_cpu(sum_TD, shared_TD, residual_TD)
     if residual_TD.is_cuda:
         from ostro.kernels.gpu.combine import add_residual_triton
 
         return add_residual_triton(sum_TD, shared_TD, residual_TD)
-    sum_TD += shared_TD
+    if shared_TD is not None:
+        sum_TD += shared_TD
     sum_TD += residual_TD
     return sum_TD.to(residual_TD.dtype)
 
@@ -110,7 +111,7 @@ def add_residual_cpu(
 
 def combine_norm(
     parts: Sequence[torch.Tensor],
-    shared_TD: torch.Tensor,
+    shared_TD: torch.Tensor | None,
     residual_TD: torch.Tensor,
     norm_D: torch.Tensor,
     eps: float,
@@ -120,8 +121,8 @@ def combine_norm(
     Args:
         parts: [T, D] tensors of any float dtype, in rank order; none where routed experts add
             nothing. One alone in float32 may be changed.
-        shared_TD: Added too, in the model's dtype.
-        residual_TD: Likewise.
+        shared_TD: Added too, in the model's dtype; None where a part has it.
+        residual_TD: Likewise, always there.
         norm_D: Weight of the norm, likewise.
         eps: Of the norm.
 
@@ -137,7 +138,7 @@ def combine_norm(
 
         return combine_norm_triton(parts, shared_TD, residual_TD, norm_D, eps)
     if not parts:
-        out_TD = residual_TD + shared_TD
+        out_TD = residual_TD if shared_TD is None else residual_TD + shared_TD
     elif len(parts) == 1 and parts[0].dtype == torch.float32:
         out_TD = add_residual(parts[0], shared_TD, residual_TD)
     else:
@@ -157,15 +158,17 @@ def combine_reference(
 
 
 def add_residual_reference(
-    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """Meaning of `add_residual`."""
-    return (sum_TD.float() + shared_TD.float() + residual_TD.float()).to(residual_TD.dtype)
+    if shared_TD is not None:
+        sum_TD = sum_TD.float() + shared_TD.float()
+    return (sum_TD.float() + residual_TD.float()).to(residual_TD.dtype)
 
 
 def combine_norm_reference(
     parts: Sequence[torch.Tensor],
-    shared_TD: torch.Tensor,
+    shared_TD: torch.Tensor | None,
     residual_TD: torch.Tensor,
     norm_D: torch.Tensor,
     eps: float,

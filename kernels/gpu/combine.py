@@ -25,17 +25,17 @@ def combine_triton(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def add_residual_triton(
-    sum_TD: torch.Tensor, shared_TD: torch.Tensor, residual_TD: torch.Tensor
+    sum_TD: torch.Tensor, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """`ostro.kernels.combine.add_residual` by Triton; changes none of its arguments."""
     out_TD = torch.empty_like(residual_TD)
-    _launch((sum_TD, shared_TD, residual_TD), out_TD)
+    _launch((sum_TD, *_present(shared_TD), residual_TD), out_TD)
     return out_TD
 
 
 def combine_norm_triton(
     parts: Sequence[torch.Tensor],
-    shared_TD: torch.Tensor,
+    shared_TD: torch.Tensor | None,
     residual_TD: torch.Tensor,
     norm_D: torch.Tensor,
     eps: float,
@@ -43,8 +43,12 @@ def combine_norm_triton(
     """`ostro.kernels.combine.combine_norm` by Triton."""
     out_TD = torch.empty_like(residual_TD)
     normed_TD = torch.empty_like(residual_TD)
-    _launch((*parts, shared_TD, residual_TD), out_TD, (normed_TD, norm_D, eps))
+    _launch((*parts, *_present(shared_TD), residual_TD), out_TD, (normed_TD, norm_D, eps))
     return out_TD, normed_TD
+
+
+def _present(shared_TD: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    return () if shared_TD is None else (shared_TD,)
 
 
 def _launch(

@@ -25,8 +25,9 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _gate() -> None:
-    gate_triton(_meta(64, _HIDDEN), _meta(_NUM_EXPERTS, _HIDDEN, dtype=torch.float32), _NUM_CHOSEN)
+def _gate(num_tokens: int, dtype: torch.dtype) -> None:
+    gate_ED = _meta(_NUM_EXPERTS, _HIDDEN, dtype=dtype)
+    gate_triton(_meta(num_tokens, _HIDDEN), gate_ED, _NUM_CHOSEN, always=_NUM_EXPERTS)
 
 
 def _rows(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -43,6 +44,10 @@ def _add_residual() -> None:
 
 def _combine_norm() -> None:
     combine_norm_triton([_rows() for _ in range(8)], _rows(), _rows(), _meta(_HIDDEN), 1e-6)
+
+
+def _combine_norm_of_sum() -> None:
+    combine_norm_triton([_rows()], None, _rows(), _meta(_HIDDEN), 1e-6)
 
 
 def _rms_norm() -> None:
@@ -83,10 +88,13 @@ def _experts_fp8(num_rows: int) -> None:
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
-    "gate": _gate,
+    "gate": functools.partial(_gate, 64, torch.bfloat16),
+    "gate_few": functools.partial(_gate, 1, torch.bfloat16),
+    "gate_few_float32": functools.partial(_gate, 1, torch.float32),
     "combine": _combine,
     "add_residual": _add_residual,
     "combine_norm": _combine_norm,
+    "combine_norm_of_sum": _combine_norm_of_sum,
     "rms_norm": _rms_norm,
     "quantize_fp8": _quantize_fp8,
 }

@@ -94,6 +94,23 @@ def test_combine_norm_and_add_residual_match_reference(hidden: int, dtype: torch
 
 
 @pytest.mark.parametrize("num_parts", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_that_has_the_shared_expert_needs_no_other(
+    num_parts: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows = [torch.randn(3, 32, generator=generator) for _ in range(num_parts + 1)]
+    *parts, residual = rows
+    residual, norm_D = residual.to(dtype), torch.ones(32, dtype=dtype)
+    expected = combine_norm_reference(parts, None, residual, norm_D, 1e-6)
+    if num_parts == 1:
+        assert torch.equal(add_residual(parts[0].clone(), None, residual), expected[0])
+    out = combine_norm(parts, None, residual, norm_D, 1e-6)
+    for one, other in zip(out, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 2])
 def test_combine_norm_takes_any_number_of_parts(num_parts: int) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randn(3, 32, generator=generator) for _ in range(num_parts + 2)]

@@ -53,6 +53,20 @@ def test_add_residual_triton_matches_reference(
 
 @each_size
 @each_dtype
+def test_a_sum_that_has_the_shared_expert_needs_no_other(
+    num_tokens: int, hidden: int, dtype: torch.dtype, triton_device: str
+) -> None:
+    sum_TD, residual_TD = _rows(2, num_tokens, hidden, dtype, triton_device)
+    norm_D = torch.linspace(0.5, 2.0, hidden, device=triton_device).to(dtype)
+    expected = combine_norm_reference((sum_TD,), None, residual_TD, norm_D, 1e-6)
+    assert torch.equal(add_residual_triton(sum_TD, None, residual_TD), expected[0])
+    out_TD, normed_TD = combine_norm_triton((sum_TD,), None, residual_TD, norm_D, 1e-6)
+    assert torch.equal(out_TD, expected[0])
+    torch.testing.assert_close(normed_TD, expected[1])
+
+
+@each_size
+@each_dtype
 def test_combine_norm_triton_matches_reference(
     num_tokens: int, hidden: int, dtype: torch.dtype, triton_device: str
 ) -> None:

@@ -110,7 +110,9 @@ class WholeModel:
         self.decoder = Decoder(config, attention, self.cache)
         self.experts = LocalExperts(config, experts)
         placement = initial_placement(config.num_experts, [0])
-        self.exchange = LocalExchange(self.experts.forward, placement, "cuda")
+        self.exchange = LocalExchange(
+            self.experts.forward, placement, "cuda", has_shared=self.experts.has_shared
+        )
 
     def decode_batch(self, num_requests: int, context: int) -> Batch:
         """Requests of this context, each with pages of its own, that compute one token."""
@@ -247,7 +249,7 @@ def _weight_bytes(config: ModelConfig, experts_hit: float) -> float:
     """Of one layer."""
     expert = 3 * config.hidden_size * config.expert_hidden_size
     shared = 3 * config.hidden_size * config.shared_hidden_size()
-    gate_bytes = 4 * config.num_experts * config.hidden_size
+    gate_bytes = 2 * config.num_experts * config.hidden_size
     return experts_hit * expert + shared + _attention_values(config) + gate_bytes
 
 
@@ -262,7 +264,10 @@ def _attention_values(config: ModelConfig) -> int:
 
 
 def random_weights(config: ModelConfig) -> tuple[AttentionWeights, ExpertWeights]:
-    """Weights that keep rows at about unit size, drawn on the GPU."""
+    """Weights that keep rows at about unit size, drawn on the GPU, shared experts among the routed.
+
+    That is how `AttentionShard` holds them there.
+    """
     attention = AttentionWeights(
         embed_VD=_plain(config.vocab_size, config.hidden_size, size=1.0),
         layers=tuple(_attention_layer(config) for _ in range(config.num_layers)),
@@ -278,7 +283,7 @@ def random_weights(config: ModelConfig) -> tuple[AttentionWeights, ExpertWeights
 
 
 def _attention_layer(config: ModelConfig) -> AttentionLayerWeights:
-    hidden, heads, inner = config.hidden_size, config.num_heads, config.shared_hidden_size()
+    hidden, heads = config.hidden_size, config.num_heads
     return AttentionLayerWeights(
         input_norm_D=_ones(hidden),
         q_a=_fp8(config.q_lora_rank, hidden),
@@ -291,20 +296,20 @@ def _attention_layer(config: ModelConfig) -> AttentionLayerWeights:
         o_proj=_fp8(hidden, heads * config.v_head_dim),
         post_norm_D=_ones(hidden),
         gate_ED=_plain(config.num_experts, hidden).float(),
-        shared_gate_up=_fp8(2 * inner, hidden),
-        shared_down=_fp8(hidden, inner),
+        shared_gate_up=None,
+        shared_down=None,
     )
 
 
 def _expert_layer(config: ModelConfig) -> Fp8Experts:
-    num_experts, hidden = config.num_experts, config.hidden_size
+    num_slots, hidden = config.num_experts + 1, config.hidden_size
     inner = config.expert_hidden_size
-    ones_E = torch.ones(num_experts, device="cuda")
+    ones_E = torch.ones(num_slots, device="cuda")
     return Fp8Experts(
-        gate_up_EHD=_fp8_values(num_experts, 2 * inner, hidden),
+        gate_up_EHD=_fp8_values(num_slots, 2 * inner, hidden),
         gate_up_scale_E=ones_E * (hidden**-0.5 / _SIZE_OF_VALUE),
         gate_up_input_scale_E=ones_E * _INPUT_SCALE,
-        down_EDF=_fp8_values(num_experts, hidden, inner),
+        down_EDF=_fp8_values(num_slots, hidden, inner),
         down_scale_E=ones_E * (inner**-0.5 / _SIZE_OF_VALUE),
         down_input_scale_E=ones_E * _INPUT_SCALE,
     )

@@ -68,17 +68,34 @@ class LocalExchange:
     """All experts in the same process, called directly: the reference of every transport."""
 
     def __init__(
-        self, experts: RowExperts, placement: Placement, device: torch.device | str = "cpu"
+        self,
+        experts: RowExperts,
+        placement: Placement,
+        device: torch.device | str = "cpu",
+        *,
+        has_shared: bool = False,
     ) -> None:
-        """`placement` puts every expert on one rank.
+        """An exchange without other ranks.
+
+        Args:
+            experts: All of them.
+            placement: Puts every expert on one rank.
+            device: Where rows are.
+            has_shared: Whether the id after the last logical expert's is the shared one's.
 
         Raises:
-            ValueError: It does not.
+            ValueError: Several ranks, or `has_shared` and experts that do not stand in the order of
+                their ids.
         """
         if len(placement.ranks()) != 1:
             raise ValueError(f"a local exchange has one rank; placement has {placement.ranks()}")
         self._experts = experts
         self._map = ExpertMap(placement, torch.device(device), rank=placement.ranks()[0])
+        if has_shared and not self._map.is_plain:
+            raise ValueError(
+                "a shared expert among the routed ones needs expert i in slot i; "
+                f"placement has {placement.physical_to_logical}; load the shared expert apart"
+            )
         self._waiting: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.counters = ExchangeCounters()
 

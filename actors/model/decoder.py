@@ -4,6 +4,7 @@
         (take the routed rows of the layer before), norm, attention, norm, gate,
         send rows to the experts, shared expert while they travel
 
+Where the routed experts' stack holds the shared one too, the gate sends every row to it.
 So with two micro-batches one is at the experts while the other attends. The residual stream is in
 the model's dtype; routed, shared and residual are added in float32.
 
@@ -31,7 +32,7 @@ from ostro.configs.model import ModelConfig
 from ostro.kernels.combine import add_residual, combine_norm
 from ostro.kernels.gate import gate, pack_gate
 from ostro.kernels.grouped_gemm import mlp
-from ostro.kernels.linear import join_linear, linear_wide, pack_linear
+from ostro.kernels.linear import LinearWeight, join_linear, linear_wide, pack_linear
 from ostro.kernels.rms_norm import rms_norm
 
 
@@ -56,7 +57,8 @@ class ExpertExchange(Protocol):
             layer: Whose experts.
             micro_batch: Slice of the step.
             x_TD: Normed hidden states in the model's dtype; left unchanged until `combine`.
-            expert_TK: int64 logical experts.
+            expert_TK: int64 logical experts; after the last one stands the shared expert, if the
+                experts' stack holds it.
             weight_TK: float32 gate weights.
         """
         ...
@@ -79,7 +81,7 @@ class _MicroBatch:
         self.hidden_TD = hidden_TD
         self.x_TD = x_TD  # normed, the input of what comes next
         self.terms = terms
-        self.shared_TD = hidden_TD  # replaced in every layer
+        self.shared_TD: torch.Tensor | None = None  # of this layer, unless the routed sum has it
 
 
 class Decoder:
@@ -173,11 +175,12 @@ class Decoder:
             self.config.num_experts_per_token,
             self.config.routed_scaling_factor,
             slice_.batch.num_live,
+            always=self.config.num_experts if w.shared_down is None else None,
         )
         gated_s = clock()
         exchange.dispatch(layer, index, x_TD, expert_TK, weight_TK)
         dispatched_s = clock()
-        slice_.shared_TD = mlp(x_TD, w.shared_gate_up, w.shared_down)
+        slice_.shared_TD = _shared(x_TD, w)
         seconds["attention"] += attended_s - began_s
         seconds["gate"] += gated_s - attended_s
         seconds["dispatch"] += dispatched_s - gated_s
@@ -223,6 +226,12 @@ class Decoder:
         return logits_BV
 
 
+def _shared(x_TD: torch.Tensor, w: AttentionLayerWeights) -> torch.Tensor | None:
+    if w.shared_gate_up is None or w.shared_down is None:
+        return None
+    return mlp(x_TD, w.shared_gate_up, w.shared_down)
+
+
 def _packed(weights: AttentionWeights) -> AttentionWeights:
     """The same weights, with linear layers in the form that `linear` reads fastest."""
     dtype = weights.embed_VD.dtype
@@ -239,9 +248,13 @@ def _packed_layer(w: AttentionLayerWeights, dtype: torch.dtype) -> AttentionLaye
         w,
         q_a=pack_linear(q_a),
         q_b=pack_linear(w.q_b),
-        kv_a=None if kv_a is None else pack_linear(kv_a),
+        kv_a=_packed_if_there(kv_a),
         o_proj=pack_linear(w.o_proj),
-        shared_gate_up=pack_linear(w.shared_gate_up),
-        shared_down=pack_linear(w.shared_down),
+        shared_gate_up=_packed_if_there(w.shared_gate_up),
+        shared_down=_packed_if_there(w.shared_down),
         gate_ED=pack_gate(w.gate_ED, dtype),
     )
+
+
+def _packed_if_there(weight_OI: LinearWeight | None) -> LinearWeight | None:
+    return None if weight_OI is None else pack_linear(weight_OI)

@@ -1,5 +1,7 @@
 """The routed experts of one shard, and how many rows each of them has computed.
 
+The shared expert may stand behind them as one more, which every row goes to; it is not counted.
+
 Shape letters: L layers, E local experts, R rows, K experts per row, D hidden.
 """
 
@@ -15,14 +17,20 @@ from ostro.kernels.linear import is_packed, pack_linear
 
 
 class LocalExperts:
-    """Runs rows through the experts of this shard. Stateless but for its counters."""
+    """Runs rows through the experts of this shard. Stateless but for its counters.
+
+    Attributes:
+        has_shared: Whether the local slot after the last is the shared expert's.
+    """
 
     def __init__(self, config: ModelConfig, weights: ExpertWeights) -> None:
         """Takes `weights` over: where packing is faster, they are packed where they stand."""
         self._layers = [_take_over(layer) for layer in weights.layers]
-        num_local = len(weights.local_to_logical)
+        self._num_local = len(weights.local_to_logical)
+        self.has_shared = weights.num_extra() == 1
+        num_slots = self._num_local + weights.num_extra()
         self._rows_LE = torch.zeros(
-            config.num_layers, num_local + 1, dtype=torch.int64, device=_device(weights.layers[0])
+            config.num_layers, num_slots + 1, dtype=torch.int64, device=_device(weights.layers[0])
         )
 
     @torch.inference_mode()
@@ -48,8 +56,8 @@ class LocalExperts:
         )
 
     def take_counts(self) -> list[list[int]]:
-        """Rows per layer and local expert since last asked."""
-        rows_LE: list[list[int]] = self._rows_LE[:, 1:].tolist()
+        """Rows per layer and local routed expert since last asked."""
+        rows_LE: list[list[int]] = self._rows_LE[:, 1 : 1 + self._num_local].tolist()
         self._rows_LE.zero_()
         return rows_LE
 

@@ -62,11 +62,11 @@ class _Fp8Stack:
     input_scale_E: torch.Tensor
 
 
-def _new_stack(num_local: int, shape: Sequence[int], device: torch.device) -> _Fp8Stack:
+def _new_stack(num_slots: int, shape: Sequence[int], device: torch.device) -> _Fp8Stack:
     return _Fp8Stack(
-        values_EOI=torch.empty((num_local, *shape), dtype=torch.float8_e4m3fn, device=device),
-        scale_E=torch.empty(num_local, device=device),
-        input_scale_E=torch.empty(num_local, device=device),
+        values_EOI=torch.empty((num_slots, *shape), dtype=torch.float8_e4m3fn, device=device),
+        scale_E=torch.empty(num_slots, device=device),
+        input_scale_E=torch.empty(num_slots, device=device),
     )
 
 
@@ -139,7 +139,11 @@ class WeightSource:
         return joined
 
     def take_experts(
-        self, layer: int, local_to_logical: Sequence[int], dtype: torch.dtype
+        self,
+        layer: int,
+        local_to_logical: Sequence[int],
+        dtype: torch.dtype,
+        num_extra: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(gate_up, down) of some experts of a layer.
 
@@ -147,20 +151,23 @@ class WeightSource:
             layer: Whose experts.
             local_to_logical: The logical expert for each local slot; repeats are replicas.
             dtype: As what.
+            num_extra: Slots behind those, which are left as they are.
 
         Returns:
-            gate_up [E, 2F, D], gate rows first, and down [E, D, F].
+            gate_up [E, 2F, D], gate rows first, and down [E, D, F], with E slots in all.
 
         Raises:
             CheckpointError: The layer's experts were taken already, or are another role's.
         """
         config, num_local = self.config, len(local_to_logical)
         hidden, inner = config.hidden_size, config.expert_hidden_size
-        gate_up = torch.empty((num_local, 2 * inner, hidden), dtype=dtype, device=self._device)
-        down = torch.empty((num_local, hidden, inner), dtype=dtype, device=self._device)
+        num_slots = num_local + num_extra
+        gate_up = torch.empty((num_slots, 2 * inner, hidden), dtype=dtype, device=self._device)
+        down = torch.empty((num_slots, hidden, inner), dtype=dtype, device=self._device)
         if self._match.scheme.stacks_experts():
-            self._fill_stacked(gate_up, self._claim("experts_gate_up", layer), local_to_logical)
-            self._fill_stacked(down, self._claim("experts_down", layer), local_to_logical)
+            for parameter, out in (("experts_gate_up", gate_up), ("experts_down", down)):
+                weight = self._claim(parameter, layer)
+                self._fill_stacked(out[:num_local], weight, local_to_logical)
             return gate_up, down
         for parameter, out in (
             ("expert_gate", gate_up[:, :inner]),
@@ -184,15 +191,17 @@ class WeightSource:
             ]
         )
 
-    def take_fp8_experts(self, layer: int, local_to_logical: Sequence[int]) -> Fp8Experts:
+    def take_fp8_experts(
+        self, layer: int, local_to_logical: Sequence[int], num_extra: int = 0
+    ) -> Fp8Experts:
         """As `take_experts`, in FP8 as they are stored."""
         if self._match.scheme.stacks_experts():
-            gate_up = self._fp8_of_stacked("experts_gate_up", layer, local_to_logical)
-            down = self._fp8_of_stacked("experts_down", layer, local_to_logical)
+            gate_up = self._fp8_of_stacked("experts_gate_up", layer, local_to_logical, num_extra)
+            down = self._fp8_of_stacked("experts_down", layer, local_to_logical, num_extra)
         else:
             both = ("expert_gate", "expert_up")
-            gate_up = self._fp8_of_single(both, layer, local_to_logical)
-            down = self._fp8_of_single(("expert_down",), layer, local_to_logical)
+            gate_up = self._fp8_of_single(both, layer, local_to_logical, num_extra)
+            down = self._fp8_of_single(("expert_down",), layer, local_to_logical, num_extra)
         return Fp8Experts(
             gate_up_EHD=gate_up.values_EOI,
             gate_up_scale_E=gate_up.scale_E,
@@ -275,21 +284,29 @@ class WeightSource:
         return fp8_weight(joined)
 
     def _fp8_of_stacked(
-        self, parameter: str, layer: int, local_to_logical: Sequence[int]
+        self, parameter: str, layer: int, local_to_logical: Sequence[int], num_extra: int
     ) -> _Fp8Stack:
         weight, reader = self._claim(parameter, layer), self._reader
-        stack = _new_stack(len(local_to_logical), weight.expected.shape[1:], self._device)
+        num_local = len(local_to_logical)
+        stack = _new_stack(num_local + num_extra, weight.expected.shape[1:], self._device)
         reader.read_into(
-            stack.values_EOI, weight.values, rows=local_to_logical, progress=self._progress
+            stack.values_EOI[:num_local],
+            weight.values,
+            rows=local_to_logical,
+            progress=self._progress,
         )
         _, *scales = weight.tensors()  # its own, then that of its inputs
         for name, out_E in zip(scales, (stack.scale_E, stack.input_scale_E), strict=True):
-            out_E.copy_(reader.read(name, rows=local_to_logical).view(-1))
-        self._tell(stack.scale_E, stack.input_scale_E)
+            out_E[:num_local].copy_(reader.read(name, rows=local_to_logical).view(-1))
+            self._tell(out_E[:num_local])
         return stack
 
     def _fp8_of_single(
-        self, parameters: Sequence[str], layer: int, local_to_logical: Sequence[int]
+        self,
+        parameters: Sequence[str],
+        layer: int,
+        local_to_logical: Sequence[int],
+        num_extra: int,
     ) -> _Fp8Stack:
         by_expert = [
             [self._claim(parameter, layer, expert) for parameter in parameters]
@@ -297,7 +314,7 @@ class WeightSource:
         ]
         num_out = sum(weight.expected.shape[0] for weight in by_expert[0])
         shape = (num_out, by_expert[0][0].expected.shape[1])
-        stack = _new_stack(len(local_to_logical), shape, self._device)
+        stack = _new_stack(len(local_to_logical) + num_extra, shape, self._device)
         for slot, expert in enumerate(local_to_logical):
             joined = self._read_joined(by_expert[expert])
             stack.values_EOI[slot].copy_(joined.values_OI)

@@ -8,6 +8,9 @@ layout and precision. The one after-load change, splitting kv_b, stands in `_spl
 linear layers and experts as they are stored. kv_b is dequantised in either: it is 3 % of a layer's
 attention and shared expert, and is multiplied from both sides.
 
+A shared expert of the shape of a routed one can stand behind them as the last of their stack, so
+that both are multiplied in the same launches: experts are then loaded first, with a slot to spare.
+
 Shape letters: D hidden, H heads, N nope dim, P rope dim, C latent, E experts, F expert hidden,
 V vocabulary; in w_uv V is the value dim of a head.
 """
@@ -30,6 +33,7 @@ from ostro.actors.model.weight_source import WeightSource
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.fp8_experts import Fp8Experts
+from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.linear import LinearWeight
 
 # Parameters that stay FP8 -> the scales that come along: a weight's own and that of its inputs.
@@ -54,7 +58,8 @@ class AttentionLayerWeights:
         o_proj: [D, H * V].
         gate_ED: float32.
         shared_gate_up: [2F, D] with F = `ModelConfig.shared_hidden_size()`; gate rows, then up.
-        shared_down: [D, F].
+            None where the routed experts' stack holds the shared one.
+        shared_down: [D, F]; None likewise.
     """
 
     input_norm_D: torch.Tensor
@@ -68,8 +73,8 @@ class AttentionLayerWeights:
     o_proj: LinearWeight
     post_norm_D: torch.Tensor
     gate_ED: torch.Tensor
-    shared_gate_up: LinearWeight
-    shared_down: LinearWeight
+    shared_gate_up: LinearWeight | None
+    shared_down: LinearWeight | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +113,18 @@ class ExpertWeights:
     """The routed experts of one shard.
 
     Attributes:
+        layers: May have one slot more than there are local experts, for the shared one.
         local_to_logical: The logical expert in each local slot, the same in every layer.
     """
 
     layers: tuple[ExpertLayer, ...]
     local_to_logical: tuple[int, ...]
+
+    def num_extra(self) -> int:
+        """Slots behind those of routed experts."""
+        first = self.layers[0]
+        stack = first.gate_up_EHD if isinstance(first, Fp8Experts) else first.gate_up
+        return len(stack) - len(self.local_to_logical)
 
 
 def check_checkpoint(directory: Path) -> ModelConfig:
@@ -137,13 +149,28 @@ def load_attention_weights(
     dtype: torch.dtype,
     precision: WeightFormat = WeightFormat.PLAIN,
     progress: ReadProgress | None = None,
+    shared_into: ExpertWeights | None = None,
 ) -> AttentionWeights:
     """Read all that the attention role needs; what `progress` is told adds up to `attention_bytes`.
 
+    Args:
+        reader: The checkpoint.
+        config: Its config.
+        device: Where to.
+        dtype: As what, if not FP8.
+        precision: See the module.
+        progress: Told the bytes filled.
+        shared_into: Takes the shared expert of each layer into its last slot; one layer's is held
+            twice meanwhile.
+
     Raises:
         CheckpointError: As `check_checkpoint`.
-        ValueError: The checkpoint's weights cannot be multiplied in `precision`.
+        ValueError: The checkpoint's weights cannot be multiplied in `precision`, or `shared_into`
+            has no slot to spare.
+        TypeError: Only one of shared and routed experts is FP8 (see `can_stack_shared`).
     """
+    if shared_into is not None and shared_into.num_extra() != 1:
+        raise ValueError("experts that take the shared one must be loaded with num_extra=1")
     source = WeightSource(
         reader, config, Role.ATTENTION, device=device, precision=precision, progress=progress
     )
@@ -152,7 +179,9 @@ def load_attention_weights(
     tied = config.tie_word_embeddings
     weights = AttentionWeights(
         embed_VD=embed_VD,
-        layers=tuple(_attention_layer(source, i, dtype) for i in range(config.num_layers)),
+        layers=tuple(
+            _attention_layer(source, i, dtype, shared_into) for i in range(config.num_layers)
+        ),
         final_norm_D=source.take("final_norm", None, dtype),
         lm_head_VD=embed_VD if tied else source.take("lm_head", None, dtype),
         vision=_vision(source, dtype),
@@ -170,6 +199,7 @@ def load_expert_weights(
     dtype: torch.dtype,
     precision: WeightFormat = WeightFormat.PLAIN,
     progress: ReadProgress | None = None,
+    num_extra: int = 0,
 ) -> ExpertWeights:
     """Read these experts of every layer, and no other byte.
 
@@ -181,6 +211,7 @@ def load_expert_weights(
         dtype: As what, if not FP8.
         precision: See the module.
         progress: Told the bytes filled; in the end they add up to `expert_bytes`.
+        num_extra: Slots behind those, not filled: 1 for `load_attention_weights`'s `shared_into`.
 
     Raises:
         CheckpointError: As `check_checkpoint`.
@@ -193,16 +224,34 @@ def load_expert_weights(
     )
     source.tell_dequantized(dtype)
     layers = tuple(
-        _expert_layer(source, layer, local_to_logical, dtype) for layer in range(config.num_layers)
+        _expert_layer(source, layer, local_to_logical, dtype, num_extra)
+        for layer in range(config.num_layers)
     )
     source.verify()
     return ExpertWeights(layers=layers, local_to_logical=tuple(local_to_logical))
 
 
+def can_stack_shared(
+    reader: CheckpointReader, config: ModelConfig, precision: WeightFormat = WeightFormat.PLAIN
+) -> bool:
+    """Whether shared experts have the shape and the format of routed ones, as `shared_into` asks.
+
+    Raises:
+        CheckpointError: The names follow no known scheme.
+    """
+    if config.shared_hidden_size() != config.expert_hidden_size:
+        return False
+    return precision is WeightFormat.PLAIN or all(
+        weight.weight_format is precision
+        for weight in match_tensors(reader, config).weights.values()
+        if weight.expected.parameter.startswith(("shared_", "expert"))
+    )
+
+
 def attention_bytes(
     config: ModelConfig, dtype: torch.dtype, precision: WeightFormat = WeightFormat.PLAIN
 ) -> int:
-    """Memory that `load_attention_weights` fills, in bytes.
+    """Memory that `load_attention_weights` fills, in bytes, wherever the shared experts stand.
 
     Exact where all is FP8 that may be, as in the official checkpoint.
     """
@@ -237,15 +286,39 @@ def _attention_tensor_bytes(
 
 
 def _expert_layer(
-    source: WeightSource, layer: int, local_to_logical: Sequence[int], dtype: torch.dtype
+    source: WeightSource,
+    layer: int,
+    local_to_logical: Sequence[int],
+    dtype: torch.dtype,
+    num_extra: int,
 ) -> ExpertLayer:
     if source.has_fp8_experts(layer):
-        return source.take_fp8_experts(layer, local_to_logical)
-    gate_up, down = source.take_experts(layer, local_to_logical, dtype)
+        return source.take_fp8_experts(layer, local_to_logical, num_extra)
+    gate_up, down = source.take_experts(layer, local_to_logical, dtype, num_extra)
     return ExpertLayerWeights(gate_up=gate_up, down=down)
 
 
-def _attention_layer(source: WeightSource, layer: int, dtype: torch.dtype) -> AttentionLayerWeights:
+def _stack_shared(experts: ExpertLayer, gate_up: LinearWeight, down: LinearWeight) -> None:
+    """Copy a shared expert into the last slot."""
+    if isinstance(experts, Fp8Experts):
+        if not isinstance(gate_up, Fp8Weight) or not isinstance(down, Fp8Weight):
+            raise TypeError("routed experts are FP8 and the shared one is not; load it apart")
+        experts.gate_up_EHD[-1].copy_(gate_up.values_OI)
+        experts.gate_up_scale_E[-1] = gate_up.scale
+        experts.gate_up_input_scale_E[-1] = gate_up.input_scale
+        experts.down_EDF[-1].copy_(down.values_OI)
+        experts.down_scale_E[-1] = down.scale
+        experts.down_input_scale_E[-1] = down.input_scale
+        return
+    if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
+        raise TypeError("the shared expert is FP8 and routed ones are not; load it apart")
+    experts.gate_up[-1].copy_(gate_up)
+    experts.down[-1].copy_(down)
+
+
+def _attention_layer(
+    source: WeightSource, layer: int, dtype: torch.dtype, shared_into: ExpertWeights | None
+) -> AttentionLayerWeights:
     def take(parameter: str) -> torch.Tensor:
         return source.take(parameter, layer, dtype)
 
@@ -253,6 +326,10 @@ def _attention_layer(source: WeightSource, layer: int, dtype: torch.dtype) -> At
         return source.take_linear(parameters, layer, dtype)
 
     w_uk_HNC, w_uv_HVC = _split_kv_b(source.config, take("kv_b"))
+    shared_gate_up = take_linear("shared_gate", "shared_up")
+    shared_down = take_linear("shared_down")
+    if shared_into is not None:
+        _stack_shared(shared_into.layers[layer], shared_gate_up, shared_down)
     return AttentionLayerWeights(
         input_norm_D=take("input_norm"),
         q_a=take_linear("q_a"),
@@ -265,8 +342,8 @@ def _attention_layer(source: WeightSource, layer: int, dtype: torch.dtype) -> At
         o_proj=take_linear("o_proj"),
         post_norm_D=take("post_norm"),
         gate_ED=source.take("gate", layer, torch.float32),
-        shared_gate_up=take_linear("shared_gate", "shared_up"),
-        shared_down=take_linear("shared_down"),
+        shared_gate_up=shared_gate_up if shared_into is None else None,
+        shared_down=shared_down if shared_into is None else None,
     )
 
 

@@ -58,11 +58,13 @@ def _quantize_fp8() -> None:
     quantize_fp8_triton(_rows(), _meta(dtype=torch.float32))
 
 
-def _routed(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _routed(
+    num_rows: int, num_chosen: int = _NUM_CHOSEN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
         _meta(num_rows, _HIDDEN),
-        _meta(num_rows, _NUM_CHOSEN, dtype=torch.int64),
-        _meta(num_rows, _NUM_CHOSEN, dtype=torch.float32),
+        _meta(num_rows, num_chosen, dtype=torch.int64),
+        _meta(num_rows, num_chosen, dtype=torch.float32),
     )
 
 
@@ -73,18 +75,20 @@ def _experts(num_rows: int) -> None:
     expert_mlp_triton(*_routed(num_rows), gate_up, down, counts)
 
 
-def _experts_fp8(num_rows: int) -> None:
-    scale = _meta(_NUM_EXPERTS, dtype=torch.float32)
+def _experts_fp8(num_rows: int, num_shared: int = 0) -> None:
+    num_slots = _NUM_EXPERTS + num_shared
+    scale = _meta(num_slots, dtype=torch.float32)
     experts = Fp8Experts(
-        gate_up_EHD=_meta(_NUM_EXPERTS, 2 * _INNER, _HIDDEN, dtype=torch.float8_e4m3fn),
+        gate_up_EHD=_meta(num_slots, 2 * _INNER, _HIDDEN, dtype=torch.float8_e4m3fn),
         gate_up_scale_E=scale,
         gate_up_input_scale_E=scale,
-        down_EDF=_meta(_NUM_EXPERTS, _HIDDEN, _INNER, dtype=torch.float8_e4m3fn),
+        down_EDF=_meta(num_slots, _HIDDEN, _INNER, dtype=torch.float8_e4m3fn),
         down_scale_E=scale,
         down_input_scale_E=scale,
     )
-    counts = _meta(1 + _NUM_EXPERTS, dtype=torch.int64)
-    expert_mlp_fp8_triton(*_routed(num_rows), experts, counts)
+    counts = _meta(1 + num_slots, dtype=torch.int64)
+    routed = _routed(num_rows, _NUM_CHOSEN + num_shared)
+    expert_mlp_fp8_triton(*routed, experts, counts)
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
@@ -95,6 +99,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "add_residual": _add_residual,
     "combine_norm": _combine_norm,
     "combine_norm_of_sum": _combine_norm_of_sum,
+    "experts_fp8_1_shared": functools.partial(_experts_fp8, 1, 1),
     "rms_norm": _rms_norm,
     "quantize_fp8": _quantize_fp8,
 }

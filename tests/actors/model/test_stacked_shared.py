@@ -10,12 +10,14 @@ import checkpoint_variants
 import checkpoints
 import pytest
 import torch
-from model_rig import ModelRig, relative_error
+from model_rig import ModelRig, make_progress, relative_error
 
 from ostro.actors.attention_shard import stacks_shared
 from ostro.actors.fabric.local_exchange import LocalExchange
 from ostro.actors.fabric.placement import Placement, initial_placement
+from ostro.actors.model.batch import build_batches
 from ostro.actors.model.checkpoint import CheckpointReader
+from ostro.actors.model.cuda_graphs import GraphedDecoder
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.weights import (
@@ -153,6 +155,30 @@ def test_a_gpu_gives_the_logits_of_a_shared_expert_apart(
     expected = apart.logits_in_chunks(TOKENS, chunk)
     assert float((found - expected).norm() / expected.norm()) < 0.1
     assert {sum(layer) for layer in local.take_counts()} == {4 * len(TOKENS)}
+
+
+@pytest.mark.gpu
+@each_precision
+def test_a_graph_gives_what_single_launches_give(
+    directory: Callable[..., Path], precision: WeightFormat
+) -> None:
+    rig, local = stacked_rig(directory(), precision, "cuda", BF16)
+    graphed = GraphedDecoder(rig.decoder, rig.exchange)
+    graphed.capture(max_requests=4, max_context=256, num_pages=256)
+    progress = [make_progress(str(i), TOKENS[: 20 + i]) for i in range(3)]
+    logits_BV = rig.step([rig.entry(one, one.num_tokens) for one in progress])
+    for one, token_id in zip(progress, logits_BV.argmax(dim=1).tolist(), strict=True):
+        one.output_token_ids.append(token_id)
+    entries = [rig.entry(one, 1) for one in progress]
+    batches = build_batches(
+        entries, page_size=rig.cache.page_size, num_micro_batches=1, device="cuda"
+    )
+    expected_BV = rig.step(entries)
+    local.take_counts()
+    (logits_BV,) = graphed.forward(batches, rig.exchange)  # of four requests, one of them padding
+    assert graphed.seconds["graph"] > 0.0
+    torch.testing.assert_close(logits_BV, expected_BV, rtol=2e-2, atol=2e-2)
+    assert {sum(layer) for layer in local.take_counts()} == {4 * len(progress)}
 
 
 # ---- weights

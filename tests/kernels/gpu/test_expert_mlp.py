@@ -7,8 +7,9 @@ import torch
 from expert_cases import make_fp8_experts, make_routed, make_weights
 
 from ostro.kernels.fp8_experts import expert_mlp_fp8_reference
+from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
-from ostro.kernels.grouped_gemm import expert_mlp_reference
+from ostro.kernels.grouped_gemm import expert_mlp_reference, mlp
 
 HIDDEN, INNER = 48, 80
 
@@ -56,6 +57,35 @@ def test_expert_mlp_fp8_triton_matches_reference(
     # A hidden value beside the middle of two e4m3 values may round the other way: 1/16 of it.
     torch.testing.assert_close(out_RD.float(), expected_RD, rtol=2e-2, atol=3e-2)
     assert int(counts.sum()) == expert_RK.numel()
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 40])
+def test_a_shared_expert_behind_the_routed_ones_adds_its_mlp(
+    num_rows: int, triton_device: str
+) -> None:
+    rows_RD, expert_RK, weight_RK = make_routed(num_rows, 6, HIDDEN, 0.3, torch.bfloat16)
+    always = torch.full((num_rows, 1), 6), torch.ones(num_rows, 1)
+    routed = torch.cat((expert_RK, always[0]), 1), torch.cat((weight_RK, always[1]), 1)
+    experts = make_fp8_experts(7, HIDDEN, INNER, triton_device)
+    counts = _counts(7, triton_device)
+    out_RD = expert_mlp_fp8_triton(
+        rows_RD.to(triton_device), *(each.to(triton_device) for each in routed), experts, counts
+    )
+    experts = make_fp8_experts(7, HIDDEN, INNER)
+    expected_RD = expert_mlp_fp8_reference(rows_RD.float(), expert_RK, weight_RK, experts)
+    gate_up = Fp8Weight(
+        values_OI=experts.gate_up_EHD[6],
+        scale=experts.gate_up_scale_E[6],
+        input_scale=experts.gate_up_input_scale_E[6],
+    )
+    down = Fp8Weight(
+        values_OI=experts.down_EDF[6],
+        scale=experts.down_scale_E[6],
+        input_scale=experts.down_input_scale_E[6],
+    )
+    expected_RD += mlp(rows_RD.float(), gate_up, down)
+    torch.testing.assert_close(out_RD.float().cpu(), expected_RD, rtol=2e-2, atol=3e-2)
+    assert int(counts[7]) == num_rows
 
 
 def test_expert_mlp_triton_gives_a_row_the_same_result_alone(triton_device: str) -> None:

@@ -26,7 +26,7 @@ from ostro.kernels.gpu.tiles import architecture
 # Keys of a chunk: a longer request has longer ones, so that its join stays short.
 MIN_CHUNK_KEYS, MAX_CHUNK_KEYS, _LONG = 512, 1024, 65_536
 _MAX_TILE_KEYS = 64
-_BLOCK_CHUNKS = 16
+_BLOCK_CHUNKS, _BLOCK_LATENT = 64, 64  # of a program that joins
 _BLACKWELL = 100
 _LOG2_E = 1.4426950408889634
 
@@ -37,16 +37,25 @@ class DecodeCut:
 
     Attributes:
         num_warps: Per program.
-        num_stages: Steps whose loads are under way: tiles and, one step further, a page's number.
+        num_stages: Steps whose tiles are in shared memory or on their way, and one.
+        tiles: Of 64 keys in a step, 1 or 2: a step takes one maximum over its keys.
+        late_sum: Sum weights over keys after the last step, not in each.
+        patience: Powers of two by which scores may pass the reference of the weights before the
+            sums are scaled to a new one.
+        narrow_parts: Keep the chunks' results in the queries' dtype, not in float32.
     """
 
     num_warps: int
     num_stages: int
+    tiles: int = 1
+    late_sum: bool = False
+    patience: int = 0
+    narrow_parts: bool = False
 
 
 def decode_cut(device: torch.device) -> DecodeCut:
     """The usual one; on Blackwell the sums of four warps spill."""
-    return DecodeCut(num_warps=4 if architecture(device) < _BLACKWELL else 8, num_stages=3)
+    return DecodeCut(num_warps=4 if architecture(device) < _BLACKWELL else 8, num_stages=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +143,21 @@ def attend_latents_triton(
     num_tokens, num_heads, width = q_THW.shape
     page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X4)
     keys = min(page_size, _MAX_TILE_KEYS)
-    rows = cache_NSW.view(-1, width)
     block_heads = max(16, triton.next_power_of_2(num_heads))
-    part_XHC = q_THW.new_empty(num_chunks, num_heads, latent, dtype=torch.float32)
+    kind = q_THW.dtype if cut.narrow_parts else torch.float32
+    part_XHC = q_THW.new_empty(num_chunks, num_heads, latent, dtype=kind)
     lse_XH = q_THW.new_empty(num_chunks, num_heads, dtype=torch.float32)
     out_THC = q_THW.new_empty(num_tokens, num_heads, latent)
     _attend_kernel[(num_chunks,)](
         q_THW,
-        TensorDescriptor.from_tensor(rows, [keys, latent]),
-        TensorDescriptor.from_tensor(rows, [keys, width - latent]),
+        TensorDescriptor.from_tensor(cache_NSW, [1, keys, latent]),
+        TensorDescriptor.from_tensor(cache_NSW, [1, keys, width - latent]),
         chunks.pages_G,
         chunks.chunk_X4,
+        chunks.first_T1,
         part_XHC,
         lse_XH,
+        out_THC,
         scale * _LOG2_E,
         num_heads,
         C=latent,
@@ -154,17 +165,21 @@ def attend_latents_triton(
         S=page_size,
         KEYS=keys,
         BLOCK_H=block_heads,
-        STAGES=cut.num_stages,
+        TILES=cut.tiles,
+        LATE_SUM=cut.late_sum,
+        PATIENCE=cut.patience,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
     )
-    _join_kernel[(num_tokens, num_heads)](
+    block_latent = min(latent, _BLOCK_LATENT)
+    _join_kernel[(num_tokens, num_heads, latent // block_latent)](
         part_XHC,
         lse_XH,
         chunks.first_T1,
         out_THC,
         num_heads,
         C=latent,
+        BLOCK_C=block_latent,
         BLOCK_X=_BLOCK_CHUNKS,
         num_warps=4,
     )
@@ -192,19 +207,57 @@ def attend_latents_reference(
 
 
 @triton.jit
-def _fold(q_latent, q_rope, latent, rope, is_seen, scale2, largest, total, values):
-    """One tile of keys into the online softmax, in base 2; `is_seen` is None for a full tile."""
+def _page(first, key, stop, S: tl.constexpr):
+    """Number of the page that holds a key; of the last one's for keys beyond the chunk."""
+    return tl.load(first + tl.minimum(key, stop - 1) // S)
+
+
+@triton.jit
+def _tile(
+    latents,
+    rope_keys,
+    page,
+    key,
+    stop,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    S: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Rows of a tile's keys: latents and rope parts.
+
+    A part of a tile comes as the end of its box, behind keys of another tile or the zeros that are
+    read before a page. So no place is read that no key was written to: it may hold NaN, and
+    0 * NaN would reach the output.
+    """
+    place = tl.minimum(key, stop - KEYS) - key // S * S
+    latent = latents.load([page, place, 0]).reshape(KEYS, C)
+    rope = rope_keys.load([page, place, C]).reshape(KEYS, P)
+    return latent, rope
+
+
+@triton.jit
+def _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS: tl.constexpr):
     score = tl.dot(latent, q_latent.T, input_precision="ieee")
     score = tl.dot(rope, q_rope.T, score, input_precision="ieee") * scale2
-    if is_seen is not None:
-        score = tl.where(is_seen[:, None], score, float("-inf"))
-    now = tl.maximum(largest, tl.max(score, 0))
-    weight = tl.exp2(score - now[None, :])
-    decay = tl.exp2(largest - now)
-    total = total * decay + tl.sum(weight, 0)
-    values = values * decay[None, :]
-    values = tl.dot(latent.T, weight.to(latent.dtype), values, input_precision="ieee")
-    return now, total, values
+    is_of_tile = tl.arange(0, KEYS) >= key + KEYS - stop
+    return tl.where(is_of_tile[:, None], score, float("-inf"))
+
+
+@triton.jit
+def _decayed(values, largest, peak, PATIENCE: tl.constexpr):
+    """The new reference of the weights, how much the old sums shrink, and the values shrunk."""
+    if PATIENCE:
+        is_far = peak > largest + PATIENCE
+        now = tl.where(is_far, peak, largest)
+        decay = tl.exp2(largest - now)
+        if tl.max(is_far.to(tl.int32), 0) > 0:
+            values = values * decay[None, :]
+    else:
+        now = tl.maximum(largest, peak)
+        decay = tl.exp2(largest - now)
+        values = values * decay[None, :]
+    return now, decay, values
 
 
 @triton.jit
@@ -214,8 +267,10 @@ def _attend_kernel(
     rope_keys,
     pages,
     chunk,
+    first_of,
     part,
     lse,
+    out,
     scale2,
     H,
     C: tl.constexpr,
@@ -223,62 +278,85 @@ def _attend_kernel(
     S: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    STAGES: tl.constexpr,
+    TILES: tl.constexpr,
+    LATE_SUM: tl.constexpr,
+    PATIENCE: tl.constexpr,
 ):
     x = tl.program_id(0)
     t = tl.load(chunk + x * 4)
     start = tl.load(chunk + x * 4 + 1)
     stop = tl.load(chunk + x * 4 + 2)
     if start < stop:
+        first = pages + tl.load(chunk + x * 4 + 3) - start // S
+        # Loads of tiles must not wait for their pages' numbers: those are read one step before.
+        page, page_2 = _page(first, start, stop, S), _page(first, start + KEYS, stop, S)
+        num_chunks = tl.load(first_of + t + 1) - tl.load(first_of + t)
         h, c, p = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, P)
         row = q + (t.to(tl.int64) * H + h)[:, None] * (C + P)
         q_latent = tl.load(row + c[None, :], mask=(h < H)[:, None], other=0.0)
         q_rope = tl.load(row + C + p[None, :], mask=(h < H)[:, None], other=0.0)
-        first = pages + tl.load(chunk + x * 4 + 3) - start // S
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_H,), tl.float32)
+        total = tl.zeros((KEYS, BLOCK_H) if LATE_SUM else (BLOCK_H,), tl.float32)
         values = tl.zeros((C, BLOCK_H), tl.float32)
-        full = start + (stop - start) // KEYS * KEYS
-        for key in tl.range(start, full, KEYS, num_stages=STAGES):
-            slot = tl.load(first + key // S) * S + key % S
-            latent, rope = latents.load([slot, 0]), rope_keys.load([slot, C])
-            largest, total, values = _fold(
-                q_latent, q_rope, latent, rope, None, scale2, largest, total, values
-            )
-        if full < stop:
-            slot = tl.load(first + full // S) * S + full % S
-            is_seen = full + tl.arange(0, KEYS) < stop
-            # What an earlier owner left in the page may be NaN, and 0 * NaN would reach the output.
-            latent = tl.where(is_seen[:, None], latents.load([slot, 0]), 0.0)
-            rope = tl.where(is_seen[:, None], rope_keys.load([slot, C]), 0.0)
-            latent, rope = latent.to(q_latent.dtype), rope.to(q_rope.dtype)
-            largest, total, values = _fold(
-                q_latent, q_rope, latent, rope, is_seen, scale2, largest, total, values
-            )
-        place = (x.to(tl.int64) * H + h) * C
-        out = tl.trans(values / total[None, :])
-        tl.store(part + place[:, None] + c[None, :], out, mask=(h < H)[:, None])
-        tl.store(lse + x * H + h, largest + tl.log2(total), mask=h < H)
+        for key in range(start, stop, TILES * KEYS):
+            latent, rope = _tile(latents, rope_keys, page, key, stop, C, P, S, KEYS)
+            score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
+            peak = score
+            if TILES == 2:
+                key_2 = key + KEYS
+                latent_2, rope_2 = _tile(latents, rope_keys, page_2, key_2, stop, C, P, S, KEYS)
+                score_2 = _score(q_latent, q_rope, latent_2, rope_2, scale2, key_2, stop, KEYS)
+                peak = tl.maximum(score, score_2)
+            page = _page(first, key + TILES * KEYS, stop, S)
+            page_2 = _page(first, key + (TILES + 1) * KEYS, stop, S)
+            largest, decay, values = _decayed(values, largest, tl.max(peak, 0), PATIENCE)
+            weight = tl.exp2(score - largest[None, :])
+            weights = weight
+            if TILES == 2:
+                weight_2 = tl.exp2(score_2 - largest[None, :])
+                weights += weight_2
+            if LATE_SUM:
+                total = total * decay[None, :] + weights
+            else:
+                total = total * decay + tl.sum(weights, 0)
+            weight = weight.to(latent.dtype)
+            values = tl.dot(latent.T, weight, values, input_precision="ieee")
+            if TILES == 2:
+                weight_2 = weight_2.to(latent.dtype)
+                values = tl.dot(latent_2.T, weight_2, values, input_precision="ieee")
+        if LATE_SUM:
+            total = tl.sum(total, 0)
+        result = tl.trans(values / total[None, :])
+        if num_chunks == 1:
+            place = (t.to(tl.int64) * H + h)[:, None] * C + c[None, :]
+            tl.store(out + place, result.to(out.dtype.element_ty), mask=(h < H)[:, None])
+        else:
+            place = (x.to(tl.int64) * H + h)[:, None] * C + c[None, :]
+            tl.store(part + place, result.to(part.dtype.element_ty), mask=(h < H)[:, None])
+            tl.store(lse + x * H + h, largest + tl.log2(total), mask=h < H)
 
 
 @triton.jit
-def _join_kernel(part, lse, first, out, H, C: tl.constexpr, BLOCK_X: tl.constexpr):
+def _join_kernel(
+    part, lse, first, out, H, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr
+):
     t, h = tl.program_id(0), tl.program_id(1)
-    c = tl.arange(0, C)
-    stop = tl.load(first + t + 1)
-    largest = float("-inf")
-    total = 0.0
-    values = tl.zeros((C,), tl.float32)
-    for start in range(tl.load(first + t), stop, BLOCK_X):
-        x = start + tl.arange(0, BLOCK_X)
-        mass = tl.load(lse + x * H + h, mask=x < stop, other=float("-inf"))
-        place = (x.to(tl.int64) * H + h) * C
-        rows = tl.load(part + place[:, None] + c[None, :], mask=(x < stop)[:, None], other=0.0)
-        now = tl.maximum(largest, tl.max(mass, 0))
-        share = tl.exp2(mass - now)
-        decay = tl.exp2(largest - now)
-        total = total * decay + tl.sum(share, 0)
-        values = values * decay + tl.sum(rows * share[:, None], 0)
-        largest = now
-    values = values / tl.where(total > 0, total, 1.0)
-    tl.store(out + (t.to(tl.int64) * H + h) * C + c, values.to(out.dtype.element_ty))
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    begin, stop = tl.load(first + t), tl.load(first + t + 1)
+    if stop - begin != 1:
+        largest = float("-inf")
+        total = 0.0
+        values = tl.zeros((BLOCK_C,), tl.float32)
+        for start in range(begin, stop, BLOCK_X):
+            x = start + tl.arange(0, BLOCK_X)
+            mass = tl.load(lse + x * H + h, mask=x < stop, other=float("-inf"))
+            place = (x.to(tl.int64) * H + h) * C
+            rows = tl.load(part + place[:, None] + c[None, :], mask=(x < stop)[:, None], other=0.0)
+            now = tl.maximum(largest, tl.max(mass, 0))
+            share = tl.exp2(mass - now)
+            decay = tl.exp2(largest - now)
+            total = total * decay + tl.sum(share, 0)
+            values = values * decay + tl.sum(rows.to(tl.float32) * share[:, None], 0)
+            largest = now
+        values = values / tl.where(total > 0, total, 1.0)
+        tl.store(out + (t.to(tl.int64) * H + h) * C + c, values.to(out.dtype.element_ty))

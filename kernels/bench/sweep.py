@@ -21,7 +21,7 @@ from ostro.kernels.bench.tuned import TILED
 from ostro.kernels.gpu.tiles import Tile, TunedTiles, tile
 
 # Tokens of a batch whose tiles have so many rows.
-TOKENS_OF_ROWS = {16: 32, 32: 1024, 64: 2048, 128: 8192}
+TOKENS_OF_ROWS = {16: 32, 32: 512, 64: 1024, 128: 8192}
 FEW_TOKENS = (1, 4)  # whose tiles are too few for every processor to have several
 ROW_BATCHES = (128, 256, 512, 1024, 2048, 4096, 8192)
 # Few experts, few rows: as many of each as their strides are multiples of 16.

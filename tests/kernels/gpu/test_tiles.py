@@ -16,9 +16,19 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("num_pairs", "num_experts", "expected"),
-    [(4, 128, 16), (64, 128, 16), (2_048, 128, 16), (2_049 + 127, 128, 32), (10_000, 128, 128)],
+    [
+        (4, 128, 16),
+        (64, 128, 16),
+        (11 * 128, 128, 16),
+        (12 * 128, 128, 32),
+        (2_048, 128, 32),
+        (64 * 128, 128, 128),
+        (10_000, 128, 128),
+    ],
 )
-def test_block_rows_hold_an_experts_share(num_pairs: int, num_experts: int, expected: int) -> None:
+def test_block_rows_hold_half_more_than_an_experts_share(
+    num_pairs: int, num_experts: int, expected: int
+) -> None:
     assert block_rows(num_pairs, num_experts) == expected
 
 

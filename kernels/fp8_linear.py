@@ -68,6 +68,7 @@ def fp8_linear_cuda(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Te
     Sums are not taken by the fast accumulation, which on Hopper keeps 14 bits of them.
     """
     from ostro.kernels.gpu.fp8_linear import (
+        MAX_FEW_INPUTS,
         MAX_FEW_ROWS,
         fp8_linear_triton,
         quantize_fp8_triton,
@@ -77,7 +78,8 @@ def fp8_linear_cuda(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.Te
         raise ValueError(
             f"an FP8 weight of {list(weight.values_OI.shape)}: both must divide by {_STEP} on a GPU"
         )
-    if len(x_TI.values_TI if isinstance(x_TI, Fp8Rows) else x_TI) <= MAX_FEW_ROWS:
+    num_rows, num_in = (x_TI.values_TI if isinstance(x_TI, Fp8Rows) else x_TI).shape
+    if num_rows <= MAX_FEW_ROWS and num_in <= MAX_FEW_INPUTS:
         return fp8_linear_triton(x_TI, weight)
     if not isinstance(x_TI, Fp8Rows):
         values_TI = quantize_fp8_triton(x_TI, weight.input_scale)

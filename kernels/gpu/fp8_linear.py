@@ -3,7 +3,7 @@
     out[t] = clamp(x[t] / scale)
 
 One token's product is bound by the weight's bytes, and a tensor core has nothing to do: each
-program sums up whole rows of the weight, all of which it has asked for at once.
+program keeps the token and sums up whole rows of the weight, the next ones on their way.
 
 Shape legend: T rows, I inputs, O outputs.
 """
@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 
 from ostro.kernels.fp8_linear import Fp8Rows, Fp8Weight
+from ostro.kernels.gpu.tiles import num_processors
 
-MAX_FEW_ROWS = 2
-_FEW_OUTPUTS = 4
-_FEW_INPUTS = 4096  # at once; 16 KB of weight for each program
+MAX_FEW_ROWS, MAX_FEW_INPUTS = 2, 16_384
+_FEW_VALUES = 16_384  # of a weight at once, for each program
+_FEW_STAGES = 4  # of them on their way
+_FEW_PROGRAMS = 2  # of a processor
 _BLOCK_I = 2048  # of bfloat16: 32 bytes for each of 128 threads
 
 
@@ -40,7 +42,7 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
     """`ostro.kernels.fp8_linear.fp8_linear` of at most `MAX_FEW_ROWS` rows by Triton.
 
     Rows that are not rounded yet are rounded by every program for itself, which takes less than a
-    launch more.
+    launch more. I is at most `MAX_FEW_INPUTS`.
     """
     rows_TI = x_TI.values_TI if isinstance(x_TI, Fp8Rows) else x_TI
     (num_rows, num_in), num_out = rows_TI.shape, len(weight.values_OI)
@@ -48,7 +50,11 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
     if rows_TI.stride(1) != 1:
         rows_TI = rows_TI.contiguous()
     if num_rows:
-        _fp8_linear_kernel[(triton.cdiv(num_out, _FEW_OUTPUTS),)](
+        block_in = triton.next_power_of_2(num_in)
+        block_out = _FEW_VALUES // block_in
+        processors = num_processors(rows_TI.device)
+        num_programs = min(triton.cdiv(num_out, block_out), _FEW_PROGRAMS * processors)
+        _fp8_linear_kernel[(num_programs,)](
             rows_TI,
             weight.values_OI,
             weight.scale,
@@ -59,9 +65,9 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
             num_in,
             T=num_rows,
             IS_ROUNDED=isinstance(x_TI, Fp8Rows),
-            BLOCK_T=triton.next_power_of_2(num_rows),
-            BLOCK_O=_FEW_OUTPUTS,
-            BLOCK_I=min(_FEW_INPUTS, triton.next_power_of_2(num_in)),
+            BLOCK_O=block_out,
+            BLOCK_I=block_in,
+            STAGES=_FEW_STAGES,
             num_warps=8,
         )
     return out_TO
@@ -79,29 +85,31 @@ def _fp8_linear_kernel(
     num_in,
     T: tl.constexpr,
     IS_ROUNDED: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tl.arange(0, BLOCK_I)
     unit = tl.load(input_scale)
     factor = tl.load(scale) * unit
-    t = tl.arange(0, BLOCK_T)
-    sums = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
-    for start in range(0, num_in, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)
+    first = tl.load(x + i, mask=i < num_in, other=0.0)
+    last = tl.load(x + (T - 1) * stride + i, mask=i < num_in, other=0.0)
+    if not IS_ROUNDED:
+        first = in_units(first.to(tl.float32), unit).to(values.dtype.element_ty)
+        last = in_units(last.to(tl.float32), unit).to(values.dtype.element_ty)
+    first, last = first.to(tl.float32), last.to(tl.float32)
+    for block in tl.range(
+        tl.program_id(0), tl.cdiv(num_out, BLOCK_O), tl.num_programs(0), num_stages=STAGES
+    ):
+        o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         is_in = (o < num_out)[:, None] & (i < num_in)[None, :]
         place = o.to(tl.int64)[:, None] * num_in + i[None, :]
         w = tl.load(values + place, mask=is_in, other=0.0).to(tl.float32)
-        for row in tl.static_range(T):
-            value = tl.load(x + row * stride + i, mask=i < num_in, other=0.0)
-            if not IS_ROUNDED:
-                value = in_units(value.to(tl.float32), unit).to(values.dtype.element_ty)
-            total = tl.sum(w * value.to(tl.float32)[None, :], 1)
-            sums += tl.where((t == row)[None, :], total[:, None], 0.0)
-    place = t[None, :] * num_out + o[:, None]
-    is_out = (o < num_out)[:, None] & (t < T)[None, :]
-    tl.store(out + place, (sums * factor).to(out.dtype.element_ty), mask=is_out)
+        total = tl.sum(w * first[None, :], 1) * factor
+        tl.store(out + o, total.to(out.dtype.element_ty), mask=o < num_out)
+        if T == 2:
+            total = tl.sum(w * last[None, :], 1) * factor
+            tl.store(out + num_out + o, total.to(out.dtype.element_ty), mask=o < num_out)
 
 
 @triton.jit

@@ -89,13 +89,17 @@ def architecture(device: torch.device) -> int:
 
 def num_programs(tile_: Tile, device: torch.device) -> int:
     """Persistent programs that fill the device."""
+    return num_processors(device) * tile_.programs_per_processor
+
+
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; few in the interpreter, so that programs take turns."""
     if device.type == "cuda":
-        num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    elif device.type == "cpu":
-        num_processors = _NUM_PROCESSORS_INTERPRETED
-    else:
-        num_processors = _NUM_PROCESSORS_ELSEWHERE
-    return num_processors * tile_.programs_per_processor
+        count: int = torch.cuda.get_device_properties(device).multi_processor_count
+        return count
+    if device.type == "cpu":
+        return _NUM_PROCESSORS_INTERPRETED
+    return _NUM_PROCESSORS_ELSEWHERE
 
 
 _FP8_ON_HOPPER = {

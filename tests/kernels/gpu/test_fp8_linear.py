@@ -54,7 +54,7 @@ def test_quantize_fp8_triton_keeps_a_nan_where_it_is(triton_device: str) -> None
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, MAX_FEW_ROWS])
-@pytest.mark.parametrize(("outputs", "inputs"), [(5, 7), (48, 80), (9, 5000)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 7), (3000, 80), (9, 5000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fp8_linear_triton_matches_reference(
     num_rows: int, outputs: int, inputs: int, dtype: torch.dtype, triton_device: str

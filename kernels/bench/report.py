@@ -163,6 +163,8 @@ def trials_line(trials: Sequence[Trial]) -> str:
     Example:
         "gate_up bfloat16 B=32 rows=16:  902.1 us 16 64 64 w4 s5 p1 | 912.0 us ..."
     """
+    if len({trial.size for trial in trials}) > 1:
+        return sweep_attention.contexts_line(trials)
     first, num_failed = trials[0], sum(trial.us is None for trial in trials)
     best = [f"{t.us:.1f} us {t.label()}" for group in by_time(trials) for t in group[:_NUM_TOLD]]
     failed = f"  {num_failed} failed" if num_failed else ""

@@ -37,25 +37,30 @@ class DecodeCut:
 
     Attributes:
         num_warps: Per program.
-        num_stages: Steps whose tiles are in shared memory or on their way, and one.
-        tiles: Of 64 keys in a step, 1 or 2: a step takes one maximum over its keys.
+        num_stages: Tiles in shared memory or on their way.
         late_sum: Sum weights over keys after the last step, not in each.
         patience: Powers of two by which scores may pass the reference of the weights before the
-            sums are scaled to a new one.
+            sums are scaled to a new one; 0 takes every new maximum.
+        early_loads: Issue the next tile's loads before a tile's scores, not after them.
         narrow_parts: Keep the chunks' results in the queries' dtype, not in float32.
     """
 
     num_warps: int
     num_stages: int
-    tiles: int = 1
     late_sum: bool = False
     patience: int = 0
+    early_loads: bool = False
     narrow_parts: bool = False
 
 
 def decode_cut(device: torch.device) -> DecodeCut:
     """The usual one; on Blackwell the sums of four warps spill."""
-    return DecodeCut(num_warps=4 if architecture(device) < _BLACKWELL else 8, num_stages=2)
+    return DecodeCut(
+        num_warps=4 if architecture(device) < _BLACKWELL else 8,
+        num_stages=2,
+        late_sum=True,
+        early_loads=architecture(device) < _BLACKWELL,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,15 @@ def cut_chunks(
         page_size: At most a chunk.
         keys_at_once: Keys of a chunk; None means `chunk_keys` of each context.
 
+    Raises:
+        ValueError: A program does not hold the pages of so many keys at once.
+
     Example:
         tables [[7, 5], [9]] of 512 keys a page, lengths [600, 3] give pages [7, 5, 9], chunks
         [(0, 0, 512, 0), (0, 512, 600, 1), (1, 0, 3, 2)] and first [0, 2, 3].
     """
+    if keys_at_once is not None and keys_at_once > MAX_CHUNK_KEYS:
+        raise ValueError(f"keys_at_once={keys_at_once} is more than {MAX_CHUNK_KEYS}")
     pages: list[int] = []
     chunks: list[tuple[int, int, int, int]] = []
     first = [0]
@@ -165,9 +175,11 @@ def attend_latents_triton(
         S=page_size,
         KEYS=keys,
         BLOCK_H=block_heads,
-        TILES=cut.tiles,
         LATE_SUM=cut.late_sum,
         PATIENCE=cut.patience,
+        EARLY_LOADS=cut.early_loads,
+        PAGES=max(1, MAX_CHUNK_KEYS // page_size),
+        STAGES=cut.num_stages,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
     )
@@ -207,29 +219,28 @@ def attend_latents_reference(
 
 
 @triton.jit
-def _page(first, key, stop, S: tl.constexpr):
-    """Number of the page that holds a key; of the last one's for keys beyond the chunk."""
-    return tl.load(first + tl.minimum(key, stop - 1) // S)
-
-
-@triton.jit
 def _tile(
     latents,
     rope_keys,
-    page,
+    pages_G,
     key,
+    start,
     stop,
     C: tl.constexpr,
     P: tl.constexpr,
     S: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Rows of a tile's keys: latents and rope parts.
+    """Rows of a tile's keys: latents and rope parts; beyond the chunk they are anything but NaN.
 
     A part of a tile comes as the end of its box, behind keys of another tile or the zeros that are
     read before a page. So no place is read that no key was written to: it may hold NaN, and
     0 * NaN would reach the output.
     """
+    page_index = (key - start) // S
+    # From registers: a load in the loop would be pipelined too, and tiles would wait for it.
+    g = tl.arange(0, pages_G.shape[0])
+    page = tl.sum(tl.where(g == page_index, pages_G, 0), 0)
     place = tl.minimum(key, stop - KEYS) - key // S * S
     latent = latents.load([page, place, 0]).reshape(KEYS, C)
     rope = rope_keys.load([page, place, C]).reshape(KEYS, P)
@@ -245,8 +256,9 @@ def _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS: tl.constexpr
 
 
 @triton.jit
-def _decayed(values, largest, peak, PATIENCE: tl.constexpr):
-    """The new reference of the weights, how much the old sums shrink, and the values shrunk."""
+def _fold(score, latent, largest, total, values, LATE_SUM: tl.constexpr, PATIENCE: tl.constexpr):
+    """A tile into the online softmax, in base 2."""
+    peak = tl.max(score, 0)
     if PATIENCE:
         is_far = peak > largest + PATIENCE
         now = tl.where(is_far, peak, largest)
@@ -257,7 +269,10 @@ def _decayed(values, largest, peak, PATIENCE: tl.constexpr):
         now = tl.maximum(largest, peak)
         decay = tl.exp2(largest - now)
         values = values * decay[None, :]
-    return now, decay, values
+    weight = tl.exp2(score - now[None, :])
+    total = total * decay[None, :] + weight if LATE_SUM else total * decay + tl.sum(weight, 0)
+    values = tl.dot(latent.T, weight.to(latent.dtype), values, input_precision="ieee")
+    return now, total, values
 
 
 @triton.jit
@@ -278,18 +293,20 @@ def _attend_kernel(
     S: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    TILES: tl.constexpr,
     LATE_SUM: tl.constexpr,
     PATIENCE: tl.constexpr,
+    EARLY_LOADS: tl.constexpr,
+    PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     x = tl.program_id(0)
     t = tl.load(chunk + x * 4)
     start = tl.load(chunk + x * 4 + 1)
     stop = tl.load(chunk + x * 4 + 2)
     if start < stop:
-        first = pages + tl.load(chunk + x * 4 + 3) - start // S
-        # Loads of tiles must not wait for their pages' numbers: those are read one step before.
-        page, page_2 = _page(first, start, stop, S), _page(first, start + KEYS, stop, S)
+        g = tl.arange(0, PAGES)
+        num_pages = tl.cdiv(stop - start, S)
+        pages_G = tl.load(pages + tl.load(chunk + x * 4 + 3) + g, mask=g < num_pages, other=0)
         num_chunks = tl.load(first_of + t + 1) - tl.load(first_of + t)
         h, c, p = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, P)
         row = q + (t.to(tl.int64) * H + h)[:, None] * (C + P)
@@ -298,41 +315,31 @@ def _attend_kernel(
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
         total = tl.zeros((KEYS, BLOCK_H) if LATE_SUM else (BLOCK_H,), tl.float32)
         values = tl.zeros((C, BLOCK_H), tl.float32)
-        for key in range(start, stop, TILES * KEYS):
-            latent, rope = _tile(latents, rope_keys, page, key, stop, C, P, S, KEYS)
-            score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
-            peak = score
-            if TILES == 2:
-                key_2 = key + KEYS
-                latent_2, rope_2 = _tile(latents, rope_keys, page_2, key_2, stop, C, P, S, KEYS)
-                score_2 = _score(q_latent, q_rope, latent_2, rope_2, scale2, key_2, stop, KEYS)
-                peak = tl.maximum(score, score_2)
-            page = _page(first, key + TILES * KEYS, stop, S)
-            page_2 = _page(first, key + (TILES + 1) * KEYS, stop, S)
-            largest, decay, values = _decayed(values, largest, tl.max(peak, 0), PATIENCE)
-            weight = tl.exp2(score - largest[None, :])
-            weights = weight
-            if TILES == 2:
-                weight_2 = tl.exp2(score_2 - largest[None, :])
-                weights += weight_2
-            if LATE_SUM:
-                total = total * decay[None, :] + weights
+        for key in tl.range(start, stop, KEYS, num_stages=STAGES):
+            latent, rope = _tile(latents, rope_keys, pages_G, key, start, stop, C, P, S, KEYS)
+            # The pipeliner issues the next loads behind all that follows from this tile, but for a
+            # branch: so what is to come after them is one, always taken.
+            if EARLY_LOADS:
+                if t >= 0:
+                    score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
+                    largest, total, values = _fold(
+                        score, latent, largest, total, values, LATE_SUM, PATIENCE
+                    )
             else:
-                total = total * decay + tl.sum(weights, 0)
-            weight = weight.to(latent.dtype)
-            values = tl.dot(latent.T, weight, values, input_precision="ieee")
-            if TILES == 2:
-                weight_2 = weight_2.to(latent.dtype)
-                values = tl.dot(latent_2.T, weight_2, values, input_precision="ieee")
-        if LATE_SUM:
-            total = tl.sum(total, 0)
+                score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
+                if t >= 0:
+                    largest, total, values = _fold(
+                        score, latent, largest, total, values, LATE_SUM, PATIENCE
+                    )
+        total = tl.sum(total, 0) if LATE_SUM else total
         result = tl.trans(values / total[None, :])
+        is_head = (h < H)[:, None]
         if num_chunks == 1:
             place = (t.to(tl.int64) * H + h)[:, None] * C + c[None, :]
-            tl.store(out + place, result.to(out.dtype.element_ty), mask=(h < H)[:, None])
+            tl.store(out + place, result.to(out.dtype.element_ty), mask=is_head)
         else:
             place = (x.to(tl.int64) * H + h)[:, None] * C + c[None, :]
-            tl.store(part + place, result.to(part.dtype.element_ty), mask=(h < H)[:, None])
+            tl.store(part + place, result.to(part.dtype.element_ty), mask=is_head)
             tl.store(lse + x * H + h, largest + tl.log2(total), mask=h < H)
 
 

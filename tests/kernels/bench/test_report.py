@@ -78,10 +78,13 @@ def test_sweeps_find_tiles_for_the_file(
     monkeypatch.setattr(sweep, "TOKENS_OF_ROWS", {16: 2, 32: 2})
     few = sweep.variants("gate_up", FP8, 16)[:2]
     monkeypatch.setattr(sweep, "variants", lambda *_: few)
+    cuts = sweep_attention.decode_cuts()[:2]
+    monkeypatch.setattr(sweep_attention, "decode_cuts", lambda: cuts)
+    monkeypatch.setattr(sweep_attention, "_CHUNK_KEYS", (128,))
     sweeps = {
         "tiles": lambda _: sweep.sweep_tiles(layer, [16]),
         "rows": lambda found: sweep.sweep_rows(layer, report.best_tiles(found.trials), [4]),
-        "decode": lambda _: sweep_attention.sweep_decode(sizes, [(2, 20)]),
+        "decode": lambda _: sweep_attention.sweep_decode(sizes, [(2, 20), (1, 30)]),
         "prefill": lambda _: sweep_attention.sweep_prefill(sizes, [(5, 3)]),
     }
     monkeypatch.setattr(report, "SWEEPS", sweeps)
@@ -93,4 +96,4 @@ def test_sweeps_find_tiles_for_the_file(
     tuned = read_tuned(path)
     assert set(tuned) == {(name, "float8_e4m3fn", 16) for name in ("gate_up", "down")}
     assert tuned["gate_up", "float8_e4m3fn", 16] in few
-    assert len(lines) == 1 + 2 + 2 + 1 + 1
+    assert len(lines) == 1 + 2 + 2 + len(cuts) + 1

@@ -8,6 +8,7 @@ import torch
 from ostro.kernels.gpu.latent_heads import latent_queries_triton
 from ostro.kernels.gpu.mla_decode import (
     DecodeChunks,
+    DecodeCut,
     attend_latents_reference,
     attend_latents_triton,
     cut_chunks,
@@ -18,6 +19,17 @@ from ostro.kernels.mla_decode import DecodePlan, mla_decode_reference, mla_decod
 
 NOPE, ROPE, VALUE, LATENT = 16, 16, 24, 32
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+each_cut = pytest.mark.parametrize(
+    "cut",
+    [
+        DecodeCut(num_warps=4, num_stages=2),
+        DecodeCut(num_warps=4, num_stages=2, late_sum=True),
+        DecodeCut(num_warps=4, num_stages=3, early_loads=True),
+        DecodeCut(num_warps=4, num_stages=2, patience=8),
+        DecodeCut(num_warps=8, num_stages=2, narrow_parts=True, late_sum=True, patience=8),
+    ],
+    ids=str,
+)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -134,20 +146,36 @@ def test_padding_reads_nothing_and_gives_zeros(triton_device: str) -> None:
 
 
 @each_dtype
-def test_attend_latents_triton_matches_reference(dtype: torch.dtype, triton_device: str) -> None:
+@each_cut
+def test_attend_latents_triton_matches_reference(
+    cut: DecodeCut, dtype: torch.dtype, triton_device: str
+) -> None:
     case = Case([600, 0, 33], dtype, triton_device)
     q_THW = latent_queries_triton(case.q_THQ, case.heads.w_uk_HNC, None, None)
     arguments = (q_THW, case.cache_NSW, case.plan().chunks(), LATENT, 0.2)
-    assert_close(attend_latents_triton(*arguments), attend_latents_reference(*arguments))
+    assert_close(attend_latents_triton(*arguments, cut=cut), attend_latents_reference(*arguments))
 
 
-def test_attend_latents_triton_takes_very_large_scores(triton_device: str) -> None:
+@each_cut
+def test_attend_latents_triton_takes_very_large_scores(cut: DecodeCut, triton_device: str) -> None:
     case = Case([40], torch.float32, triton_device)
     q_THW = latent_queries_triton(case.q_THQ, case.heads.w_uk_HNC, None, None)
     chunks = case.plan().chunks()
-    out_THC = attend_latents_triton(q_THW, case.cache_NSW, chunks, LATENT, 1e4)
+    out_THC = attend_latents_triton(q_THW, case.cache_NSW, chunks, LATENT, 1e4, cut=cut)
     score_HS = torch.einsum("hw,sw->hs", q_THW[0], case.contexts[0])
     assert_close(out_THC[0], case.contexts[0][score_HS.argmax(dim=1), :LATENT])
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 191, 200])
+def test_a_tile_may_be_a_part_of_a_page(length: int, triton_device: str) -> None:
+    case = Case([length], torch.float32, triton_device, page=128)
+    out_THV = mla_decode_triton(case.q_THQ, case.cache_NSW, case.plan().chunks(), case.heads)
+    assert_close(out_THV, case.expected())
+
+
+def test_cut_chunks_refuses_chunks_whose_pages_a_program_does_not_hold() -> None:
+    with pytest.raises(ValueError, match="keys_at_once=2048"):
+        cut_chunks([[0]], [5], 64, 2048)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
-from ostro.kernels.gpu.mla_decode import DecodeChunks, DecodeCut, attend_latents_triton
+from ostro.kernels.gpu.mla_decode import DecodeChunks, attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 from ostro.kernels.mla_prologue import PrologueNorms
 
@@ -41,7 +41,7 @@ def _latent_queries() -> None:
     )
 
 
-def _attend_latents(cut: DecodeCut | None = None) -> None:
+def _attend_latents() -> None:
     chunks = DecodeChunks(
         pages_G=_meta(_PAGES, dtype=torch.int32),
         chunk_X4=_meta(_CHUNKS, 4, dtype=torch.int32),
@@ -49,7 +49,7 @@ def _attend_latents(cut: DecodeCut | None = None) -> None:
     )
     q_THW = _meta(_TOKENS, _HEADS, _LATENT + _ROPE)
     cache_NSW = _meta(_PAGES, _PAGE, _LATENT + _ROPE)
-    attend_latents_triton(q_THW, cache_NSW, chunks, _LATENT, 0.1, cut=cut)
+    attend_latents_triton(q_THW, cache_NSW, chunks, _LATENT, 0.1)
 
 
 def _expand_values() -> None:

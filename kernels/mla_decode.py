@@ -135,13 +135,11 @@ class DecodePlan:
 
     def chunks(self) -> DecodeChunks:
         """What the programs of a GPU attend."""
-        from ostro.kernels.gpu.mla_decode import DecodeChunks, cut_chunks
+        from ostro.kernels.gpu.mla_decode import cut_chunks
 
         if self._chunks is None:
-            columns = cut_chunks(self.page_tables, self.context_lengths, self.page_size)
-            self._chunks = DecodeChunks(
-                *(torch.tensor(c, dtype=torch.int32, device=self.device) for c in columns)
-            )
+            chunks = cut_chunks(self.page_tables, self.context_lengths, self.page_size)
+            self._chunks = chunks.to(self.device)
         return self._chunks
 
 

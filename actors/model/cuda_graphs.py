@@ -19,14 +19,19 @@ import torch
 
 from ostro.actors.model.batch import Batch
 from ostro.actors.model.decoder import Decoder, ExpertExchange
-from ostro.kernels.gpu.mla_decode import MAX_CHUNK_KEYS, MIN_CHUNK_KEYS, DecodeChunks
+from ostro.kernels.gpu.mla_decode import (
+    MAX_CHUNK_KEYS,
+    MIN_CHUNK_KEYS,
+    DecodeChunks,
+    most_chunks,
+)
 from ostro.kernels.mla_decode import DecodePlan
 
 logger = logging.getLogger(__name__)
 
 _FEW_REQUESTS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MORE_REQUESTS = 128  # steps of the sizes beyond
-_CHUNKS_OF_REQUEST = 4  # of the smallest graph: 2,048 keys each
+_CHUNKS_OF_REQUEST = 8  # of the smallest graph: 2,048 keys each
 _NEXT_CHUNKS = 4  # the next one's over the last one's
 _ANY_POSITION = 2**31 - 1
 _NO_SLOT = -1
@@ -47,7 +52,7 @@ def chunk_sizes(num_requests: int, most: int) -> list[int]:
     """Numbers of chunks for which there are graphs of so many requests, ascending.
 
     Example:
-        2 requests and at most 100 chunks give 8, 32, 100.
+        2 requests and at most 100 chunks give 16, 64, 100.
     """
     sizes = []
     size = num_requests * _CHUNKS_OF_REQUEST
@@ -147,7 +152,7 @@ class GraphedDecoder:
         began_s = time.perf_counter()
         page_size = self._decoder.cache.page_size
         own_chunks = num_pages * page_size // MIN_CHUNK_KEYS
-        longest = -(-max_context // MIN_CHUNK_KEYS)
+        longest = most_chunks(max_context)
         self._sizes = [max_requests] if only_largest else request_sizes(max_requests)
         most = {size: min(size * longest, own_chunks + size) for size in self._sizes}
         self._chunks_of = {

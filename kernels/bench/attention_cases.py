@@ -153,10 +153,8 @@ def steps(
     layers = [random_heads(s) for _ in range(min(num_steps, 36))]
     found = []
     for set_, heads in zip(tables, itertools.cycle(layers), strict=False):
-        columns = cut_chunks(set_, lengths, s.page_size, keys_at_once)
-        chunks = DecodeChunks(
-            *(torch.tensor(c, dtype=torch.int32, device=s.device) for c in columns)
-        )
+        cut = cut_chunks(set_, lengths, s.page_size, keys_at_once)
+        chunks = cut.to(torch.device(s.device))
         q_BHQ = s.randn(len(lengths), s.num_heads, s.nope + s.rope)
         turn_BJ = random_turns(s, len(lengths))
         scale_B = torch.full((len(lengths),), 1.1, device=s.device)

@@ -32,18 +32,12 @@ _MAX_SUMS = 160  # float32 scores and values of a thread; at 192 they spill
 
 def decode_cuts() -> list[DecodeCut]:
     """Launches of single-token attention worth trying: no register of theirs spills on Hopper."""
-    usual = DecodeCut(num_warps=4, num_stages=2, late_sum=True, early_loads=True)
+    usual = DecodeCut(num_warps=4, num_stages=2, early_loads=True)
     return [
         usual,
         replace(usual, early_loads=False),
-        replace(usual, late_sum=False),
-        replace(usual, late_sum=False, early_loads=False),
-        replace(usual, patience=8),
-        replace(usual, narrow_parts=True),
         replace(usual, num_warps=8),
         replace(usual, num_stages=4),
-        replace(usual, num_stages=5, early_loads=False),
-        replace(usual, num_stages=5, num_warps=8),
     ]
 
 
@@ -88,18 +82,16 @@ def contexts_line(trials: Sequence[Trial]) -> str:
     """One launch at all contexts, in microseconds; "-" where it was not tried or failed.
 
     Example:
-        "attend_latents w4 s2 late early           512:   8.1  24.0     -  30.5"
+        "attend_latents w4 s2 early  512:   8.1  24.0     -  30.5"
     """
     cut = trials[0].cut
     words = [f"w{cut['num_warps']} s{cut['num_stages']}"]
-    words += [f"p{cut['patience']}"] if cut["patience"] else []
-    flags = {"late_sum": "late", "early_loads": "early", "narrow_parts": "narrow"}
-    words += [word for name, word in flags.items() if cut[name]]
+    words += ["early"] if cut["early_loads"] else []
     times = " ".join("    -" if t.us is None else f"{t.us:5.1f}" for t in trials)
     failures = {trial.failure for trial in trials} - {"", _NOT_TRIED}
     told = "".join(sorted(failures))[:40]
     label = " ".join(words)
-    return f"{trials[0].operation} {label:24} {cut['chunk_keys']:4}: {times} {told}".rstrip()
+    return f"{trials[0].operation} {label:11} {cut['chunk_keys']:4}: {times} {told}".rstrip()
 
 
 def sweep_prefill(

@@ -12,10 +12,12 @@ C latent, W = C + P, X chunks, G pages of all of them, N pages, S page size.
 
 from __future__ import annotations
 
+import array
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.tiles import architecture
 
-# Keys of a chunk: a longer request has longer ones, so that its join stays short.
-MIN_CHUNK_KEYS, MAX_CHUNK_KEYS, _LONG = 512, 1024, 65_536
+# Keys of a chunk, for contexts up to so many keys. Alone on its processor a program takes 1.5 us for
+# 64 keys: few requests want short chunks, and many requests long ones, which have less to join.
+_KEYS_OF_CHUNK = ((2_048, 256), (16_384, 512))
+MIN_CHUNK_KEYS, MAX_CHUNK_KEYS = 256, 1024
 _MAX_TILE_KEYS = 64
-_BLOCK_CHUNKS, _BLOCK_LATENT = 64, 64  # of a program that joins
+_FEW_CHUNKS, _BLOCK_CHUNKS, _BLOCK_LATENT = 8, 64, 64  # of a program that joins
 _BLACKWELL = 100
 _LOG2_E = 1.4426950408889634
 
@@ -38,29 +42,18 @@ class DecodeCut:
     Attributes:
         num_warps: Per program.
         num_stages: Tiles in shared memory or on their way.
-        late_sum: Sum weights over keys after the last step, not in each.
-        patience: Powers of two by which scores may pass the reference of the weights before the
-            sums are scaled to a new one; 0 takes every new maximum.
         early_loads: Issue the next tile's loads before a tile's scores, not after them.
-        narrow_parts: Keep the chunks' results in the queries' dtype, not in float32.
     """
 
     num_warps: int
     num_stages: int
-    late_sum: bool = False
-    patience: int = 0
-    early_loads: bool = False
-    narrow_parts: bool = False
+    early_loads: bool
 
 
 def decode_cut(device: torch.device) -> DecodeCut:
-    """The usual one; on Blackwell the sums of four warps spill."""
-    return DecodeCut(
-        num_warps=4 if architecture(device) < _BLACKWELL else 8,
-        num_stages=2,
-        late_sum=True,
-        early_loads=architecture(device) < _BLACKWELL,
-    )
+    """What was fastest on an H200; on Blackwell the sums of four warps spill."""
+    is_hopper = architecture(device) < _BLACKWELL
+    return DecodeCut(num_warps=4 if is_hopper else 8, num_stages=2, early_loads=is_hopper)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +71,20 @@ class DecodeChunks:
     chunk_X4: torch.Tensor
     first_T1: torch.Tensor
 
+    def to(self, device: torch.device) -> DecodeChunks:
+        """The same on a device, by one copy."""
+        parts = (self.pages_G, self.chunk_X4.flatten(), self.first_T1)
+        moved = torch.cat(parts).to(device).split([len(part) for part in parts])
+        return DecodeChunks(moved[0], moved[1].view(-1, 4), moved[2])
+
 
 def cut_chunks(
     page_tables: Sequence[Sequence[int]],
     context_lengths: Sequence[int],
     page_size: int,
     keys_at_once: int | None = None,
-) -> tuple[list[int], list[tuple[int, int, int, int]], list[int]]:
-    """What `DecodeChunks` holds, as lists.
+) -> DecodeChunks:
+    """Chunks of these contexts, on the CPU.
 
     Args:
         page_tables: Pages of each query's request; may hold more than the context needs.
@@ -97,37 +96,61 @@ def cut_chunks(
         ValueError: A program does not hold the pages of so many keys at once.
 
     Example:
-        tables [[7, 5], [9]] of 512 keys a page, lengths [600, 3] give pages [7, 5, 9], chunks
-        [(0, 0, 512, 0), (0, 512, 600, 1), (1, 0, 3, 2)] and first [0, 2, 3].
+        tables [[7, 5], [9]] of 256 keys a page, lengths [300, 3] give pages [7, 5, 9], chunks
+        [[0, 0, 256, 0], [0, 256, 300, 1], [1, 0, 3, 2]] and first [0, 2, 3].
     """
     if keys_at_once is not None and keys_at_once > MAX_CHUNK_KEYS:
         raise ValueError(f"keys_at_once={keys_at_once} is more than {MAX_CHUNK_KEYS}")
-    pages: list[int] = []
-    chunks: list[tuple[int, int, int, int]] = []
-    first = [0]
-    for query, (table, length) in enumerate(zip(page_tables, context_lengths, strict=True)):
-        size = keys_at_once or chunk_keys(length)
-        at = len(pages)
+    pages = array.array("i")
+    sizes = []
+    for table, length in zip(page_tables, context_lengths, strict=True):
         pages.extend(table[: -(-length // page_size)])
-        chunks.extend(
-            (query, start, min(start + size, length), at + start // page_size)
-            for start in range(0, length, size)
-        )
-        first.append(len(chunks))
-    return pages, chunks, first
+        sizes.append(keys_at_once or chunk_keys(length))
+    length_T = np.array(context_lengths, dtype=np.int32)
+    size_T = np.array(sizes, dtype=np.int32)
+    num_chunks_T = -(-length_T // size_T)
+    first_T1 = _starts(num_chunks_T)
+    page_T1 = _starts(-(-length_T // page_size))
+    query_X = np.repeat(np.arange(len(length_T), dtype=np.int32), num_chunks_T)
+    start_X = (np.arange(first_T1[-1], dtype=np.int32) - first_T1[query_X]) * size_T[query_X]
+    stop_X = np.minimum(start_X + size_T[query_X], length_T[query_X])
+    chunk_X4 = np.stack((query_X, start_X, stop_X, page_T1[query_X] + start_X // page_size), axis=1)
+    return DecodeChunks(
+        pages_G=torch.from_numpy(np.array(pages, dtype=np.int32)),
+        chunk_X4=torch.from_numpy(chunk_X4),
+        first_T1=torch.from_numpy(first_T1),
+    )
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    """Where each of these begins, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(sizes))).astype(np.int32)
 
 
 def chunk_keys(context_length: int) -> int:
     """Keys of each chunk of a context."""
-    return MIN_CHUNK_KEYS if context_length <= _LONG else MAX_CHUNK_KEYS
+    for at_most, keys in _KEYS_OF_CHUNK:
+        if context_length <= at_most:
+            return keys
+    return MAX_CHUNK_KEYS
+
+
+def most_chunks(max_context: int) -> int:
+    """Chunks of any context up to this one.
+
+    Example:
+        2,048 keys may be 8 chunks, 2,500 keys no more than that.
+    """
+    ends = [at_most for at_most, _ in _KEYS_OF_CHUNK if at_most < max_context]
+    return max(-(-length // chunk_keys(length)) for length in (*ends, max_context))
 
 
 def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int) -> bool:
     """Whether the kernels take these sizes: powers of two that fill tensor cores."""
-    rope = q_THQ.shape[2] - nope
-    return all(
-        size >= 16 and size & (size - 1) == 0 for size in (nope, rope, latent, cache_NSW.shape[1])
-    )
+    rope, page_size = q_THQ.shape[2] - nope, cache_NSW.shape[1]
+    sizes = (nope, rope, latent, page_size)
+    is_whole = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
+    return is_whole and page_size <= MIN_CHUNK_KEYS
 
 
 def attend_latents_triton(
@@ -154,8 +177,7 @@ def attend_latents_triton(
     page_size, num_chunks = cache_NSW.shape[1], len(chunks.chunk_X4)
     keys = min(page_size, _MAX_TILE_KEYS)
     block_heads = max(16, triton.next_power_of_2(num_heads))
-    kind = q_THW.dtype if cut.narrow_parts else torch.float32
-    part_XHC = q_THW.new_empty(num_chunks, num_heads, latent, dtype=kind)
+    part_XHC = q_THW.new_empty(num_chunks, num_heads, latent, dtype=torch.float32)
     lse_XH = q_THW.new_empty(num_chunks, num_heads, dtype=torch.float32)
     out_THC = q_THW.new_empty(num_tokens, num_heads, latent)
     _attend_kernel[(num_chunks,)](
@@ -175,8 +197,6 @@ def attend_latents_triton(
         S=page_size,
         KEYS=keys,
         BLOCK_H=block_heads,
-        LATE_SUM=cut.late_sum,
-        PATIENCE=cut.patience,
         EARLY_LOADS=cut.early_loads,
         PAGES=max(1, MAX_CHUNK_KEYS // page_size),
         STAGES=cut.num_stages,
@@ -192,8 +212,9 @@ def attend_latents_triton(
         num_heads,
         C=latent,
         BLOCK_C=block_latent,
+        FEW_X=_FEW_CHUNKS,
         BLOCK_X=_BLOCK_CHUNKS,
-        num_warps=4,
+        num_warps=2,
     )
     return out_THC
 
@@ -256,21 +277,13 @@ def _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS: tl.constexpr
 
 
 @triton.jit
-def _fold(score, latent, largest, total, values, LATE_SUM: tl.constexpr, PATIENCE: tl.constexpr):
+def _fold(score, latent, largest, total, values):
     """A tile into the online softmax, in base 2."""
-    peak = tl.max(score, 0)
-    if PATIENCE:
-        is_far = peak > largest + PATIENCE
-        now = tl.where(is_far, peak, largest)
-        decay = tl.exp2(largest - now)
-        if tl.max(is_far.to(tl.int32), 0) > 0:
-            values = values * decay[None, :]
-    else:
-        now = tl.maximum(largest, peak)
-        decay = tl.exp2(largest - now)
-        values = values * decay[None, :]
+    now = tl.maximum(largest, tl.max(score, 0))
+    decay = tl.exp2(largest - now)
     weight = tl.exp2(score - now[None, :])
-    total = total * decay[None, :] + weight if LATE_SUM else total * decay + tl.sum(weight, 0)
+    total = total * decay + tl.sum(weight, 0)
+    values = values * decay[None, :]
     values = tl.dot(latent.T, weight.to(latent.dtype), values, input_precision="ieee")
     return now, total, values
 
@@ -293,8 +306,6 @@ def _attend_kernel(
     S: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    LATE_SUM: tl.constexpr,
-    PATIENCE: tl.constexpr,
     EARLY_LOADS: tl.constexpr,
     PAGES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -313,7 +324,7 @@ def _attend_kernel(
         q_latent = tl.load(row + c[None, :], mask=(h < H)[:, None], other=0.0)
         q_rope = tl.load(row + C + p[None, :], mask=(h < H)[:, None], other=0.0)
         largest = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-        total = tl.zeros((KEYS, BLOCK_H) if LATE_SUM else (BLOCK_H,), tl.float32)
+        total = tl.zeros((BLOCK_H,), tl.float32)
         values = tl.zeros((C, BLOCK_H), tl.float32)
         for key in tl.range(start, stop, KEYS, num_stages=STAGES):
             latent, rope = _tile(latents, rope_keys, pages_G, key, start, stop, C, P, S, KEYS)
@@ -322,16 +333,11 @@ def _attend_kernel(
             if EARLY_LOADS:
                 if t >= 0:
                     score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
-                    largest, total, values = _fold(
-                        score, latent, largest, total, values, LATE_SUM, PATIENCE
-                    )
+                    largest, total, values = _fold(score, latent, largest, total, values)
             else:
                 score = _score(q_latent, q_rope, latent, rope, scale2, key, stop, KEYS)
                 if t >= 0:
-                    largest, total, values = _fold(
-                        score, latent, largest, total, values, LATE_SUM, PATIENCE
-                    )
-        total = tl.sum(total, 0) if LATE_SUM else total
+                    largest, total, values = _fold(score, latent, largest, total, values)
         result = tl.trans(values / total[None, :])
         is_head = (h < H)[:, None]
         if num_chunks == 1:
@@ -344,26 +350,51 @@ def _attend_kernel(
 
 
 @triton.jit
+def _joined(
+    part, lse, start, stop, c, h, H, largest, total, values, C: tl.constexpr, BLOCK_X: tl.constexpr
+):
+    """Some chunks into the sum of those before."""
+    x = start + tl.arange(0, BLOCK_X)
+    mass = tl.load(lse + x * H + h, mask=x < stop, other=float("-inf"))
+    place = (x.to(tl.int64) * H + h) * C
+    rows = tl.load(part + place[:, None] + c[None, :], mask=(x < stop)[:, None], other=0.0)
+    now = tl.maximum(largest, tl.max(mass, 0))
+    share = tl.exp2(mass - now)
+    decay = tl.exp2(largest - now)
+    total = total * decay + tl.sum(share, 0)
+    values = values * decay + tl.sum(rows * share[:, None], 0)
+    return now, total, values
+
+
+@triton.jit
 def _join_kernel(
-    part, lse, first, out, H, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr
+    part,
+    lse,
+    first,
+    out,
+    H,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    FEW_X: tl.constexpr,
+    BLOCK_X: tl.constexpr,
 ):
     t, h = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, stop = tl.load(first + t), tl.load(first + t + 1)
-    if stop - begin != 1:
+    if stop - begin != 1:  # one alone has written its result itself
         largest = float("-inf")
         total = 0.0
         values = tl.zeros((BLOCK_C,), tl.float32)
-        for start in range(begin, stop, BLOCK_X):
-            x = start + tl.arange(0, BLOCK_X)
-            mass = tl.load(lse + x * H + h, mask=x < stop, other=float("-inf"))
-            place = (x.to(tl.int64) * H + h) * C
-            rows = tl.load(part + place[:, None] + c[None, :], mask=(x < stop)[:, None], other=0.0)
-            now = tl.maximum(largest, tl.max(mass, 0))
-            share = tl.exp2(mass - now)
-            decay = tl.exp2(largest - now)
-            total = total * decay + tl.sum(share, 0)
-            values = values * decay + tl.sum(rows.to(tl.float32) * share[:, None], 0)
-            largest = now
+        # Many requests have few chunks: 31,000 programs of 64 rows took 60 us for four rows each.
+        if stop - begin <= FEW_X:
+            if stop > begin:
+                largest, total, values = _joined(
+                    part, lse, begin, stop, c, h, H, largest, total, values, C, FEW_X
+                )
+        else:
+            for start in range(begin, stop, BLOCK_X):
+                largest, total, values = _joined(
+                    part, lse, start, stop, c, h, H, largest, total, values, C, BLOCK_X
+                )
         values = values / tl.where(total > 0, total, 1.0)
         tl.store(out + (t.to(tl.int64) * H + h) * C + c, values.to(out.dtype.element_ty))

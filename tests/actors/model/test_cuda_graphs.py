@@ -35,7 +35,7 @@ def test_request_sizes_end_with_the_most(most: int) -> None:
 
 
 def test_chunk_sizes_worked_example() -> None:
-    assert chunk_sizes(2, 100) == [8, 32, 100]
+    assert chunk_sizes(2, 100) == [16, 64, 100]
     assert chunk_sizes(2, 5) == [5]
 
 

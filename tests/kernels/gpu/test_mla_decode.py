@@ -11,7 +11,9 @@ from ostro.kernels.gpu.mla_decode import (
     DecodeCut,
     attend_latents_reference,
     attend_latents_triton,
+    chunk_keys,
     cut_chunks,
+    most_chunks,
     serves,
 )
 from ostro.kernels.latent_heads import LatentHeads
@@ -22,11 +24,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 each_cut = pytest.mark.parametrize(
     "cut",
     [
-        DecodeCut(num_warps=4, num_stages=2),
-        DecodeCut(num_warps=4, num_stages=2, late_sum=True),
-        DecodeCut(num_warps=4, num_stages=3, early_loads=True),
-        DecodeCut(num_warps=4, num_stages=2, patience=8),
-        DecodeCut(num_warps=8, num_stages=2, narrow_parts=True, late_sum=True, patience=8),
+        DecodeCut(num_warps=4, num_stages=2, early_loads=True),
+        DecodeCut(num_warps=8, num_stages=3, early_loads=False),
     ],
     ids=str,
 )
@@ -77,19 +76,33 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_cut_chunks_worked_example() -> None:
-    pages, chunks, first = cut_chunks([[7, 5], [9]], [600, 3], 512)
-    assert pages == [7, 5, 9]
-    assert chunks == [(0, 0, 512, 0), (0, 512, 600, 1), (1, 0, 3, 2)]
-    assert first == [0, 2, 3]
+    chunks = cut_chunks([[7, 5], [9]], [300, 3], 256)
+    assert chunks.pages_G.tolist() == [7, 5, 9]
+    assert chunks.chunk_X4.tolist() == [[0, 0, 256, 0], [0, 256, 300, 1], [1, 0, 3, 2]]
+    assert chunks.first_T1.tolist() == [0, 2, 3]
 
 
 def test_cut_chunks_depend_on_no_other_request() -> None:
     table = list(range(70_000 // 64 + 1))
-    _, alone, _ = cut_chunks([table], [70_000], 64)
-    _, beside, first = cut_chunks([[0], table, table], [5, 70_000, 600], 64)
-    cut = [(start, stop) for query, start, stop, _ in beside if query == 1]
-    assert cut == [(start, stop) for _, start, stop, _ in alone]
-    assert first[2] - first[1] == len(alone)
+    alone = cut_chunks([table], [70_000], 64).chunk_X4
+    beside = cut_chunks([[0], table, table], [5, 70_000, 600], 64).chunk_X4
+    assert torch.equal(beside[beside[:, 0] == 1][:, 1:3], alone[:, 1:3])
+
+
+@pytest.mark.parametrize("length", [0, 1, 256, 2_048, 2_049, 16_384, 16_385, 262_144])
+def test_chunks_cover_a_context_and_are_no_more_than_the_most(length: int) -> None:
+    table = list(range(length // 64 + 1))
+    chunks = cut_chunks([table, table], [length, 1], 64)
+    start, stop = chunks.chunk_X4[:-1, 1].tolist(), chunks.chunk_X4[:-1, 2].tolist()
+    assert [*start, length] == [0, *stop]
+    assert len(start) <= most_chunks(max(length, 1))
+    assert all(end - begin <= chunk_keys(length) for begin, end in zip(start, stop, strict=True))
+
+
+def test_most_chunks_worked_example() -> None:
+    assert most_chunks(2_048) == 8
+    assert most_chunks(2_500) == 8
+    assert most_chunks(262_144) == 256
 
 
 def test_one_cached_token_gives_its_value(triton_device: str) -> None:
@@ -180,7 +193,13 @@ def test_cut_chunks_refuses_chunks_whose_pages_a_program_does_not_hold() -> None
 
 @pytest.mark.parametrize(
     ("nope", "latent", "page", "is_served"),
-    [(16, 32, 16, True), (6, 32, 16, False), (16, 8, 16, False), (16, 32, 4, False)],
+    [
+        (16, 32, 16, True),
+        (6, 32, 16, False),
+        (16, 8, 16, False),
+        (16, 32, 4, False),
+        (16, 32, 512, False),
+    ],
 )
 def test_serves_powers_of_two_alone(nope: int, latent: int, page: int, is_served: bool) -> None:
     q_THQ = torch.zeros(1, 2, nope + 16)

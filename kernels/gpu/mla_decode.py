@@ -25,8 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.tiles import architecture
 
-# Keys of a chunk, for contexts up to so many keys. Alone on its processor a program takes 1.5 us for
-# 64 keys: few requests want short chunks, and many requests long ones, which have less to join.
+# Keys of a chunk, for contexts up to so many keys. Alone on its processor a program takes 1.5 us
+# for 64 keys: few requests want short chunks, many want long ones, which have less to join.
 _KEYS_OF_CHUNK = ((2_048, 256), (16_384, 512))
 MIN_CHUNK_KEYS, MAX_CHUNK_KEYS = 256, 1024
 _MAX_TILE_KEYS = 64

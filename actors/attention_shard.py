@@ -93,12 +93,13 @@ class AttentionShard(RankActor):
             device=spec.device,
             dtype=dtype,
         )
-        self._decoder: StepDecoder = Decoder(
+        decoder = Decoder(
             config,
             weights,
             cache,
             image_cache_bytes=spec.deployment.engine.image_cache_bytes,
         )
+        self._decoder: StepDecoder = self._graphed(spec, decoder)
         self._sampler: StepSampler = Sampler(config.vocab_size)
 
     def _make_engine(
@@ -107,15 +108,14 @@ class AttentionShard(RankActor):
         engine = spec.deployment.engine
         greeting = StepEvents(epoch.epoch, spec.rank, [])
         self._tokens = SyncServer(self._epoch_address(epoch), epoch.secret, greeting=greeting)
-        exchange = self._make_exchange(spec)
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
             conducted=spec.deployment.layout.world_size() > 1,
             scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
-            decoder=self._graphed(spec, exchange),
+            decoder=self._decoder,
             sampler=self._sampler,
-            exchange=exchange,
+            exchange=self._make_exchange(spec),
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,
@@ -126,16 +126,18 @@ class AttentionShard(RankActor):
         )
         return AttentionEngine(parts), self._tokens.start()
 
-    def _graphed(self, spec: RankSpec, exchange: StepExchange) -> StepDecoder:
-        """The decoder, with its decode steps as CUDA graphs where no other rank takes part."""
-        engine, decoder = spec.deployment.engine, self._decoder
-        if spec.device != "cuda" or not engine.cuda_graphs:
-            return decoder
-        if not isinstance(exchange, LocalExchange) or not isinstance(decoder, Decoder):
+    def _graphed(self, spec: RankSpec, decoder: Decoder) -> StepDecoder:
+        """With its decode steps as CUDA graphs, where no other rank takes part in them.
+
+        Here and not when an epoch begins: the first start on a machine compiles every kernel.
+        """
+        engine = spec.deployment.engine
+        is_alone = spec.deployment.layout.world_size() == 1
+        if spec.device != "cuda" or not engine.cuda_graphs or not is_alone:
             return decoder
         from ostro.actors.model.cuda_graphs import GraphedDecoder
 
-        graphed = GraphedDecoder(decoder, exchange)
+        graphed = GraphedDecoder(decoder, self._make_exchange(spec))
         graphed.capture(
             max_requests=engine.max_running_requests,
             max_context=max_context(spec, self._config),

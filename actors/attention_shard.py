@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -38,6 +39,8 @@ from ostro.actors.rank_actor import RankActor
 from ostro.actors.rank_loop import Engine
 from ostro.configs.deployment import Layout
 from ostro.configs.model import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 
@@ -135,8 +138,15 @@ class AttentionShard(RankActor):
         is_alone = spec.deployment.layout.world_size() == 1
         if spec.device != "cuda" or not engine.cuda_graphs or not is_alone:
             return decoder
-        from ostro.actors.model.cuda_graphs import GraphedDecoder
+        from ostro.actors.model.cuda_graphs import GraphedDecoder, graphs_serve
 
+        if not graphs_serve(self._config, engine.page_size):
+            logger.warning(
+                "decode steps go launch by launch: graphs want head widths and page_size=%d "
+                "that are powers of two from 16 on",
+                engine.page_size,
+            )
+            return decoder
         graphed = GraphedDecoder(decoder, self._make_exchange(spec))
         graphed.capture(
             max_requests=engine.max_running_requests,

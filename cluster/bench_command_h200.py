@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 _DECODES = "1x1024,8x1024,32x1024,128x1024,245x4096,1x262080"
 _PREFILLS = "2048x2048,8192x8192,8192x32768"
-_PAGE_TOKENS = 64
 _COLUMNS = ("step", "requests", "context", "GPU", "with host", "floor", "of floor", "tokens/s")
 
 
@@ -39,8 +38,11 @@ def h200(
 
     "floor" is what the bytes of a decode step (experts that were hit, everything else once,
     latents) or the FLOPs of a prefill chunk take at the rates that this GPU reached by itself in
-    this run. "GPU" replays a step's CUDA graph; "with host" adds inputs, draw and its ids.
+    this run. "GPU" replays a step's CUDA graph; "with host" adds inputs, draw and its ids, but no
+    scheduler.
     """
+    import torch
+
     from ostro.cluster.bench_whole_model import WholeModel, measure, mistral_small_4
     from ostro.kernels.bench.ceilings import NoGpuError, gpu_name, measure_ceilings
 
@@ -51,15 +53,20 @@ def h200(
     except NoGpuError as error:
         print_error(str(error))
         raise typer.Exit(1) from None
-    with shown_progress() as progress:
-        progress.note("ceilings")
-        ceilings = measure_ceilings()
-        progress.note(f"{layers} layers of random weights")
-        model = WholeModel(mistral_small_4(layers), cache_tokens=cache_tokens(decodes, prefills))
-        figures = []
-        for figure in measure(model, ceilings, decodes, prefills):
-            figures.append(figure)
-            progress.note(f"{figure.kind} {figure.num_tokens} at {figure.context}")
+    try:
+        with shown_progress() as progress:
+            progress.note("ceilings")
+            ceilings = measure_ceilings()
+            progress.note(f"{layers} layers of random weights")
+            places = cache_tokens(decodes, prefills)
+            model = WholeModel(mistral_small_4(layers), cache_tokens=places)
+            figures = []
+            for figure in measure(model, ceilings, decodes, prefills):
+                figures.append(figure)
+                progress.note(f"{figure.kind} {figure.num_tokens} at {figure.context}")
+    except torch.OutOfMemoryError:
+        print_error(f"{device} does not hold it; try fewer --layers or smaller contexts")
+        raise typer.Exit(1) from None
     make_console().print(to_table(f"{device}, {layers} layers, FP8", figures))
     if json is not None:
         tree = {
@@ -73,9 +80,11 @@ def h200(
 
 def cache_tokens(decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[int, int]]) -> int:
     """Places in the cache that the largest step needs, each request on pages of its own."""
+    from ostro.cluster.bench_whole_model import PAGE_SIZE
+
     steps = [(requests, context) for requests, context in decodes]
     steps += [(1, context) for _, context in prefills]
-    return max((requests * (context + _PAGE_TOKENS) for requests, context in steps), default=0)
+    return max((requests * (context + PAGE_SIZE) for requests, context in steps), default=0)
 
 
 def parse_sizes(text: str, option: str) -> list[tuple[int, int]]:

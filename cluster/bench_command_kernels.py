@@ -44,6 +44,8 @@ def kernels(
     from ostro.kernels.bench.ceilings import NoGpuError
     from ostro.kernels.bench.report import PARTS, SWEEPS, measure_kernels
 
+    if tuned is not None and not sweep:
+        raise typer.BadParameter("needs --sweep: tiles are what it finds", param_hint="--tuned")
     chosen = _chosen(parts, PARTS, "--parts"), _chosen(sweep, SWEEPS, "--sweep")
     console = make_console()
     try:

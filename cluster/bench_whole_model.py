@@ -34,7 +34,7 @@ from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.mla_decode import DecodePlan
 from ostro.kernels.sampling import Draw
 
-_PAGE_SIZE = 64
+PAGE_SIZE = 64
 _FP8 = torch.float8_e4m3fn
 _SIZE_OF_VALUE = 16.0  # of an FP8 weight before its scale, so that few values are subnormal
 _INPUT_SCALE = 1 / 32  # inputs are normed: the largest e4m3 is 14 times their size
@@ -72,7 +72,8 @@ class StepFigure:
         num_tokens: That the step computes.
         context: Keys that each request sees before it.
         graph_ms: Median time on the GPU.
-        step_ms: Likewise with what the host does: inputs, launch, a draw, its ids on the host.
+        step_ms: Likewise with the host's part of it: a plan of chunks and inputs made from lists,
+            launch, a draw, its ids on the host; no scheduler.
         floor_ms: What the bytes and FLOPs take at the GPU's measured rates.
         experts_hit: Experts that a layer's rows went to, on average.
     """
@@ -100,8 +101,8 @@ class WholeModel:
         attention, experts = random_weights(config)
         self.cache = LatentCache(
             config,
-            num_pages=cache_tokens // _PAGE_SIZE,
-            page_size=_PAGE_SIZE,
+            num_pages=cache_tokens // PAGE_SIZE,
+            page_size=PAGE_SIZE,
             device="cuda",
             dtype=torch.bfloat16,
         )
@@ -114,9 +115,13 @@ class WholeModel:
             self.experts.forward, placement, "cuda", has_shared=self.experts.has_shared
         )
 
-    def decode_batch(self, num_requests: int, context: int) -> Batch:
-        """Requests of this context, each with pages of its own, that compute one token."""
-        pages_each = -(-context // _PAGE_SIZE)
+    def decode_batches(self, num_requests: int, context: int) -> Callable[[], Batch]:
+        """A step of requests of this context, each with pages of its own; made anew at each call.
+
+        Raises:
+            ValueError: The cache does not hold them.
+        """
+        pages_each = -(-context // PAGE_SIZE)
         if num_requests * pages_each > self.cache.num_pages:
             raise ValueError(f"{num_requests} x {context} tokens do not fit in the cache")
         shuffled = torch.randperm(self.cache.num_pages).tolist()
@@ -125,29 +130,35 @@ class WholeModel:
             for start in range(0, num_requests * pages_each, pages_each)
         ]
         last = context - 1
-        slots = [table[last // _PAGE_SIZE] * _PAGE_SIZE + last % _PAGE_SIZE for table in tables]
-        device = torch.device("cuda")
-        plan = DecodePlan(tables, [context] * num_requests, _PAGE_SIZE, device)
-        rows = torch.arange(num_requests, device=device)
-        return Batch(
-            tokens_T=torch.randint(self.config.vocab_size, (num_requests,), device=device),
-            positions_T=torch.full((num_requests,), last, device=device),
-            slots_T=torch.tensor(slots, device=device),
-            last_position=last,
-            decode_rows=slice(0, num_requests),
-            decode_plan=plan,
-            prefill_spans=(),
-            sample_rows=rows,
-            image_spans=(),
-        )
+        slots = [table[last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE for table in tables]
+        tokens = torch.randint(self.config.vocab_size, (num_requests,)).tolist()
+
+        def on_gpu(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device="cuda")
+
+        def make() -> Batch:
+            lengths = [context] * num_requests
+            return Batch(
+                tokens_T=on_gpu(tokens),
+                positions_T=on_gpu([last] * num_requests),
+                slots_T=on_gpu(slots),
+                last_position=last,
+                decode_rows=slice(0, num_requests),
+                decode_plan=DecodePlan(tables, lengths, PAGE_SIZE, torch.device("cuda")),
+                prefill_spans=(),
+                sample_rows=on_gpu(list(range(num_requests))),
+                image_spans=(),
+            )
+
+        return make
 
     def prefill_batch(self, num_tokens: int, context: int) -> Batch:
         """The last `num_tokens` of one request of this context."""
         device = torch.device("cuda")
-        pages_n = torch.randperm(self.cache.num_pages, device=device)[: -(-context // _PAGE_SIZE)]
+        pages_n = torch.randperm(self.cache.num_pages, device=device)[: -(-context // PAGE_SIZE)]
         start = context - num_tokens
         positions_T = torch.arange(start, context, device=device)
-        slots_T = pages_n[positions_T // _PAGE_SIZE] * _PAGE_SIZE + positions_T % _PAGE_SIZE
+        slots_T = pages_n[positions_T // PAGE_SIZE] * PAGE_SIZE + positions_T % PAGE_SIZE
         return Batch(
             tokens_T=torch.randint(self.config.vocab_size, (num_tokens,), device=device),
             positions_T=positions_T,
@@ -161,8 +172,8 @@ class WholeModel:
         )
 
     def measure_decode(self, num_requests: int, context: int, ceilings: Ceilings) -> StepFigure:
-        """A graph of exactly this batch, replayed; inputs are copied in as a step does it."""
-        batch = self.decode_batch(num_requests, context)
+        """A graph of exactly this batch, replayed."""
+        make_batch = self.decode_batches(num_requests, context)
         graphed = GraphedDecoder(self.decoder, self.exchange)
         graphed.capture(
             max_requests=num_requests,
@@ -171,11 +182,9 @@ class WholeModel:
             only_largest=True,
         )
 
-        draws = _draws(num_requests)
-
         def step() -> None:
-            (logits_BV,) = graphed.forward([batch], self.exchange)
-            sample_rows(logits_BV, draws).tolist()
+            (logits_BV,) = graphed.forward([make_batch()], self.exchange)
+            sample_rows(logits_BV, _draws(num_requests)).tolist()
 
         self.experts.take_counts()
         step()
@@ -198,11 +207,9 @@ class WholeModel:
         """A chunk launch by launch, as prefill runs."""
         batch = self.prefill_batch(num_tokens, context)
 
-        draws = _draws(1)
-
         def step() -> None:
             (logits_BV,) = self.decoder.forward([batch], self.exchange)
-            sample_rows(logits_BV, draws).tolist()
+            sample_rows(logits_BV, _draws(1)).tolist()
 
         step_ms = _median_ms(step, on_host=True, steps=5)
         return StepFigure(

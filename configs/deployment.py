@@ -144,7 +144,7 @@ class EngineConfig:
         dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA; on CPU where it is native and the
             model is large enough to gain from it.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
-        cuda_graphs: Whether decode steps of `single` on a GPU are captured when it starts.
+        cuda_graphs: Whether decode steps of a rank alone on a GPU are captured when it starts.
     """
 
     page_size: int = 16

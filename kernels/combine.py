@@ -68,7 +68,7 @@ def add_residual(
     """The layer's output: routed sum, shared expert and residual, added in float32, rounded once.
 
     Args:
-        sum_TD: float32; may be changed.
+        sum_TD: float32, or on a GPU any float dtype; may be changed.
         shared_TD: In the model's dtype; None where `sum_TD` has it.
         residual_TD: Likewise, always there.
 

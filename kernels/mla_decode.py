@@ -95,8 +95,13 @@ class DecodePlan:
         return len(self.context_lengths)
 
     def buckets(self) -> list[DecodeBucket]:
-        """Queries by the power of two above their page count."""
+        """Queries by the power of two above their page count.
+
+        Raises:
+            ValueError: The plan is one of chunks, which knows no lengths.
+        """
         if self._buckets is None:
+            self._need_lengths()
             self._buckets = self._plan_buckets()
         return self._buckets
 
@@ -121,8 +126,13 @@ class DecodePlan:
         return buckets
 
     def ragged(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(pages of all queries on end, where each query's begin, context lengths), int64."""
+        """(pages of all queries on end, where each query's begin, context lengths), int64.
+
+        Raises:
+            ValueError: As `buckets`.
+        """
         if self._ragged is None:
+            self._need_lengths()
             pages: list[int] = []
             first: list[int] = []
             for table, length in zip(self.page_tables, self.context_lengths, strict=True):
@@ -132,6 +142,10 @@ class DecodePlan:
             pages_n, first_T, length_T = (torch.tensor(c, device=self.device) for c in columns)
             self._ragged = pages_n, first_T, length_T
         return self._ragged
+
+    def _need_lengths(self) -> None:
+        if self._chunks is not None and not self.context_lengths:
+            raise ValueError("a plan of chunks alone is for the kernels that `serves` tells of")
 
     def chunks(self) -> DecodeChunks:
         """What the programs of a GPU attend."""
@@ -207,7 +221,8 @@ def mla_decode(
     if q_THQ.is_cuda:
         from ostro.kernels.gpu.mla_decode import serves
 
-        if serves(q_THQ, cache_NSW, *heads.w_uk_HNC.shape[1:]):
+        nope, latent = heads.w_uk_HNC.shape[1:]
+        if serves(nope, q_THQ.shape[2] - nope, latent, cache_NSW.shape[1]):
             return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads, turn_TJ, scale_T)
     turn_queries_(q_THQ, heads.w_uk_HNC.shape[1], turn_TJ, scale_T)
     if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:

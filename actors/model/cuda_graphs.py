@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ import torch
 
 from ostro.actors.model.batch import Batch
 from ostro.actors.model.decoder import Decoder, ExpertExchange
+from ostro.configs.model import ModelConfig
 from ostro.kernels.gpu.mla_decode import (
     MAX_CHUNK_KEYS,
     MIN_CHUNK_KEYS,
     DecodeChunks,
     most_chunks,
+    serves,
 )
 from ostro.kernels.mla_decode import DecodePlan
 
@@ -35,6 +37,11 @@ _CHUNKS_OF_REQUEST = 8  # of the smallest graph: 2,048 keys each
 _NEXT_CHUNKS = 4  # the next one's over the last one's
 _ANY_POSITION = 2**31 - 1
 _NO_SLOT = -1
+
+
+def graphs_serve(config: ModelConfig, page_size: int) -> bool:
+    """Whether the kernels that a graph needs take a model's sizes."""
+    return serves(config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank, page_size)
 
 
 def request_sizes(most: int) -> list[int]:
@@ -63,7 +70,7 @@ def chunk_sizes(num_requests: int, most: int) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
+class GraphInputs:
     """What a graph reads, in memory that stays where it is."""
 
     tokens_T: torch.Tensor
@@ -73,9 +80,9 @@ class _Inputs:
     num_live: torch.Tensor
     chunks: DecodeChunks
 
-    def part(self, num_requests: int, num_chunks: int) -> _Inputs:
+    def part(self, num_requests: int, num_chunks: int) -> GraphInputs:
         """The same memory, as much of it as a smaller graph reads."""
-        return _Inputs(
+        return GraphInputs(
             tokens_T=self.tokens_T[:num_requests],
             positions_T=self.positions_T[:num_requests],
             slots_T=self.slots_T[:num_requests],
@@ -119,6 +126,46 @@ class _Inputs:
         )
 
 
+def make_inputs(
+    num_requests: int, num_chunks: int, page_size: int, device: torch.device
+) -> GraphInputs:
+    """Of padding alone."""
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    num_pages = num_chunks * -(-MAX_CHUNK_KEYS // page_size)
+    return GraphInputs(
+        tokens_T=zeros(num_requests),
+        positions_T=zeros(num_requests),
+        slots_T=zeros(num_requests).fill_(_NO_SLOT),
+        sample_rows=torch.arange(num_requests, device=device),
+        num_live=zeros(1, dtype=torch.int32),
+        chunks=DecodeChunks(
+            pages_G=zeros(num_pages, dtype=torch.int32),
+            chunk_X4=zeros(num_chunks, 4, dtype=torch.int32),
+            first_T1=zeros(num_requests + 1, dtype=torch.int32),
+        ),
+    )
+
+
+def fitting_size(
+    sizes: Mapping[int, Sequence[int]], num_requests: int, num_chunks: int
+) -> tuple[int, int] | None:
+    """The smallest (requests, chunks) of `sizes` that holds a step; None if none does.
+
+    Args:
+        sizes: Numbers of requests, ascending, and the numbers of chunks of each, likewise.
+        num_requests: Of the step.
+        num_chunks: Likewise.
+    """
+    requests = next((size for size in sizes if size >= num_requests), None)
+    if requests is None:
+        return None
+    chunks = next((size for size in sizes[requests] if size >= num_chunks), None)
+    return None if chunks is None else (requests, chunks)
+
+
 class GraphedDecoder:
     """A decoder whose decode steps are graphs; for one rank that holds all experts.
 
@@ -130,9 +177,8 @@ class GraphedDecoder:
         """The exchange must do without the host: nothing may be waited for within a graph."""
         self._decoder = decoder
         self._exchange = exchange
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, _Inputs]] = {}
-        self._sizes: list[int] = []
-        self._chunks_of: dict[int, list[int]] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, GraphInputs]] = {}
+        self._sizes: dict[int, list[int]] = {}
         self.seconds = decoder.seconds
         self.seconds["graph"] = 0.0
 
@@ -153,18 +199,19 @@ class GraphedDecoder:
         page_size = self._decoder.cache.page_size
         own_chunks = num_pages * page_size // MIN_CHUNK_KEYS
         longest = most_chunks(max_context)
-        self._sizes = [max_requests] if only_largest else request_sizes(max_requests)
-        most = {size: min(size * longest, own_chunks + size) for size in self._sizes}
-        self._chunks_of = {
-            size: [most[size]] if only_largest else chunk_sizes(size, most[size])
-            for size in self._sizes
+        counts = [max_requests] if only_largest else request_sizes(max_requests)
+        most = {count: min(count * longest, own_chunks + count) for count in counts}
+        self._sizes = {
+            count: [most[count]] if only_largest else chunk_sizes(count, most[count])
+            for count in counts
         }
-        whole = self._inputs(max_requests, max(most.values()), page_size)
+        device = self._decoder.cache.layers[0].device
+        whole = make_inputs(max_requests, max(most.values()), page_size, device)
         config = self._decoder.config
-        logits_TV = torch.empty(max_requests, config.vocab_size, device=whole.tokens_T.device)
+        logits_TV = torch.empty(max_requests, config.vocab_size, device=device)
         pool = torch.cuda.graph_pool_handle()
         for num_requests in reversed(self._sizes):
-            for num_chunks in reversed(self._chunks_of[num_requests]):
+            for num_chunks in reversed(self._sizes[num_requests]):
                 inputs = whole.part(num_requests, num_chunks)
                 graph = self._capture(inputs, logits_TV[:num_requests], pool)
                 self._graphs[num_requests, num_chunks] = graph, inputs
@@ -197,7 +244,7 @@ class GraphedDecoder:
 
     def _find(
         self, batches: Sequence[Batch]
-    ) -> tuple[torch.cuda.CUDAGraph, _Inputs, Batch, DecodeChunks] | None:
+    ) -> tuple[torch.cuda.CUDAGraph, GraphInputs, Batch, DecodeChunks] | None:
         """The graph of a step, if it has one."""
         batch = batches[0]
         if len(batches) > 1 or batch.decode_plan is None:
@@ -205,36 +252,12 @@ class GraphedDecoder:
         if batch.prefill_spans or batch.image_spans:
             return None
         chunks = batch.decode_plan.chunks()
-        for num_requests in self._sizes:
-            if num_requests >= batch.num_tokens:
-                for num_chunks in self._chunks_of[num_requests]:
-                    if num_chunks >= len(chunks.chunk_X4):
-                        graph, inputs = self._graphs[num_requests, num_chunks]
-                        return graph, inputs, batch, chunks
-                return None
-        return None
+        size = fitting_size(self._sizes, batch.num_tokens, len(chunks.chunk_X4))
+        return None if size is None else (*self._graphs[size], batch, chunks)
 
-    def _inputs(self, num_requests: int, num_chunks: int, page_size: int) -> _Inputs:
-        device = self._decoder.cache.layers[0].device
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
-        num_pages = num_chunks * -(-MAX_CHUNK_KEYS // page_size)
-        return _Inputs(
-            tokens_T=zeros(num_requests),
-            positions_T=zeros(num_requests),
-            slots_T=zeros(num_requests).fill_(_NO_SLOT),
-            sample_rows=torch.arange(num_requests, device=device),
-            num_live=zeros(1, dtype=torch.int32),
-            chunks=DecodeChunks(
-                pages_G=zeros(num_pages, dtype=torch.int32),
-                chunk_X4=zeros(num_chunks, 4, dtype=torch.int32),
-                first_T1=zeros(num_requests + 1, dtype=torch.int32),
-            ),
-        )
-
-    def _capture(self, inputs: _Inputs, logits_TV: torch.Tensor, pool: Any) -> torch.cuda.CUDAGraph:
+    def _capture(
+        self, inputs: GraphInputs, logits_TV: torch.Tensor, pool: Any
+    ) -> torch.cuda.CUDAGraph:
         """Of padding alone: the experts' counts and the cache stay as they are."""
         batch = inputs.batch(self._decoder.cache.page_size)
         stream = torch.cuda.Stream()

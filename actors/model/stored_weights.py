@@ -29,19 +29,30 @@ _SHARED = ("shared_gate", "shared_up", "shared_down")
 _EXPERTS = ("experts_gate_up", "experts_down", "expert_gate", "expert_up", "expert_down")
 QUANTIZABLE = frozenset(_ATTENTION + _SHARED + _EXPERTS)
 _PLAIN = ("BF16", "F32", "F16")
+_FP8_STEP = 16  # to which cuBLAS wants rows of weights, inputs and outputs aligned
 _LISTED = 6  # names that an error lists of each kind
 
 
 def multipliable_format(config: ModelConfig) -> WeightFormat:
     """The format in which a checkpoint's weights can be multiplied as they are stored.
 
-    FP8 needs a scale for the inputs of each weight; NVFP4 has no kernels yet. Otherwise PLAIN:
-    quantised weights are dequantised.
+    FP8 needs a scale for the inputs of each weight, and sizes that divide by 16; NVFP4 has no
+    kernels yet. Otherwise PLAIN: quantised weights are dequantised.
     """
     declared = config.quantization
     if declared is None or not declared.has_input_scales:
         return WeightFormat.PLAIN
-    return WeightFormat.FP8 if declared.weight_format is WeightFormat.FP8 else WeightFormat.PLAIN
+    sizes = (
+        config.hidden_size,
+        config.q_lora_rank,
+        config.latent_width(),
+        config.num_heads * config.qk_head_dim(),
+        config.num_heads * config.v_head_dim,
+        config.expert_hidden_size,
+        config.shared_hidden_size(),
+    )
+    is_served = declared.weight_format is WeightFormat.FP8 and not any(s % _FP8_STEP for s in sizes)
+    return WeightFormat.FP8 if is_served else WeightFormat.PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

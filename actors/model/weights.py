@@ -268,7 +268,10 @@ def expert_bytes(
     dtype: torch.dtype,
     precision: WeightFormat = WeightFormat.PLAIN,
 ) -> int:
-    """Memory that `load_expert_weights` fills for this many local slots, in bytes."""
+    """Memory that `load_expert_weights` fills for this many local slots, in bytes.
+
+    Exact where all experts are stored alike, as in the official checkpoint.
+    """
     values = 3 * config.expert_hidden_size * config.hidden_size
     each_bytes = values * dtype.itemsize
     if precision is WeightFormat.FP8:  # two matrices with two scales each

@@ -74,10 +74,15 @@ def compile_all(jobs: Sequence[Callable[[], object]]) -> None:
     """
     workers = max(1, min(len(jobs), (os.cpu_count() or 1) - 2))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        done = [pool.submit(quietly, job) for job in jobs]
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    done = [pool.submit(quietly, job) for job in jobs]
+    try:
         for future in as_completed(done, timeout=_COMPILE_TIMEOUT_S):
             future.result()
+    except TimeoutError:
+        return  # what is left compiles where it is timed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def quietly(job: Callable[[], object]) -> None:

@@ -145,9 +145,8 @@ def most_chunks(max_context: int) -> int:
     return max(-(-length // chunk_keys(length)) for length in (*ends, max_context))
 
 
-def serves(q_THQ: torch.Tensor, cache_NSW: torch.Tensor, nope: int, latent: int) -> bool:
+def serves(nope: int, rope: int, latent: int, page_size: int) -> bool:
     """Whether the kernels take these sizes: powers of two that fill tensor cores."""
-    rope, page_size = q_THQ.shape[2] - nope, cache_NSW.shape[1]
     sizes = (nope, rope, latent, page_size)
     is_whole = all(size >= 16 and size & (size - 1) == 0 for size in sizes)
     return is_whole and page_size <= MIN_CHUNK_KEYS

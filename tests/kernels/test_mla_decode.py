@@ -44,6 +44,14 @@ def queries(num_tokens: int) -> torch.Tensor:
     return torch.randn(num_tokens, HEADS, NOPE + ROPE, generator=torch.Generator().manual_seed(3))
 
 
+def test_a_plan_of_chunks_alone_refuses_what_needs_lengths() -> None:
+    chunks = DecodePlan([[0]], [3], 16, CPU).chunks()
+    plan = DecodePlan.of_chunks(chunks, 16)
+    for needed in (plan.buckets, plan.ragged):
+        with pytest.raises(ValueError, match="plan of chunks"):
+            needed()
+
+
 def test_mla_decode_of_one_cached_token_is_its_value() -> None:
     cache_NSW, tables, contexts = make_pages([1])
     heads = make_heads()

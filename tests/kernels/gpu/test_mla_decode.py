@@ -202,6 +202,4 @@ def test_cut_chunks_refuses_chunks_whose_pages_a_program_does_not_hold() -> None
     ],
 )
 def test_serves_powers_of_two_alone(nope: int, latent: int, page: int, is_served: bool) -> None:
-    q_THQ = torch.zeros(1, 2, nope + 16)
-    cache_NSW = torch.zeros(1, page, latent + 16)
-    assert serves(q_THQ, cache_NSW, nope, latent) is is_served
+    assert serves(nope, 16, latent, page) is is_served

@@ -89,11 +89,6 @@ class DecodePlan:
         plan._chunks = chunks
         return plan
 
-    @property
-    def num_queries(self) -> int:
-        """T."""
-        return len(self.context_lengths)
-
     def buckets(self) -> list[DecodeBucket]:
         """Queries by the power of two above their page count.
 

@@ -15,12 +15,16 @@ _FRESH_S = 0.5
 
 
 class HealthBook:
-    """Every rank's last account of itself; one that does not answer is lost."""
+    """Every rank's last account of itself; one that no longer answers is lost.
+
+    One that never did is still on its way: importing torch takes seconds on a busy machine.
+    """
 
     def __init__(self, layout: LayoutConfig, peers: Sequence[Peer]) -> None:
         self._layout = layout
         self._peers = peers
         self._answers: dict[int, RankHealth] = {}
+        self._heard: set[int] = set()
         self._asked_s = -_FRESH_S
 
     async def statuses(self) -> list[ActorStatus]:
@@ -36,13 +40,15 @@ class HealthBook:
                 for rank, answer in enumerate(answers)
                 if isinstance(answer, RankHealth)
             }
+            self._heard.update(self._answers)
         return [self._status(rank) for rank in range(len(self._peers))]
 
     def _status(self, rank: int) -> ActorStatus:
         name, health = self._peers[rank].name, self._answers.get(rank)
         if health is None:
             role = "attention" if rank in self._layout.attention_ranks() else "expert"
-            return ActorStatus(name, role, RankState.LOST.value, "", "", rank, 0.0, 0, 0, 0.0)
+            state = RankState.LOST if rank in self._heard else RankState.STARTING
+            return ActorStatus(name, role, state.value, "", "", rank, 0.0, 0, 0, 0.0)
         return ActorStatus(
             actor_id=name,
             role=health.role,

@@ -57,7 +57,7 @@ def test_single_tokens_attend_as_decode_and_spans_as_prefill() -> None:
     (span,) = batch.prefill_spans
     assert (span.rows, span.start, span.pages_n.tolist()) == (slice(1, 5), 0, [4])
     assert batch.decode_plan is not None
-    assert batch.decode_plan.num_queries == 2
+    assert len(batch.decode_plan.context_lengths) == 2
 
 
 def test_consecutive_decode_rows_are_a_slice() -> None:
@@ -93,7 +93,7 @@ def test_a_cut_may_leave_a_single_token_to_decode() -> None:
     assert first.prefill_spans[0].rows == slice(0, 2)
     assert not second.prefill_spans
     assert second.decode_plan is not None
-    assert second.decode_plan.num_queries == 1
+    assert len(second.decode_plan.context_lengths) == 1
 
 
 def test_no_entries_give_empty_batches() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from ostro.actors.model.cuda_graphs import GraphedDecoder
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache
-from ostro.actors.model.random_checkpoint import RandomModel, write_config
+from ostro.actors.model.random_checkpoint import SMALL_4, write_config
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights, ExpertWeights
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.kernels.batch_sampling import Draws, sample_rows
@@ -43,20 +43,8 @@ _WARM_STEPS, _STEPS = 3, 20
 
 
 def mistral_small_4(num_layers: int = 36) -> ModelConfig:
-    """Its config, with fewer layers where a GPU does not hold all."""
-    shape = RandomModel(
-        vocab_size=131_072,
-        hidden_size=4096,
-        num_layers=num_layers,
-        num_heads=32,
-        q_lora_rank=1024,
-        kv_lora_rank=256,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        expert_hidden_size=2048,
-        std=0.02,
-    )
+    """The config of its text model, with fewer layers where a GPU does not hold all."""
+    shape = replace(SMALL_4, num_layers=num_layers, vision=None)
     with tempfile.TemporaryDirectory() as directory:
         write_config(Path(directory), shape)
         return load_model_config(Path(directory))

@@ -97,6 +97,22 @@ TINY = RandomModel(
     dtype="float32",
 )
 
+# Mistral Small 4 itself.
+SMALL_4 = RandomModel(
+    vocab_size=131_072,
+    hidden_size=4096,
+    num_layers=36,
+    num_heads=32,
+    q_lora_rank=1024,
+    kv_lora_rank=256,
+    qk_nope_head_dim=64,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    expert_hidden_size=2048,
+    std=0.02,
+    vision=RandomVision(),
+)
+
 # The benchmark's checkpoint: 898 M values, per-head geometry as in Mistral Small 4.
 MID = RandomModel(
     vocab_size=32_768,

@@ -101,6 +101,22 @@ class Layer:
         x_AD = permute_triton(rows_RD, expert_RK, schedule, scale_E)
         return Batch(rows_RD, expert_RK, weight_RK, schedule, x_AD)
 
+    def _gate_up_scales(self) -> dict[str, torch.Tensor]:
+        e = self.experts
+        if not self.is_fp8:
+            return {}
+        return {
+            "scale_E": e.gate_up_scale_E,
+            "input_scale_E": e.gate_up_input_scale_E,
+            "next_input_scale_E": e.down_input_scale_E,
+        }
+
+    def _down_scales(self) -> dict[str, torch.Tensor]:
+        e = self.experts
+        if not self.is_fp8:
+            return {}
+        return {"scale_E": e.down_scale_E, "input_scale_E": e.down_input_scale_E}
+
     def gate_up(self, batch: Batch, cut: Tile | None = None) -> torch.Tensor:
         """The first product of a batch."""
         e = self.experts
@@ -108,9 +124,7 @@ class Layer:
             batch.x_AD,
             e.gate_up_EHD,
             batch.schedule,
-            scale_E=e.gate_up_scale_E if self.is_fp8 else None,
-            input_scale_E=e.gate_up_input_scale_E if self.is_fp8 else None,
-            next_input_scale_E=e.down_input_scale_E if self.is_fp8 else None,
+            **self._gate_up_scales(),
             cut=cut,
         )
 
@@ -123,8 +137,7 @@ class Layer:
             batch.weight_RK,
             batch.schedule,
             torch.bfloat16,
-            scale_E=e.down_scale_E if self.is_fp8 else None,
-            input_scale_E=e.down_input_scale_E if self.is_fp8 else None,
+            **self._down_scales(),
             cut=cut,
         )
 
@@ -143,9 +156,7 @@ class Layer:
             batch.x_AD,
             e.gate_up_EHD,
             batch.schedule,
-            scale_E=e.gate_up_scale_E if self.is_fp8 else None,
-            input_scale_E=e.gate_up_input_scale_E if self.is_fp8 else None,
-            next_input_scale_E=e.down_input_scale_E if self.is_fp8 else None,
+            **self._gate_up_scales(),
         )
         poison(len(batch.x_AD) * self.sizes.inner * self.dtype.itemsize, self.sizes.device)
         return relative_error(self.gate_up(batch)[: len(expected)].float(), expected.float())
@@ -170,8 +181,7 @@ class Layer:
             batch.weight_RK,
             batch.schedule,
             torch.float32,
-            scale_E=e.down_scale_E if self.is_fp8 else None,
-            input_scale_E=e.down_input_scale_E if self.is_fp8 else None,
+            **self._down_scales(),
         )
 
 

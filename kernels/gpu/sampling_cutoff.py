@@ -66,37 +66,17 @@ def sampling_cutoff_triton(
     shape = (num_rows, num_slices, _NUM_THRESHOLDS)
     count_BST = largest_BS.new_empty(shape, dtype=torch.int32)
     mass_BST = largest_BS.new_empty(shape, dtype=torch.int64)
-    _tails_kernel[(num_rows, num_slices)](
-        logits_BV,
-        allowed_BW,
-        settings_B5,
-        largest_BS,
-        count_BST,
-        mass_BST,
-        vocabulary,
-        num_slices,
-        T=_NUM_THRESHOLDS,
-        BLOCK_S=triton.next_power_of_2(num_slices),
-        BLOCK_V=slice_size(vocabulary),
-        BLOCK_N=_BLOCK_MEASURED,
-        num_warps=8,
-    )
+    measured = (logits_BV, allowed_BW, settings_B5, largest_BS, count_BST, mass_BST)
+    cut = {
+        "T": _NUM_THRESHOLDS,
+        "BLOCK_S": triton.next_power_of_2(num_slices),
+        "BLOCK_V": slice_size(vocabulary),
+        "num_warps": 8,
+    }
+    grid = (num_rows, num_slices)
+    _tails_kernel[grid](*measured, vocabulary, num_slices, BLOCK_N=_BLOCK_MEASURED, **cut)
     keys_BV = torch.empty_like(logits_BV, dtype=torch.int32)
-    _list_kernel[(num_rows, num_slices)](
-        logits_BV,
-        allowed_BW,
-        settings_B5,
-        largest_BS,
-        count_BST,
-        mass_BST,
-        keys_BV,
-        vocabulary,
-        num_slices,
-        T=_NUM_THRESHOLDS,
-        BLOCK_S=triton.next_power_of_2(num_slices),
-        BLOCK_V=slice_size(vocabulary),
-        num_warps=8,
-    )
+    _list_kernel[grid](*measured, keys_BV, vocabulary, num_slices, **cut)
     cutoff_B = largest_BS.new_empty(num_rows, dtype=torch.int32)
     _cutoff_kernel[(num_rows,)](
         settings_B5,

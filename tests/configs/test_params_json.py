@@ -9,30 +9,15 @@ from typing import Any
 import checkpoint_variants
 import pytest
 
-from ostro.actors.model.random_checkpoint import RandomModel, RandomVision, write_config
+from ostro.actors.model.random_checkpoint import SMALL_4, write_config
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
-
-_REAL = RandomModel(
-    vocab_size=131072,
-    hidden_size=4096,
-    num_layers=36,
-    num_heads=32,
-    q_lora_rank=1024,
-    kv_lora_rank=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    expert_hidden_size=2048,
-    std=0.02,
-    vision=RandomVision(),
-)
 
 
 @pytest.fixture(scope="module")
 def config_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("hf")
-    write_config(directory, _REAL)
+    write_config(directory, SMALL_4)
     return directory
 
 

@@ -23,9 +23,8 @@ from ostro.actors.model.conversion import official_format, plan_conversion, tens
 from ostro.actors.model.converted_checkpoint import write_conversion
 from ostro.actors.model.native_names import NATIVE_SCHEME
 from ostro.actors.model.random_checkpoint import (
+    SMALL_4,
     TINY_VISION,
-    RandomModel,
-    RandomVision,
     write_config,
 )
 from ostro.actors.model.stored_weights import stored_weight
@@ -39,20 +38,6 @@ Variant = Callable[[str, str], Path]
 _WEIGHTS = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
 _CONFIGS = {"hf": "config.json", "mistral": "params.json"}
 _KINDS = [(layout, precision) for layout in _WEIGHTS for precision in ("bf16", "fp8", "nvfp4")]
-SMALL_4 = RandomModel(
-    vocab_size=131072,
-    hidden_size=4096,
-    num_layers=36,
-    num_heads=32,
-    q_lora_rank=1024,
-    kv_lora_rank=256,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    expert_hidden_size=2048,
-    std=0.02,
-    vision=RandomVision(),
-)
 _INPUT_SCALES = ("activation_scale", "qscale_act", "input_global_scale")
 
 

@@ -23,6 +23,8 @@ def _main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--tuned", type=Path, help="write the sweep's best tiles here")
     options = parser.parse_args()
+    if options.tuned is not None and not options.sweep:
+        parser.error("--tuned needs --sweep: tiles are what it finds")
     began_s = time.perf_counter()
     try:
         report = measure_kernels(

@@ -8,10 +8,50 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Protocol
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.fabric.messages import State
+
+
+class Constraint(Enum):
+    """What the answer must be; thinking stays free."""
+
+    JSON_OBJECT = "json_object"
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFormat:
+    """The form an answer must have.
+
+    Attributes:
+        text: The JSON Schema as JSON text (the order of its properties is kept), the regular
+            expression or the Lark grammar; empty for JSON_OBJECT.
+        where: Name of the field it came from, as its caller knows it.
+    """
+
+    constraint: Constraint
+    text: str = ""
+    where: str = "response_format"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolChoice:
+    """Which tools the answer may or must call.
+
+    Attributes:
+        mode: "auto", "none" or "required".
+        name: With "required": this tool and no other.
+        parallel: Whether one turn may call several times.
+    """
+
+    mode: str = "auto"
+    name: str | None = None
+    parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +70,8 @@ class GenerationOptions:
         num_logprobs: None for none, n for the chosen token's and n alternatives.
         cache_key: Separates prefix caches.
         queue_timeout_s: Give up if generation has not begun by then.
+        num_choices: Answers to sample from the one prompt.
+        answer_format: Constrains the answer; None leaves it free.
     """
 
     request_id: str | None = None
@@ -55,6 +97,8 @@ class GenerationOptions:
     priority: int = 0
     queue_timeout_s: float | None = None
     return_token_ids: bool = False
+    num_choices: int = 1
+    answer_format: AnswerFormat | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,13 +167,12 @@ class ChatGeneration:
 
     Attributes:
         model: Name the caller used; "" for the one served model.
-        tool_choice: "auto" or "none" (forced choices are refused by the faces for now).
     """
 
     messages: tuple[ChatMessage, ...]
     model: str = ""
     tools: tuple[Tool, ...] = ()
-    tool_choice: str = "auto"
+    tool_choice: ToolChoice = ToolChoice()
     options: GenerationOptions = GenerationOptions()
 
 
@@ -176,20 +219,22 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
-    """Text to append; whole characters only. `thinking` tells the channel."""
+    """Text to append to a choice; whole characters only. `thinking` tells the channel."""
 
     text: str
     thinking: bool = False
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenText, ...] = ()
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCallDone:
-    """A whole tool call, once its arguments are complete."""
+    """A whole tool call of a choice, once its arguments are complete."""
 
     index: int
     call: ToolCall
+    choice: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,12 +273,13 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """Last event of a generation that ended well.
+    """Last event of a choice that ended well; with the last choice's the generation ends.
 
     Attributes:
         reason: "stop", "length", "model_length", "tool_calls" or "cancelled".
         matched_stop: The stop string that ended it, if one did.
         stop_token_id: The stop token that ended it, if one did.
+        usage: Of all choices that have ended by now; the prompt is counted once.
     """
 
     reason: str
@@ -242,6 +288,7 @@ class Finished:
     timing: Timing
     matched_stop: str | None = None
     stop_token_id: int | None = None
+    choice: int = 0
 
 
 GenerationEvent = Started | TextDelta | ToolCallDone | Finished

@@ -20,6 +20,7 @@ from ostro.cluster.generation import (
     TextGeneration,
     Tool,
     ToolCall,
+    ToolChoice,
 )
 from ostro.cluster.grpc_answer import EFFORT_NUMBERS
 from ostro.cluster.images import image_of_uri
@@ -172,13 +173,13 @@ def _tool(tool: pb.Tool, path: str) -> Tool:
     return Tool(name=tool.name, description=tool.description, parameters=parameters)
 
 
-def _tool_choice(choice: pb.ToolChoice) -> str:
+def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
     path = "conversation.tool_choice"
     if choice.forbid_parallel:
         _refuse(f"{path}.forbid_parallel", "the number of tool calls cannot be limited yet")
     if choice.name or choice.mode == pb.ToolChoice.MODE_REQUIRED:
         _refuse(path, "a call cannot be forced yet; use MODE_AUTO or MODE_NONE")
-    return "none" if choice.mode == pb.ToolChoice.MODE_NONE else "auto"
+    return ToolChoice(mode="none" if choice.mode == pb.ToolChoice.MODE_NONE else "auto")
 
 
 def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOptions:

@@ -9,19 +9,46 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ostro.actors.errors import OstroError
 from ostro.cluster.error_table import public_error
 from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.metrics import closing_events
-from ostro.cluster.openai_answer import WholeAnswer
-from ostro.cluster.openai_stream import DONE, KEEP_ALIVE, EventWriter
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE = b": keep-alive\n\n"
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class StreamWriter(Protocol):
+    """Writes one generation as server-sent events of some dialect; knows what went before.
+
+    Attributes:
+        end: What closes a stream, whether it ended well or failed.
+    """
+
+    end: bytes
+
+    def write(self, event: GenerationEvent) -> bytes:
+        """The bytes of an event, ready to send; may hold several chunks or none."""
+        ...
+
+    def failure(self, error: OstroError) -> bytes:
+        """The last chunk of a stream that failed after it began."""
+        ...
+
+
+class Gatherer(Protocol):
+    """Gathers the events of one generation until they can be told as one body."""
+
+    def add(self, event: GenerationEvent) -> None:
+        """Take the next event."""
+        ...
 
 
 class StreamedAnswer(Response):
@@ -30,7 +57,7 @@ class StreamedAnswer(Response):
     def __init__(
         self,
         events: AsyncIterator[GenerationEvent],
-        writer: EventWriter,
+        writer: StreamWriter,
         *,
         keep_alive_s: float,
         headers: Mapping[str, str],
@@ -68,7 +95,7 @@ class StreamedAnswer(Response):
                 if told is not error:
                     logger.exception("a stream failed after it began")
                 await self._write(send, self._writer.failure(told))
-        await self._write(send, DONE, more=False)
+        await self._write(send, self._writer.end, more=False)
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
         async with self._sending:
@@ -86,7 +113,7 @@ class GatheredAnswer(Response):
     def __init__(
         self,
         events: AsyncIterator[GenerationEvent],
-        answer: WholeAnswer,
+        answer: Gatherer,
         body: Callable[[], bytes],
         *,
         headers: Mapping[str, str],

@@ -21,6 +21,7 @@ from ostro.cluster.generation import (
     TextGeneration,
     Tool,
     ToolCall,
+    ToolChoice,
 )
 from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_schema import (
@@ -224,10 +225,10 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         ) from None
 
 
-def _tool_choice(body: ChatCompletionRequest) -> str:
+def _tool_choice(body: ChatCompletionRequest) -> ToolChoice:
     choice = "auto" if body.tool_choice is None else body.tool_choice
     if isinstance(choice, str) and choice in ("auto", "none"):
-        return choice
+        return ToolChoice(mode=choice)
     if isinstance(choice, dict) or choice in ("any", "required"):
         _refuse("tool_choice", "a call cannot be forced yet; use 'auto' or 'none'")
     raise InvalidRequestError(

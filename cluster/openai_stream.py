@@ -36,13 +36,13 @@ from ostro.cluster.openai_fields import (
 _encode = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 
 
 class EventWriter(ABC):
     """Writes one generation's events as server-sent events; knows what went before."""
 
     object_name = ""
+    end = DONE
 
     def __init__(self, style: AnswerStyle) -> None:
         self._style = style

@@ -137,7 +137,7 @@ class RequestBuilder:
         """
         self._check_model(chat.model)
         self._check_options(chat.options)
-        if chat.tool_choice not in ("auto", "none"):
+        if chat.tool_choice.mode not in ("auto", "none"):
             raise _refused("tool_choice", "must be 'auto' or 'none'", code="unsupported_value")
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
@@ -147,9 +147,9 @@ class RequestBuilder:
         banned: list[int] = []
         if thinking is not None and budget == 0:
             banned.append(thinking.begin_token_id)
-        if chat.tools and chat.tool_choice == "none":
+        if chat.tools and chat.tool_choice.mode == "none":
             banned.append(self._prompts.special.tool_calls)
-        takes_tools = bool(chat.tools) and chat.tool_choice == "auto"
+        takes_tools = bool(chat.tools) and chat.tool_choice.mode == "auto"
         return self._prepare(
             chat.options,
             prompt,

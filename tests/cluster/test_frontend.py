@@ -38,6 +38,7 @@ from ostro.cluster.generation import (
     TextGeneration,
     Tool,
     ToolCallDone,
+    ToolChoice,
 )
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
@@ -182,7 +183,7 @@ def chat(
     request = ChatGeneration(
         messages=messages,
         tools=tools,
-        tool_choice=tool_choice,
+        tool_choice=ToolChoice(mode=tool_choice),
         model=model,
         options=GenerationOptions(**options),
     )

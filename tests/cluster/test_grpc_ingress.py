@@ -213,7 +213,7 @@ def test_a_conversation_arrives_with_thinking_calls_and_tools():
     assert len(assistant.tool_calls[0].call_id) == 9
     assert (tool.tool_call_id, tool.tool_name) == (assistant.tool_calls[0].call_id, "f")
     assert asked.tools[0].parameters == {"type": "object"}
-    assert asked.tool_choice == "none"
+    assert asked.tool_choice.mode == "none"
 
 
 def test_a_cancelled_stream_closes_the_generation():

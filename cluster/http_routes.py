@@ -1,0 +1,70 @@
+"""What the HTTP dialects share: how a body is read and how an answer leaves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import msgspec
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ostro.cluster.generation import FrontendLike, GenerationEvent
+from ostro.cluster.http_answer import StreamedAnswer, StreamWriter
+from ostro.cluster.http_body import Body, read_body
+from ostro.cluster.metrics import Metrics
+from ostro.configs.deployment import ServingConfig
+
+
+class HttpRoutes:
+    """The endpoints of one dialect, over one frontend; subclasses add the routes."""
+
+    def __init__(
+        self, get_frontend: Callable[[], FrontendLike], serving: ServingConfig, metrics: Metrics
+    ) -> None:
+        self._get_frontend = get_frontend
+        self._serving = serving
+        self._metrics = metrics
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register the dialect's routes."""
+        raise NotImplementedError
+
+    @property
+    def frontend(self) -> FrontendLike:
+        """The frontend.
+
+        Raises:
+            NotReadyError: There is none yet.
+        """
+        return self._get_frontend()
+
+    async def read(self, request: Request, kind: type[Body]) -> tuple[Body, dict[str, str]]:
+        """The body, and the headers that name its ignored fields. Raises what `read_body` does."""
+        return await read_body(request, kind, max_bytes=self._serving.max_body_bytes)
+
+    def watched(self, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
+        """The same events, counted."""
+        return self._metrics.watch(events)
+
+    def stream(
+        self,
+        events: AsyncIterator[GenerationEvent],
+        writer: StreamWriter,
+        headers: Mapping[str, str],
+    ) -> Response:
+        """An answer of server-sent events."""
+        keep_alive_s = self._serving.keep_alive_s
+        return StreamedAnswer(events, writer, keep_alive_s=keep_alive_s, headers=headers)
+
+
+def json_response(
+    fields: Mapping[str, object], headers: Mapping[str, str] | None = None, status: int = 200
+) -> Response:
+    """A JSON body."""
+    return Response(
+        msgspec.json.encode(fields),
+        status_code=status,
+        headers=None if headers is None else dict(headers),
+        media_type="application/json",
+    )

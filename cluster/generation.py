@@ -72,6 +72,7 @@ class GenerationOptions:
         queue_timeout_s: Give up if generation has not begun by then.
         num_choices: Answers to sample from the one prompt.
         answer_format: Constrains the answer; None leaves it free.
+        tenant: Whose request it is, by the server's own word (never the caller's); "" for nobody.
     """
 
     request_id: str | None = None
@@ -99,6 +100,7 @@ class GenerationOptions:
     return_token_ids: bool = False
     num_choices: int = 1
     answer_format: AnswerFormat | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -238,6 +238,7 @@ class RequestBuilder:
                 thinking=thinking,
                 cache_salt=options.cache_key,
                 scheduling_class=row.scheduling_class + options.priority,
+                tenant=options.tenant,
                 images=prompt.images,
             ),
             options=options,

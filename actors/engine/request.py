@@ -117,6 +117,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         prompt_token_ids: At least one token.
         cache_salt: Requests share prefix cache only under the same salt.
         scheduling_class: Lower runs earlier when requests wait.
+        tenant: Whose request it is; tenants share a shard fairly. "" for nobody.
         images: In the order of their places in the prompt.
     """
 
@@ -127,6 +128,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     thinking: ThinkingParams | None = None
     cache_salt: str = ""
     scheduling_class: int = 0
+    tenant: str = ""
     images: tuple[ImageInput, ...] = ()
 
 

@@ -141,6 +141,7 @@ class ChatMessage:
         tool_call_id: Tool only: the call this answers.
         tool_name: Tool only, if known.
         prefix: Last assistant message only: the answer continues this text.
+        where: Its place in the request, as its caller knows it; "" for `messages` and its index.
     """
 
     role: str
@@ -152,6 +153,7 @@ class ChatMessage:
     tool_call_id: str | None = None
     tool_name: str | None = None
     prefix: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

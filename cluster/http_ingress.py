@@ -1,30 +1,26 @@
-"""The HTTP face: the dialects, the tokenizer, health and metrics, and how refusals are told."""
+"""The HTTP face: the dialects, and what belongs to none of them."""
 
 from __future__ import annotations
 
-import logging
 from asyncio import to_thread
 from collections.abc import Callable
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError, OstroError
-from ostro.cluster.error_table import answer_for, error_body, error_headers, public_error
+from ostro.actors.errors import InvalidRequestError, NotReadyError
 from ostro.cluster.generation import FrontendLike
-from ostro.cluster.http_body import SchemaError
+from ostro.cluster.http_errors import add_error_handlers
+from ostro.cluster.http_messages import MessagesRoutes
 from ostro.cluster.http_openai import OpenAIRoutes
 from ostro.cluster.http_routes import HttpRoutes, json_response
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.openai_request import chat_messages, tools_on_offer
 from ostro.cluster.openai_schema import DetokenizeBody, TokenizeBody
-from ostro.cluster.request_id import RequestIds, id_headers, request_id_of
+from ostro.cluster.request_id import RequestIds
 from ostro.configs.deployment import ServingConfig
-
-logger = logging.getLogger(__name__)
 
 
 def build_http_app(
@@ -43,11 +39,9 @@ def build_http_app(
         adds_request_id: Put `x-request-id` on answers; off where the server around this does.
     """
     app = FastAPI(title="Ostro", docs_url=None, redoc_url=None, openapi_url=None)
-    for routes in (OpenAIRoutes, _OwnRoutes):
+    for routes in (OpenAIRoutes, MessagesRoutes, _OwnRoutes):
         routes(get_frontend, serving, metrics).add_to(app)
-    app.add_exception_handler(OstroError, _refuse)
-    app.add_exception_handler(HTTPException, _refuse_route)
-    app.add_exception_handler(Exception, _fail)
+    add_error_handlers(app)
     app.add_middleware(RequestIds, adds_header=adds_request_id)
     return app
 
@@ -97,28 +91,3 @@ class _OwnRoutes(HttpRoutes):
         except NotReadyError:
             cell = None
         return Response(await self._metrics.render(cell), media_type=CONTENT_TYPE_LATEST)
-
-
-async def _refuse(request: Request, error: Exception) -> Response:
-    """An error that Ostro names."""
-    told = public_error(error)
-    status = answer_for(told).http_status
-    if told is not error:
-        logger.error("request %s failed", request_id_of(request.scope), exc_info=error)
-    if isinstance(error, SchemaError):
-        return json_response(error_body(told, error.detail), status=422)
-    return json_response(error_body(told), error_headers(told), status)
-
-
-async def _refuse_route(request: Request, error: Exception) -> Response:
-    """No such route, or not by that method."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = dict(getattr(error, "headers", None) or {})
-    text = f"{request.method} {request.url.path[:200]}: {getattr(error, 'detail', 'failed')}"
-    return json_response(error_body(NotFoundError(text, code="unknown_route")), headers, status)
-
-
-async def _fail(request: Request, error: Exception) -> Response:
-    """Anything else; the server around this logs it, the caller does not see its text."""
-    told = public_error(error)
-    return json_response(error_body(told), id_headers(request.scope), answer_for(told).http_status)

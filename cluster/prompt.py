@@ -317,7 +317,7 @@ def _check_conversation(messages: Sequence[ChatMessage]) -> None:
     waiting: set[str] = set()  # calls whose results have not come
     previous: str | None = None
     for index, message in enumerate(messages):
-        where = f"messages[{index}]"
+        where = message.where or f"messages[{index}]"
         _check_message(message, where, is_last=index == last)
         if previous is not None and message.role not in _MAY_FOLLOW[previous]:
             raise _refused(f"{where}: role {message.role!r} may not follow role {previous!r}")
@@ -330,10 +330,10 @@ def _check_conversation(messages: Sequence[ChatMessage]) -> None:
         waiting |= {call.call_id for call in message.tool_calls}
         previous = message.role
     if waiting:
-        raise _refused(f"messages[{last}]: a tool call has no result")
+        raise _refused(f"{where}: a tool call has no result")
     if previous == "assistant" and (last == 0 or not messages[last].prefix):
         raise _refused(
-            f"messages[{last}]: the last message is the assistant's; end with a user or tool "
+            f"{where}: the last message is the assistant's; end with a user or tool "
             f"message, or set prefix to continue it"
         )
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import anthropic
 import httpx
 import mistralai.client as mistral
 import numpy as np
@@ -179,6 +180,35 @@ def test_mistral_client_shows_an_image(
     ):
         client.chat.complete(model=MODEL, messages=[{"role": "user", "content": content}])
     assert len(places(cell.requests[0])) == 1
+
+
+def test_anthropic_client_shows_images_and_counts_their_tokens(
+    cell: OneTokenCell, prompts: PromptBuilder
+) -> None:
+    def block(data: bytes) -> dict:
+        encoded = base64.b64encode(data).decode()
+        source = {"type": "base64", "media_type": "image/png", "data": encoded}
+        return {"type": "image", "source": source}
+
+    look = {"type": "tool_use", "id": "toolu_a", "name": "look", "input": {}}
+    seen = {"type": "tool_result", "tool_use_id": "toolu_a", "content": [block(png(20, 20))]}
+    asked = {
+        "model": MODEL,
+        "messages": [
+            {"role": "user", "content": [block(png(seed=1)), text("Look")]},
+            {"role": "assistant", "content": [look]},
+            {"role": "user", "content": [seen, text("Well?")]},
+        ],
+    }
+    with (
+        http_face(cell, prompts) as http,
+        anthropic.Anthropic(base_url=str(http.base_url), api_key="none") as client,
+    ):
+        message = client.messages.create(**asked, max_tokens=4)
+        counted = client.messages.count_tokens(**asked)
+    assert [found[1] for found in places(cell.requests[0])] == [8, 2]
+    assert counted.input_tokens == message.usage.input_tokens
+    assert counted.input_tokens == len(cell.requests[0].prompt_token_ids)
 
 
 def test_a_tools_result_may_be_an_image(cell: OneTokenCell, prompts: PromptBuilder) -> None:

@@ -9,25 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import grpc
 import typer
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.cli_connection import (
-    CALL_TIMEOUT_S,
-    DEFAULT_URL,
-    Url,
-    named_error,
-    open_channel,
-)
+from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors, print_error, printable
-from ostro.cluster.conversation import ChatOptions, Conversation, Turn, effort_name
+from ostro.cluster.client import Client
+from ostro.cluster.client_requests import effort_name
+from ostro.cluster.conversation import ChatOptions, Conversation, Turn
 from ostro.configs.deployment import EFFORTS, ServingConfig
 from ostro.configs.errors import ConfigError
-from ostro.protos import cluster_pb2, cluster_pb2_grpc
 
 _HELP = (
     "/effort NAME  think more or less from now on: " + ", ".join(EFFORTS) + "\n"
@@ -88,12 +82,12 @@ def chat(
     question = question.encode(errors="replace").decode()
     if not question and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("no question: give a PROMPT, or write it to stdin")
-    with open_channel(url) as channel:
-        conversation = Conversation(channel, url, options)
+    with open_client(url) as client:
+        conversation = Conversation(client, options)
         for data in images:
             conversation.attach(data)
         if not question:
-            screen.note(f"{_greeting(channel, url, effort)}; /help tells what else there is")
+            screen.note(f"{_greeting(client, effort)}; /help tells what else there is")
             converse(conversation, screen, _line_reader(screen))
             return
         try:
@@ -271,12 +265,8 @@ def _make_screen(show_thinking: bool | None) -> Screen:  # noqa: FBT001  three v
     return Screen(answers, thinking, is_terminal=answers.is_terminal)
 
 
-def _greeting(channel: grpc.Channel, url: str, effort: str | None) -> str:
-    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
-    try:
-        model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
-    except grpc.RpcError as error:
-        raise named_error(error, url) from None
+def _greeting(client: Client, effort: str | None) -> str:
+    model = client.model()
     return f"{model.id}, effort {effort or effort_name(model.default_effort)}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +12,22 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_channel
+from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors, printable
+from ostro.cluster.client_requests import tool
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn
 from ostro.protos import generation_pb2
 
 _PICTURE = Path(__file__).parent / "teaching_model" / "example.png"
 _EFFORTS = ("none", "high")
-_WEATHER = generation_pb2.Tool(
-    name="get_weather",
-    description="Get the weather in a city",
-    parameters=json.dumps(
-        {
-            "type": "object",
-            "properties": {"city": {"type": "string"}},
-            "required": ["city"],
-        }
-    ),
+_WEATHER = tool(
+    "get_weather",
+    "Get the weather in a city",
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    },
 )
 
 
@@ -80,13 +78,11 @@ def demo(url: Url = DEFAULT_URL) -> None:
     Ctrl-C ends the tour.
     """
     console = make_console()
-    with open_channel(url) as channel:
+    with open_client(url) as client:
         for stop in TOUR:
             _show_question(stop, console)
             for effort in _EFFORTS:
-                conversation = Conversation(
-                    channel, url, ChatOptions(effort=effort, tools=stop.tools)
-                )
+                conversation = Conversation(client, ChatOptions(effort=effort, tools=stop.tools))
                 if stop.image is not None:
                     conversation.attach(stop.image.read_bytes())
                 turn = conversation.ask(stop.question, lambda *_: None)
@@ -103,8 +99,8 @@ def _show_question(stop: Stop, console: Console) -> None:
     if stop.image is not None:
         for line in picture_lines(stop.image.read_bytes()):
             console.print("  " + line, highlight=False)
-    for tool in stop.tools:
-        console.print(Text(f"  on offer: {tool.name}, {tool.description.lower()}", "dim"))
+    for offered in stop.tools:
+        console.print(Text(f"  on offer: {offered.name}, {offered.description.lower()}", "dim"))
 
 
 def _show_answer(stop: Stop, turn: Turn, console: Console) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -17,17 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ostro.cluster.cli_connection import (
-    CALL_TIMEOUT_S,
-    DEFAULT_URL,
-    Url,
-    named_error,
-    open_channel,
-)
+from ostro.actors.errors import OstroError
+from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_loading import STATE_STYLES
 from ostro.cluster.human_numbers import format_bytes
-from ostro.protos import cluster_pb2, cluster_pb2_grpc
+from ostro.protos import cluster_pb2
 
 _BAR_WIDTH = 16
 _ID_CHARS = 8
@@ -108,28 +102,13 @@ def heat_strip(values: Sequence[float], highest: float, width: int) -> Text:
 
 
 def _look(url: str) -> Picture:
-    with open_channel(url) as channel:
-        stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+    with open_client(url) as client:
+        model, cluster = client.model(), client.cluster()
         try:
-            model = stub.GetModel(cluster_pb2.GetModelRequest(), timeout=CALL_TIMEOUT_S)
-            answer = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=CALL_TIMEOUT_S)
-        except grpc.RpcError as error:
-            raise named_error(error, url) from None
-        return Picture(model, answer.cluster, sum_by_shard(_placements(stub)))
-
-
-def _placements(
-    stub: cluster_pb2_grpc.ClusterServiceStub,
-) -> Sequence[cluster_pb2.ExpertPlacement]:
-    """Empty where the cluster does not tell; the rest of the picture stands without them."""
-    request = cluster_pb2.GetExpertsRequest()
-    try:
-        placements: Sequence[cluster_pb2.ExpertPlacement] = stub.GetExperts(
-            request, timeout=CALL_TIMEOUT_S
-        ).placements
-    except grpc.RpcError:
-        return ()
-    return placements
+            placements: Sequence[cluster_pb2.ExpertPlacement] = client.experts().placements
+        except OstroError:
+            placements = ()  # the rest of the picture stands without them
+    return Picture(model, cluster, sum_by_shard(placements))
 
 
 def _plain(message: Message) -> dict[str, Any]:

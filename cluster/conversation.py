@@ -6,13 +6,13 @@ Knows no terminal: text goes to a callback as it comes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
-import grpc
-
-from ostro.actors.errors import OstroError
-from ostro.cluster.cli_connection import named_error
-from ostro.protos import generation_pb2, generation_pb2_grpc
+from ostro.cluster.client import Client
+from ostro.cluster.client_requests import Asked, assistant, effort_name, system, user
+from ostro.cluster.client_streams import Event
+from ostro.protos import generation_pb2
 
 _ENDED_BY = {
     generation_pb2.ReasoningReport.ENDED_BY_BUDGET: "cut by its budget",
@@ -90,9 +90,8 @@ class Turn:
 class Conversation:
     """The turns so far, thinking included, and the way to the next one."""
 
-    def __init__(self, channel: grpc.Channel, url: str, options: ChatOptions) -> None:
-        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        self._url = url
+    def __init__(self, client: Client, options: ChatOptions) -> None:
+        self._client = client
         self.options = options
         self._messages: list[generation_pb2.Message] = []
         self._attached: list[bytes] = []
@@ -118,83 +117,48 @@ class Conversation:
         Raises:
             OstroError: The server refused or failed, or nothing answers.
         """
-        images = [
-            generation_pb2.Part(image=generation_pb2.Image(data=data)) for data in self._attached
-        ]
+        asked = user(question, images=self._attached)
         self._attached = []
-        text = generation_pb2.Part(text=question)
-        asked = _message(generation_pb2.ROLE_USER, *images, text)
         turn = self._stream([*self._messages, asked], show)
         if turn.answer:
-            self._messages += [asked, _answer_message(turn)]
+            self._messages += [asked, assistant(turn.answer, thinking=turn.thinking)]
         return turn
 
     def _stream(self, messages: list[generation_pb2.Message], show: Show) -> Turn:
-        turn = Turn()
-        call = self._stub.StreamChat(self._request(messages))
-        try:
-            for event in call:
-                _take(event, turn, show)
-        except KeyboardInterrupt:
-            call.cancel()
-            turn.is_cancelled = True
-        except grpc.RpcError as error:
-            raise named_error(error, self._url) from None
+        options, turn = self.options, Turn()
+        asked = Asked()
+        if options.effort is not None:
+            asked["effort"] = options.effort
+        if options.max_tokens is not None:
+            asked["max_tokens"] = options.max_tokens
+        if options.system:
+            messages = [system(options.system), *messages]
+        with closing(self._client.stream_chat(messages, tools=options.tools, **asked)) as events:
+            try:
+                for event in events:
+                    _take(event, turn, show)
+            except KeyboardInterrupt:
+                turn.is_cancelled = True
         return turn
 
-    def _request(self, messages: list[generation_pb2.Message]) -> generation_pb2.StreamChatRequest:
-        options = generation_pb2.GenerationOptions()
-        if self.options.effort is not None:
-            name = f"REASONING_EFFORT_{self.options.effort.upper()}"
-            options.reasoning.MergeFrom(generation_pb2.ReasoningOptions(effort=name))
-        if self.options.max_tokens is not None:
-            options.stopping.max_tokens = self.options.max_tokens
-        if self.options.system:
-            text = generation_pb2.Part(text=self.options.system)
-            messages = [_message(generation_pb2.ROLE_SYSTEM, text), *messages]
-        conversation = generation_pb2.Conversation(messages=messages, tools=self.options.tools)
-        return generation_pb2.StreamChatRequest(conversation=conversation, options=options)
 
-
-def _take(event: generation_pb2.StreamChatResponse, turn: Turn, show: Show) -> None:
-    match event.WhichOneof("event"):
-        case "started":
-            turn.effort = effort_name(event.started.reasoning.effort)
-        case "delta":
-            is_thinking = event.delta.channel == generation_pb2.CHANNEL_THINKING
+def _take(event: Event, turn: Turn, show: Show) -> None:
+    match event:
+        case generation_pb2.Started():
+            turn.effort = effort_name(event.reasoning.effort)
+        case generation_pb2.Delta():
+            is_thinking = event.channel == generation_pb2.CHANNEL_THINKING
             if is_thinking:
-                turn.thinking += event.delta.text
+                turn.thinking += event.text
             else:
-                turn.answer += event.delta.text
-            show(event.delta.text, is_thinking)
-        case "tool_call":
-            turn.calls.append(event.tool_call.call)
-        case "finish":
-            turn.finish = event.finish
-        case "ended":
-            timing = event.ended.timing
-            turn.usage = event.ended.usage
-            turn.total_s = timing.total.ToMicroseconds() / 1e6
-            if timing.HasField("first_token"):
-                turn.first_s = timing.first_token.ToMicroseconds() / 1e6
-        case "failure":
-            raise OstroError(event.failure.message, code=event.failure.reason.lower())
-
-
-def effort_name(value: generation_pb2.ReasoningEffort) -> str:
-    """Our name of a proto effort; empty if unspecified."""
-    if value == generation_pb2.REASONING_EFFORT_UNSPECIFIED:
-        return ""
-    return generation_pb2.ReasoningEffort.Name(value).removeprefix("REASONING_EFFORT_").lower()
-
-
-def _message(role: generation_pb2.Role, *parts: generation_pb2.Part) -> generation_pb2.Message:
-    return generation_pb2.Message(role=role, parts=parts)
-
-
-def _answer_message(turn: Turn) -> generation_pb2.Message:
-    parts = [generation_pb2.Part(text=turn.answer)]
-    if turn.thinking:
-        thinking = generation_pb2.Thinking(text=turn.thinking, closed=True)
-        parts.insert(0, generation_pb2.Part(thinking=thinking))
-    return _message(generation_pb2.ROLE_ASSISTANT, *parts)
+                turn.answer += event.text
+            show(event.text, is_thinking)
+        case generation_pb2.ToolCallDone():
+            turn.calls.append(event.call)
+        case generation_pb2.Finish():
+            turn.finish = event
+        case generation_pb2.Ended():
+            turn.usage = event.usage
+            turn.total_s = event.timing.total.ToMicroseconds() / 1e6
+            if event.timing.HasField("first_token"):
+                turn.first_s = event.timing.first_token.ToMicroseconds() / 1e6

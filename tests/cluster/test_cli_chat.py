@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from ostro.actors.errors import InvalidRequestError, NotReadyError, OstroError
 from ostro.cluster.cli import app
 from ostro.cluster.cli_chat import Screen, converse
-from ostro.cluster.cli_connection import open_channel, parse_address
+from ostro.cluster.cli_connection import open_client
+from ostro.cluster.client_channel import parse_address
 from ostro.cluster.conversation import ChatOptions, Conversation
 from ostro.configs.errors import ConfigError
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -98,8 +99,8 @@ def cluster() -> Iterator[FakeCluster]:
 
 @pytest.fixture
 def conversation(cluster) -> Iterator[Conversation]:
-    with open_channel(cluster.url) as channel:
-        yield Conversation(channel, cluster.url, ChatOptions())
+    with open_client(cluster.url) as client:
+        yield Conversation(client, ChatOptions())
 
 
 def ignore(_text: str, _is_thinking: bool) -> None:

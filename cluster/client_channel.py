@@ -1,0 +1,109 @@
+"""The way to a cluster's gRPC face: address, TLS and key, as channels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from ostro.configs.errors import ConfigError
+
+DEFAULT_PORT = 9000
+DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
+
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+_OPTIONS = (
+    # An answer with logprobs passes grpc's own 4 MiB.
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    # Finds a peer that is gone without a word. Servers end connections that ask more often than
+    # every 300 s while nothing is sent.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+Options = list[tuple[str, int | str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """How to speak TLS.
+
+    Attributes:
+        ca_file: PEM file of the authorities to trust; None takes the system's.
+        certificate_file: The caller's own certificate, for mutual TLS.
+        key_file: Its key.
+        server_name: Name that the server's certificate must have; None takes the address's host.
+    """
+
+    ca_file: str | Path | None = None
+    certificate_file: str | Path | None = None
+    key_file: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ConfigError("certificate_file and key_file go together: give both or neither")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files.
+
+        Raises:
+            ConfigError: One cannot be read.
+        """
+        return grpc.ssl_channel_credentials(
+            root_certificates=_read("ca_file", self.ca_file),
+            private_key=_read("key_file", self.key_file),
+            certificate_chain=_read("certificate_file", self.certificate_file),
+        )
+
+
+def parse_address(address: str) -> str:
+    """`host:port` of what a user typed.
+
+    Example:
+        "grpc://box" -> "box:9000"
+
+    Raises:
+        ConfigError: This is no such address.
+    """
+    bare = address.removeprefix("grpc://").rstrip("/")
+    host, colon, port = bare.rpartition(":")
+    if not colon or bare.endswith("]"):
+        host, port = bare, str(DEFAULT_PORT)
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address}: must be HOST:PORT of the gRPC face, as {DEFAULT_ADDRESS}")
+    return f"{host}:{port}"
+
+
+def channel_options(address: str, tls: Tls | None) -> Options:
+    """The options of a channel to `host:port`."""
+    options: Options = list(_OPTIONS)
+    if address.rpartition(":")[0] in _LOOPBACK:
+        # A proxy of the environment is not asked for this machine's own addresses.
+        options.append(("grpc.enable_http_proxy", 0))
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
+
+
+def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """What every call carries to say whose it is.
+
+    Raises:
+        ConfigError: No header can carry the key.
+    """
+    if not api_key:
+        return ()
+    if not api_key.isascii() or not api_key.isprintable():
+        raise ConfigError("api_key: must be printable ASCII")
+    return (("authorization", f"Bearer {api_key}"),)
+
+
+def _read(name: str, path: str | Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:  # RuntimeError: expanduser's, for "~nobody"
+        raise ConfigError(f"{name} {path}: {getattr(error, 'strerror', None) or error}") from None

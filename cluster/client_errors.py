@@ -62,6 +62,9 @@ def error_of_call(error: grpc.RpcError, address: str) -> OstroError:
     told = _details(error)
     if told.reason:
         return _make(code, told, text)
+    # The server may see the caller's deadline pass first, and then cuts the stream.
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" in text:
+        return DeadlineError(f"{address} did not answer in time")
     if code is grpc.StatusCode.UNAVAILABLE and "connect" in text.lower():
         return ConnectionLostError(
             f"nothing answers at {address}; start a cluster with `ostro serve`", code="unreachable"
@@ -70,8 +73,6 @@ def error_of_call(error: grpc.RpcError, address: str) -> OstroError:
         return ConnectionLostError(f"the connection to {address} was lost: {text}")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and told.retry_after_s is None:
         return TooLargeError(f"{address} takes no message that large: {text}")
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return DeadlineError(f"{address} did not answer in time")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return OstroError(
             f"what answers at {address} is no Ostro of this version: {text}", code="unimplemented"

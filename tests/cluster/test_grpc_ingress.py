@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from grpc_face import SERVICES, ByKeyword
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_frontend import (
     CALL,
@@ -29,11 +29,6 @@ from ostro.actors.errors import (
 )
 from ostro.cluster.generation import TextDelta
 from ostro.cluster.grpc_ingress import GENERATION_SERVICE, GrpcMethods
-from ostro.cluster.grpc_services import (
-    add_cluster_service,
-    add_generation_service,
-    add_health_service,
-)
 from ostro.cluster.metrics import Metrics
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -53,31 +48,11 @@ class Stubs:
         self.health = health_pb2_grpc.HealthStub(channel)
 
 
-class ByKeyword:
-    """Hands requests over as Ray Serve does: the context by its name."""
-
-    def __init__(self, methods: GrpcMethods) -> None:
-        self._methods = methods
-
-    def __getattr__(self, name: str):
-        method = getattr(self._methods, name)
-
-        async def unary(request, context):
-            return await method(request, grpc_context=context)
-
-        async def stream(request, context):
-            async with contextlib.aclosing(method(request, grpc_context=context)) as messages:
-                async for message in messages:
-                    yield message
-
-        return stream if inspect.isasyncgenfunction(method) else unary
-
-
 @contextlib.asynccontextmanager
 async def face(frontend: ScriptedFrontend):
     server = grpc.aio.server()
     methods = ByKeyword(GrpcMethods(lambda: frontend, Metrics(MODEL)))
-    for add in (add_generation_service, add_cluster_service, add_health_service):
+    for add in SERVICES:
         add(methods, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

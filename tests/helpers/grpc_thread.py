@@ -11,8 +11,11 @@ import grpc
 
 
 @contextmanager
-def serve_in_thread(*add_servicers: Callable[[grpc.aio.Server], None]) -> Iterator[str]:
-    """Serve on a port of loopback; gives its address."""
+def serve_in_thread(
+    *add_servicers: Callable[[grpc.aio.Server], None],
+    credentials: grpc.ServerCredentials | None = None,
+) -> Iterator[str]:
+    """Serve on a port of loopback, with TLS if credentials are given; gives its address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -21,7 +24,10 @@ def serve_in_thread(*add_servicers: Callable[[grpc.aio.Server], None]) -> Iterat
         server = grpc.aio.server()
         for add in add_servicers:
             add(server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        if credentials is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", credentials)
         await server.start()
         return server, port
 

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt protos/build.py $(wildcard protos/*.proto)
 PYTEST := $(BIN)/pytest
 
-.PHONY: serve test test-all lint coverage bench demo-model demo-eval wheel clean
+.PHONY: serve test test-all lint coverage bench demo-model demo-eval wheel released-protos clean
 
 # Serve a preset or a deployment file: make serve PRESET=laptop_single ARGS="--model DIR".
 serve: $(VENV)/.runtime
@@ -59,6 +59,10 @@ wheel: $(BIN)/python
 	rm -f dist/*.whl
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
 	cp constraints.txt dist/
+
+# At a release: what clients will be out there with. The tests refuse whatever would break them.
+released-protos: $(VENV)/.test
+	$(BIN)/python tests/helpers/buf_protos.py
 
 # Leaves .venv alone.
 clean:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
+from buf_protos import RELEASED, buf, lay_out
 from grpc_health.v1 import health_pb2
 
 from ostro.protos import cluster_pb2, generation_pb2
@@ -18,17 +18,34 @@ FILES = (generation_pb2.DESCRIPTOR, cluster_pb2.DESCRIPTOR)
 
 
 def test_the_protos_pass_bufs_lint(tmp_path):
-    package = tmp_path / "ostro" / "v1"
-    package.mkdir(parents=True)
-    for path in PROTOS.glob("*.proto"):
-        shutil.copy(path, package)
-    shutil.copy(PROTOS / "buf.yaml", tmp_path)
-    buf = Path(sys.executable).with_name("buf")
-    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    lint = subprocess.run(
-        [buf, "lint"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    lay_out(tmp_path)
+    lint = buf(tmp_path, "lint")
     assert (lint.returncode, lint.stdout + lint.stderr) == (0, "")
+
+
+def test_the_protos_break_no_client_of_the_last_release(tmp_path):
+    lay_out(tmp_path)
+    breaking = buf(tmp_path, "breaking", "--against", RELEASED)
+    assert (breaking.returncode, breaking.stdout + breaking.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "told"),
+    [
+        ("string text = 3;", "bytes text = 3;", "changed type"),
+        ("  bool applied = 1;", "", 'field "1" with name "applied"'),
+        ("bool strict = 4;", "bool is_strict = 4;", 'changed name from "strict"'),
+        ("rpc Detokenize(Detok", "rpc Untokenize(Detok", '"Detokenize"'),
+    ],
+)
+def test_a_change_that_would_break_clients_is_found(tmp_path, written, instead, told):
+    file = lay_out(tmp_path) / "generation.proto"
+    text = file.read_text()
+    assert written in text
+    file.write_text(text.replace(written, instead))
+    breaking = buf(tmp_path, "breaking", "--against", RELEASED)
+    assert breaking.returncode != 0
+    assert told in breaking.stdout
 
 
 def test_the_build_hook_compiles_into_our_package(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -15,18 +16,24 @@ Url = Annotated[
     str, typer.Option("--url", metavar="HOST:PORT", help="The gRPC face of the cluster.")
 ]
 DEFAULT_URL = DEFAULT_ADDRESS
+KEY_VARIABLE = "OSTRO_API_KEY"
 
 # Somebody waits: where nothing answers, that is to be said at once.
 _RETRIES = Retries(most=2, first_delay_s=0.2)
 
 
+def api_key() -> str | None:
+    """The caller's key, if the environment has one."""
+    return os.environ.get(KEY_VARIABLE, "").strip() or None
+
+
 def open_client(url: str) -> Client:
-    """A client of the gRPC face; connects at the first call.
+    """A client of the gRPC face, with the key of OSTRO_API_KEY; connects at the first call.
 
     Raises:
         ConfigError: This is no such address.
     """
     try:
-        return Client(url, retries=_RETRIES)
+        return Client(url, api_key=api_key(), retries=_RETRIES)
     except ConfigError as error:
         raise ConfigError(f"--url {error}") from None

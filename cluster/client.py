@@ -30,14 +30,7 @@ import grpc
 import grpc.aio
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.client_channel import (
-    DEFAULT_ADDRESS,
-    Tls,
-    channel_options,
-    key_metadata,
-    parse_address,
-)
-from ostro.cluster.client_errors import error_of_call
+from ostro.cluster.client_channel import ClientChannel
 from ostro.cluster.client_requests import (
     Asked,
     Messages,
@@ -48,63 +41,14 @@ from ostro.cluster.client_requests import (
     tokenize_request,
 )
 from ostro.cluster.client_resume import continued_chat, continued_text
-from ostro.cluster.client_streams import Attempts, Event, TokenStream
-from ostro.cluster.retries import Retries
-from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2_grpc
+from ostro.cluster.client_streams import Event, TokenStream
+from ostro.protos import cluster_pb2
 from ostro.protos import generation_pb2 as pb
 
 _Control = pb.ControlGenerationRequest
 
 
-class _Channel:
-    """A channel to one address, and what both clients know of their calls."""
-
-    _grpc: Any  # the module that opens channels of the client's kind
-
-    def __init__(
-        self,
-        address: str = DEFAULT_ADDRESS,
-        *,
-        api_key: str | None = None,
-        tls: Tls | None = None,
-        retries: Retries = Retries(),  # noqa: B008  frozen
-        timeout_s: float = 3600.0,
-        lookup_timeout_s: float = 10.0,
-    ) -> None:
-        """Make a channel; it connects at the first call.
-
-        Args:
-            address: HOST:PORT of the gRPC face.
-            api_key: Sent with every call.
-            tls: How to speak TLS; None speaks plain text.
-            retries: How often a call is made again.
-            timeout_s: How long a generation may take, all its calls together.
-            lookup_timeout_s: The same for everything that generates nothing.
-
-        Raises:
-            ConfigError: No such address, a key that cannot be sent, a file that cannot be read.
-        """
-        self.address = parse_address(address)
-        self._metadata = key_metadata(api_key)
-        self._retries = retries
-        self._timeout_s = timeout_s
-        self._lookup_timeout_s = lookup_timeout_s
-        options = channel_options(self.address, tls)
-        if tls is None:
-            self._channel = self._grpc.insecure_channel(self.address, options)
-        else:
-            self._channel = self._grpc.secure_channel(self.address, tls.credentials(), options)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
-
-    def _attempts(self, timeout_s: float | None) -> Attempts:
-        return Attempts(self._retries, self._timeout_s if timeout_s is None else timeout_s)
-
-    def _named(self, error: grpc.RpcError | OstroError) -> OstroError:
-        return error if isinstance(error, OstroError) else error_of_call(error, self.address)
-
-
-class Client(_Channel):
+class Client(ClientChannel):
     """A synchronous client; threads may share one. Close it, or use it in a `with`."""
 
     _grpc = grpc
@@ -267,7 +211,7 @@ class Client(_Channel):
             time.sleep(delay_s)
 
 
-class AsyncClient(_Channel):
+class AsyncClient(ClientChannel):
     """The same for asyncio; make it where its loop runs. Close it, or use it in an `async with`.
 
     Its methods are those of `Client`, which describes them.

@@ -1,17 +1,24 @@
-"""The way to a cluster's gRPC face: address, TLS and key, as channels take them."""
+"""The way to a cluster's gRPC face: address, TLS, key and patience; what both clients share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
+from ostro.actors.errors import OstroError
+from ostro.cluster.client_errors import error_of_call
+from ostro.cluster.client_streams import Attempts
+from ostro.cluster.retries import Retries
 from ostro.configs.errors import ConfigError
+from ostro.protos import cluster_pb2_grpc, generation_pb2_grpc
 
 DEFAULT_PORT = 9000
 DEFAULT_ADDRESS = f"127.0.0.1:{DEFAULT_PORT}"
 
+_TLS_SCHEMES = ("grpcs://", "https://")
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 _OPTIONS = (
     # An answer with logprobs passes grpc's own 4 MiB.
@@ -58,6 +65,54 @@ class Tls:
         )
 
 
+class ClientChannel:
+    """A channel to one address, and what both kinds of client know of their calls."""
+
+    _grpc: Any  # the module that opens channels of the client's kind
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        retries: Retries = Retries(),  # noqa: B008  frozen
+        timeout_s: float = 3600.0,
+        lookup_timeout_s: float = 10.0,
+    ) -> None:
+        """Make a channel; it connects at the first call.
+
+        Args:
+            address: HOST:PORT of the gRPC face; after "grpcs://" it speaks TLS.
+            api_key: Sent with every call.
+            tls: How to speak TLS; None speaks plain text, or trusts who the system trusts.
+            retries: How often a call is made again.
+            timeout_s: How long a generation may take, all its calls together.
+            lookup_timeout_s: The same for everything that generates nothing.
+
+        Raises:
+            ConfigError: No such address, a key that cannot be sent, a file that cannot be read.
+        """
+        self.address, tls = parse_address(address), _tls_of(address, tls)
+        self._metadata = _key_metadata(api_key)
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._lookup_timeout_s = lookup_timeout_s
+        options = _channel_options(self.address, tls)
+        if tls is None:
+            self._channel = self._grpc.insecure_channel(self.address, options)
+        else:
+            self._channel = self._grpc.secure_channel(self.address, tls.credentials(), options)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._cluster = cluster_pb2_grpc.ClusterServiceStub(self._channel)
+
+    def _attempts(self, timeout_s: float | None) -> Attempts:
+        return Attempts(self._retries, self._timeout_s if timeout_s is None else timeout_s)
+
+    def _named(self, error: grpc.RpcError | OstroError) -> OstroError:
+        return error if isinstance(error, OstroError) else error_of_call(error, self.address)
+
+
 def parse_address(address: str) -> str:
     """`host:port` of what a user typed.
 
@@ -67,7 +122,10 @@ def parse_address(address: str) -> str:
     Raises:
         ConfigError: This is no such address.
     """
-    bare = address.removeprefix("grpc://").rstrip("/")
+    bare = address
+    for scheme in ("grpc://", *_TLS_SCHEMES):
+        bare = bare.removeprefix(scheme)
+    bare = bare.rstrip("/")
     host, colon, port = bare.rpartition(":")
     if not colon or bare.endswith("]"):
         host, port = bare, str(DEFAULT_PORT)
@@ -76,7 +134,12 @@ def parse_address(address: str) -> str:
     return f"{host}:{port}"
 
 
-def channel_options(address: str, tls: Tls | None) -> Options:
+def _tls_of(address: str, asked: Tls | None) -> Tls | None:
+    """How to speak TLS to an address: as asked, or as its scheme says; None for plain text."""
+    return Tls() if asked is None and address.startswith(_TLS_SCHEMES) else asked
+
+
+def _channel_options(address: str, tls: Tls | None) -> Options:
     """The options of a channel to `host:port`."""
     options: Options = list(_OPTIONS)
     if address.rpartition(":")[0] in _LOOPBACK:
@@ -87,7 +150,7 @@ def channel_options(address: str, tls: Tls | None) -> Options:
     return options
 
 
-def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+def _key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     """What every call carries to say whose it is.
 
     Raises:

@@ -37,6 +37,13 @@ _BY_CODE: dict[grpc.StatusCode, type[OstroError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
 }
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+# What to do about a TLS handshake that failed, by gRPC's own words for it.
+_HANDSHAKES = {
+    "CERTIFICATE_VERIFY_FAILED": "nobody we trust has signed its certificate; name who did",
+    "Hostname Verification": "its certificate is for other names; call it by one of them",
+    "WRONG_VERSION_NUMBER": "it speaks plain text",
+}
+_UNREACHABLE = ("Failed to connect to remote host", "resolution failed")
 # How a connection that was cut shows itself; no server of ours says any of it.
 _CUT = ("RST_STREAM", "Stream removed", "GOAWAY", "Socket closed", "Connection reset")
 
@@ -65,7 +72,10 @@ def error_of_call(error: grpc.RpcError, address: str) -> OstroError:
     # The server may see the caller's deadline pass first, and then cuts the stream.
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" in text:
         return DeadlineError(f"{address} did not answer in time")
-    if code is grpc.StatusCode.UNAVAILABLE and "connect" in text.lower():
+    for mark, why in _HANDSHAKES.items():
+        if code is grpc.StatusCode.UNAVAILABLE and mark in text:
+            return OstroError(f"no TLS connection to {address}: {why}", code="tls_failed")
+    if code is grpc.StatusCode.UNAVAILABLE and any(mark in text for mark in _UNREACHABLE):
         return ConnectionLostError(
             f"nothing answers at {address}; start a cluster with `ostro serve`", code="unreachable"
         )

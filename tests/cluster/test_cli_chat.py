@@ -18,9 +18,7 @@ from ostro.actors.errors import InvalidRequestError, NotReadyError, OstroError
 from ostro.cluster.cli import app
 from ostro.cluster.cli_chat import Screen, converse
 from ostro.cluster.cli_connection import open_client
-from ostro.cluster.client_channel import parse_address
 from ostro.cluster.conversation import ChatOptions, Conversation
-from ostro.configs.errors import ConfigError
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 THINKING, ANSWER = generation_pb2.CHANNEL_THINKING, generation_pb2.CHANNEL_ANSWER
@@ -375,23 +373,3 @@ def test_screen_hides_thinking_without_a_console_for_it():
     console = terminal()
     Screen(console, None, is_terminal=True).show("Hm.", True)
     assert written(console) == ""
-
-
-@pytest.mark.parametrize(
-    ("url", "address"),
-    [
-        ("127.0.0.1:9000", "127.0.0.1:9000"),
-        ("grpc://box:80/", "box:80"),
-        ("box", "box:9000"),
-        ("[::1]", "[::1]:9000"),
-        ("[::1]:7", "[::1]:7"),
-    ],
-)
-def test_parse_address_reads_what_people_type(url, address):
-    assert parse_address(url) == address
-
-
-@pytest.mark.parametrize("url", ["", ":9000", "http://box:8000", "box:port", "box:70000"])
-def test_parse_address_refuses_what_is_no_address(url):
-    with pytest.raises(ConfigError, match="HOST:PORT"):
-        parse_address(url)

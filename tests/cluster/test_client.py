@@ -32,7 +32,7 @@ from ostro.actors.errors import (
     ShardLostError,
 )
 from ostro.cluster.client import AsyncClient, Client
-from ostro.cluster.client_channel import Tls
+from ostro.cluster.client_channel import Tls, parse_address
 from ostro.cluster.client_errors import ConnectionLostError
 from ostro.cluster.client_requests import (
     assistant,
@@ -480,6 +480,27 @@ def test_token_ids_are_shown_to_those_who_asked():
 # ---- the channel
 
 
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("127.0.0.1:9000", "127.0.0.1:9000"),
+        ("grpc://box:80/", "box:80"),
+        ("box", "box:9000"),
+        ("[::1]", "[::1]:9000"),
+        ("[::1]:7", "[::1]:7"),
+        ("grpcs://box:7", "box:7"),
+    ],
+)
+def test_parse_address_reads_what_people_type(url, address):
+    assert parse_address(url) == address
+
+
+@pytest.mark.parametrize("url", ["", ":9000", "http://box:8000", "box:port", "box:70000"])
+def test_parse_address_refuses_what_is_no_address(url):
+    with pytest.raises(ConfigError, match="HOST:PORT"):
+        parse_address(url)
+
+
 class NotesMetadata(generation_pb2_grpc.GenerationServiceServicer):
     """Answers with the key that came with the call."""
 
@@ -524,12 +545,25 @@ def test_tls_takes_the_authorities_and_the_certificate_it_is_given(tmp_path):
         by_name = Tls(ca_file=tmp_path / "ca.pem", server_name="localhost", **own)
         with Client(address, tls=by_name) as client:
             assert client.detokenize([1]) == "no key"
-        for stranger in (Tls(ca_file=tmp_path / "ca.pem"), Tls(**own)):
+        for stranger, why in (
+            (Tls(ca_file=tmp_path / "ca.pem"), "lost"),
+            (Tls(**own), "nobody we trust"),
+            (Tls(ca_file=tmp_path / "ca.pem", server_name="other", **own), "other names"),
+        ):
             with (
-                Client(f"localhost:{port}", tls=stranger, retries=ONCE) as client,
-                pytest.raises(ConnectionLostError),
+                Client(f"grpcs://localhost:{port}", tls=stranger, retries=ONCE) as client,
+                pytest.raises(OstroError, match=why),
             ):
                 client.detokenize([1])
+
+
+def test_tls_to_a_plain_port_says_so():
+    with (
+        serve_in_thread(add_notes) as address,
+        Client(f"grpcs://{address}", retries=ONCE) as client,
+        pytest.raises(OstroError, match="plain text"),
+    ):
+        client.detokenize([1])
 
 
 def test_tls_says_what_is_missing(tmp_path):

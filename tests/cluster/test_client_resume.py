@@ -153,7 +153,8 @@ class Failed(grpc.RpcError):
 @pytest.mark.parametrize(
     ("code", "text", "cls", "retryable"),
     [
-        ("UNAVAILABLE", "failed to connect to all addresses", ConnectionLostError, True),
+        ("UNAVAILABLE", "Failed to connect to remote host", ConnectionLostError, True),
+        ("UNAVAILABLE", "DNS resolution failed for box", ConnectionLostError, True),
         ("UNAVAILABLE", "Socket closed", ConnectionLostError, True),
         ("INTERNAL", "Received RST_STREAM with error code 2", ConnectionLostError, True),
         ("UNKNOWN", "Stream removed", ConnectionLostError, True),

@@ -63,9 +63,13 @@ class CellRequests:
         refusal: OverloadedError | None = None
         for rank in self._assigner.ranked(request):
             num_waiting, waiting_tokens = self._assigner.waiting(rank)
+            tenant = request.tenant
             try:
                 self._admission[rank].check(
-                    num_waiting, waiting_tokens, len(request.prompt_token_ids)
+                    num_waiting,
+                    waiting_tokens,
+                    len(request.prompt_token_ids),
+                    self._assigner.waiting(rank, tenant) if tenant else (0, 0),
                 )
                 if request.images:
                     self._check_room_for_images(rank, request)

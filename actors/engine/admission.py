@@ -1,8 +1,7 @@
-"""The door: who may come in, who waits in which order, and when the refused should come back."""
+"""The door: who may come in, and when the refused should come back."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from math import exp
 
 from ostro.actors.engine.request import RequestProgress
@@ -41,18 +40,40 @@ class AdmissionPolicy:
         self._recent_tokens = 0.0
         self._recent_s = 0.0
 
-    def check(self, num_waiting: int, num_waiting_tokens: int, prompt_tokens: int) -> None:
+    def check(
+        self,
+        num_waiting: int,
+        num_waiting_tokens: int,
+        prompt_tokens: int,
+        of_tenant: tuple[int, int] = (0, 0),
+    ) -> None:
         """Let a prompt in, or refuse it. Where nothing waits, a prompt of any length gets in.
+
+        Args:
+            num_waiting: Requests that wait.
+            num_waiting_tokens: Their prompt tokens.
+            prompt_tokens: Of the one that comes.
+            of_tenant: (requests, prompt tokens) of its tenant among these; zeros for nobody's. A
+                tenant may have as much waiting as there is room left (dynamic thresholds: Choudhury
+                and Hahne, 1998): one alone gets half of the room, and a newcomer always finds some.
 
         Raises:
             OverloadedError: Too much waits already; `retry_after_s` is in [1, 60].
         """
         if num_waiting == 0:
             return
+        of_requests, of_tokens = of_tenant
         if num_waiting >= self._max_waiting_requests:
             reason = f"{num_waiting} requests wait already"
         elif num_waiting_tokens + prompt_tokens > self._max_waiting_tokens:
             reason = f"{num_waiting_tokens} prompt tokens wait already"
+        elif of_requests and num_waiting + of_requests >= self._max_waiting_requests:
+            reason = f"{of_requests} of your requests wait already, which is your share"
+        elif (
+            of_requests
+            and num_waiting_tokens + of_tokens + prompt_tokens > self._max_waiting_tokens
+        ):
+            reason = f"{of_tokens} of your prompt tokens wait already, which is your share"
         else:
             return
         raise OverloadedError(reason, retry_after_s=self._drain_s(num_waiting_tokens))
@@ -68,36 +89,3 @@ class AdmissionPolicy:
             return _SHORTEST_RETRY_S
         drain_s = num_tokens * self._recent_s / self._recent_tokens
         return min(max(drain_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
-
-
-class WaitingQueue:
-    """Requests that wait to run, or to run again, by (scheduling class, arrival).
-
-    Attributes:
-        num_tokens: Their prompt tokens.
-    """
-
-    def __init__(self) -> None:
-        self.num_tokens = 0
-        self._requests: list[RequestProgress] = []
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def first(self) -> RequestProgress:
-        """The request whose turn is next."""
-        return self._requests[0]
-
-    def add(self, progress: RequestProgress) -> None:
-        """Put a request in its place."""
-        insort(self._requests, progress, key=_turn)
-        self.num_tokens += progress.num_prompt_tokens
-
-    def remove(self, progress: RequestProgress) -> None:
-        """Take a request out, wherever it is."""
-        del self._requests[bisect_left(self._requests, _turn(progress), key=_turn)]
-        self.num_tokens -= progress.num_prompt_tokens
-
-
-def _turn(progress: RequestProgress) -> tuple[int, int]:
-    return progress.request.scheduling_class, progress.arrival

@@ -20,7 +20,7 @@ from ostro.actors.engine.request import GenerationRequest
 class _Shard:
     cached: set[int] = field(default_factory=set)
     live_tokens: dict[str, int] = field(default_factory=dict)
-    unstarted_tokens: dict[str, int] = field(default_factory=dict)
+    unstarted: dict[str, GenerationRequest] = field(default_factory=dict)
     image_bytes: dict[str, int] = field(default_factory=dict)
     load_tokens: int = 0
 
@@ -54,7 +54,7 @@ class Assigner:
         """Count a request that was placed on a rank."""
         shard, tokens = self._shards[rank], len(request.prompt_token_ids)
         shard.live_tokens[request.request_id] = tokens
-        shard.unstarted_tokens[request.request_id] = tokens
+        shard.unstarted[request.request_id] = request
         shard.load_tokens += tokens
         if request.images:
             shard.image_bytes[request.request_id] = image_bytes(request)
@@ -65,13 +65,13 @@ class Assigner:
         if request_id in shard.live_tokens:
             shard.live_tokens[request_id] += num_tokens
             shard.load_tokens += num_tokens
-            shard.unstarted_tokens.pop(request_id, None)
+            shard.unstarted.pop(request_id, None)
 
     def remove(self, rank: int, request_id: str) -> None:
         """Forget a request that ended."""
         shard = self._shards[rank]
         shard.load_tokens -= shard.live_tokens.pop(request_id, 0)
-        shard.unstarted_tokens.pop(request_id, None)
+        shard.unstarted.pop(request_id, None)
         shard.image_bytes.pop(request_id, None)
 
     def cache_changed(self, rank: int, added: Sequence[int], dropped: Sequence[int]) -> None:
@@ -84,10 +84,19 @@ class Assigner:
         """Pixels of the requests that live on a rank."""
         return sum(self._shards[rank].image_bytes.values())
 
-    def waiting(self, rank: int) -> tuple[int, int]:
-        """(requests, prompt tokens) placed on a rank that have brought no token yet."""
-        unstarted = self._shards[rank].unstarted_tokens
-        return len(unstarted), sum(unstarted.values())
+    def waiting(self, rank: int, tenant: str | None = None) -> tuple[int, int]:
+        """(requests, prompt tokens) placed on a rank that have brought no token yet.
+
+        Args:
+            rank: Where.
+            tenant: Only this one's.
+        """
+        lengths = [
+            len(request.prompt_token_ids)
+            for request in self._shards[rank].unstarted.values()
+            if tenant is None or request.tenant == tenant
+        ]
+        return len(lengths), sum(lengths)
 
 
 def _leading(hashes: Sequence[int], cached: set[int]) -> int:

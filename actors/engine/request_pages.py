@@ -49,7 +49,8 @@ class RequestPages:
 
     def publish(self, progress: RequestProgress, num_computed: int) -> None:
         """Offer the full pages among the first `num_computed` latents, which are all in place."""
-        if self._cache is None:
+        next_page = progress.num_published_pages + 1
+        if self._cache is None or num_computed < next_page * self.page_size:
             return
         # An output that was dropped leaves a latent of a token that nobody knows.
         num_full = min(num_computed, progress.num_known_tokens) // self.page_size

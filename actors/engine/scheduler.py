@@ -20,15 +20,18 @@ from bisect import insort
 from collections.abc import Callable, Mapping
 
 from ostro.actors.engine import token_rules
-from ostro.actors.engine.admission import AdmissionPolicy, WaitingQueue, check_servable
+from ostro.actors.engine.admission import AdmissionPolicy, check_servable
 from ostro.actors.engine.effort import ThinkingTracker
+from ostro.actors.engine.fairness import OUTPUT_WEIGHT, TenantShares, WaitingQueue
 from ostro.actors.engine.request import FinishReason, RequestProgress, RequestState, TokenEvent
 from ostro.actors.engine.request_pages import RequestPages
 from ostro.actors.engine.step import (
+    Busy,
     SampledToken,
     ScheduledRequest,
     ScheduledStep,
     ShardLoad,
+    Totals,
     token_event,
 )
 from ostro.actors.engine.token_rules import SamplingState, reason_to_end
@@ -41,8 +44,9 @@ _RUNNING, _FINISHED = RequestState.RUNNING, RequestState.FINISHED
 class Scheduler:
     """Plans steps for the requests of one shard; see the module's text.
 
-    Waiting requests are ordered by (scheduling_class, arrival), running ones by arrival. When pages
-    run out, the youngest running request is preempted: the oldest always advances.
+    Waiting requests are ordered by tenant (`fairness`), then (scheduling_class, arrival), running
+    ones by arrival. When pages run out, the youngest running request is preempted: the oldest
+    always advances. A tenant beyond its share makes room for one that waits below its own.
     """
 
     def __init__(
@@ -60,15 +64,15 @@ class Scheduler:
         self._longest = min(max_context, self._pages.num_slots)
         self._admission = AdmissionPolicy(config.max_waiting_requests, config.max_waiting_tokens)
         self._requests: dict[str, RequestProgress] = {}
-        self._waiting = WaitingQueue()
+        self._shares = TenantShares()
+        self._waiting = WaitingQueue(self._shares)
         self._running: list[RequestProgress] = []
         self._leaving: set[RequestProgress] = set()
         self._events: list[TokenEvent] = []
         self._blocked = (-1, -1)
         self._completed_s = 0.0
         self._num_arrivals = self._num_scheduled = self._num_completed = 0
-        self._num_preemptions = self._num_prompt_tokens = self._num_output_tokens = 0
-        self._num_hit_tokens = 0
+        self._totals = Totals()
 
     # ---- what callers ask for
 
@@ -85,9 +89,7 @@ class Scheduler:
             )
         check_servable(progress, self._longest)
         if not progress.output_token_ids:
-            self._admission.check(
-                len(self._waiting), self._waiting.num_tokens, progress.num_prompt_tokens
-            )
+            self._admission.check(*self._waiting.beside(progress))
         progress.arrival = self._num_arrivals
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
         self._num_arrivals += 1
@@ -96,6 +98,7 @@ class Scheduler:
             for token_id in progress.output_token_ids:
                 progress.thinking.observe(token_id)
         self._requests[progress.request_id] = progress
+        self._shares.enter(progress.request.tenant)
         self._waiting.add(progress)
         if progress.output_token_ids:
             reason = reason_to_end(progress)
@@ -122,6 +125,8 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step, or None if nothing can advance before results come in."""
         step = ScheduledStep(self._num_scheduled, self._clock())
+        if self._waiting and self._shares.contended:
+            self._give_way(step)
         num_promised = self._schedule_running(step)
         if not step.preempted:
             self._schedule_waiting(step, num_promised)
@@ -151,15 +156,12 @@ class Scheduler:
         if step.index != self._num_completed:
             raise RuntimeError(f"step {step.index} came in before step {self._num_completed}")
         self._num_completed += 1
-        page_size = self._config.page_size
         for entry in step.entries:
             progress = entry.progress
             progress.num_in_flight -= 1
             # A request that was preempted meanwhile has another list: its latents are gone.
             if entry.pages is progress.pages:
-                end = entry.start + entry.num_tokens
-                if end >= (progress.num_published_pages + 1) * page_size:
-                    self._pages.publish(progress, end)
+                self._pages.publish(progress, entry.start + entry.num_tokens)
             if entry.samples:
                 progress.num_pending_outputs -= 1
             if progress.state is _FINISHED:
@@ -188,18 +190,9 @@ class Scheduler:
 
     def load(self) -> ShardLoad:
         """Numbers for the router and for metrics."""
-        return ShardLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_waiting_tokens=self._waiting.num_tokens,
-            num_free_pages=self._pages.pool.num_free,
-            num_pages=self._pages.pool.num_pages,
-            num_preemptions=self._num_preemptions,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_output_tokens=self._num_output_tokens,
-            prefix_queries_tokens=self._num_prompt_tokens,
-            prefix_hits_tokens=self._num_hit_tokens,
-        )
+        pool, num_waiting = self._pages.pool, len(self._waiting)
+        now = Busy(len(self._running), num_waiting, self._waiting.num_tokens, pool.num_free)
+        return self._totals.load(now, pool.num_pages)
 
     def cache_changes(self) -> tuple[list[int], list[int]]:
         """(page hashes that became reusable, page hashes evicted) since the last call."""
@@ -230,8 +223,12 @@ class Scheduler:
                 )
             ):
                 self._place(step, progress, 1)
+        num_kept = 0
+        if self._shares.contended and prefilling:
+            is_next = self._waiting and not self._is_blocked(self._waiting.first())
+            num_kept = self._shares.order(prefilling, self._waiting.first() if is_next else None)
         for progress in prefilling:
-            num_new = self._chunk(step, progress)
+            num_new = self._chunk(step, progress, num_kept)
             if num_new and progress.state is _RUNNING:
                 end = progress.num_computed_tokens + num_new
                 if self._find_pages(step, progress, end):
@@ -261,7 +258,7 @@ class Scheduler:
     def _admit(self, progress: RequestProgress, num_promised: int) -> bool:
         """Let the first waiting request run if there are pages for all of it."""
         pool = self._pages.pool
-        if self._blocked == (progress.arrival, pool.num_releases):
+        if self._is_blocked(progress):
             return False
         num_cached = self._pages.adopt(progress)
         if self._pages.missing(progress, progress.num_tokens) + num_promised > pool.num_free:
@@ -276,17 +273,19 @@ class Scheduler:
         insort(self._running, progress, key=_by_arrival)
         return True
 
+    def _is_blocked(self, progress: RequestProgress) -> bool:
+        """Whether it lacked pages when it was last tried, and none came free since."""
+        return self._blocked == (progress.arrival, self._pages.pool.num_releases)
+
     def _count_start(self, progress: RequestProgress, num_cached: int) -> None:
         progress.queued_s = max(self._clock() - progress.arrived_s, 0.0)
         progress.num_cached_tokens = min(num_cached, progress.num_prompt_tokens)
-        self._num_prompt_tokens += progress.num_prompt_tokens
-        self._num_hit_tokens += progress.num_cached_tokens
+        self._totals.prompt_tokens += progress.num_prompt_tokens
+        self._totals.hit_tokens += progress.num_cached_tokens
 
-    def _chunk(self, step: ScheduledStep, progress: RequestProgress) -> int:
-        return min(
-            progress.num_tokens - progress.num_computed_tokens,
-            self._config.max_tokens_per_step - step.num_tokens,
-        )
+    def _chunk(self, step: ScheduledStep, progress: RequestProgress, num_kept: int = 0) -> int:
+        left = self._config.max_tokens_per_step - step.num_tokens - num_kept
+        return max(min(progress.num_tokens - progress.num_computed_tokens, left), 0)
 
     def _place(self, step: ScheduledStep, progress: RequestProgress, num_new: int) -> None:
         start = progress.num_computed_tokens
@@ -301,10 +300,24 @@ class Scheduler:
         step.num_tokens += num_new
         progress.num_computed_tokens = end
         progress.num_in_flight += 1
+        if self._shares.contended:
+            self._shares.charge(progress.request.tenant, num_new + (OUTPUT_WEIGHT - 1) * samples)
         if samples:
             progress.num_pending_outputs += 1
 
-    # ---- when pages run out
+    # ---- when pages or places run out
+
+    def _give_way(self, step: ScheduledStep) -> None:
+        """Preempt a request of a tenant beyond its share, if the first waiting one is blocked."""
+        first, victim = self._waiting.first(), None
+        if self._leaving or first.num_in_flight:
+            return
+        if len(self._running) >= self._config.max_running_requests:
+            victim = self._shares.victim_for_place(first, self._running)
+        elif self._is_blocked(first):
+            victim = self._shares.victim_for_pages(first, self._running, self._pages)
+        if victim is not None:
+            self._preempt(step, victim)
 
     def _find_pages(self, step: ScheduledStep, progress: RequestProgress, num_tokens: int) -> bool:
         """Get a running request pages for so many tokens, from younger ones if need be."""
@@ -335,7 +348,7 @@ class Scheduler:
         progress.move_to(RequestState.PREEMPTED)
         progress.num_computed_tokens = 0
         self._waiting.add(progress)
-        self._num_preemptions += 1
+        self._totals.preemptions += 1
         step.preempted.append(progress.request_id)
 
     # ---- ends
@@ -344,7 +357,7 @@ class Scheduler:
         token_id, output = sampled.token_id, progress.output_token_ids
         first_index = len(output)
         output.append(token_id)
-        self._num_output_tokens += 1
+        self._totals.output_tokens += 1
         if progress.thinking is not None:
             progress.thinking.observe(token_id)
         reason = None
@@ -371,6 +384,7 @@ class Scheduler:
             self._waiting.remove(progress)
         progress.move_to(_FINISHED)
         del self._requests[progress.request_id]
+        self._shares.leave(progress.request.tenant)
         self._leaving.add(progress)
         self._let_go(progress)
 

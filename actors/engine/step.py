@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -69,6 +70,37 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
     num_output_tokens: int = 0
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
+
+
+class Busy(NamedTuple):
+    """What a shard has to do at this moment; see `ShardLoad`."""
+
+    num_running: int
+    num_waiting: int
+    num_waiting_tokens: int
+    num_free_pages: int
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a shard has done in its epoch."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    hit_tokens: int = 0
+
+    def load(self, now: Busy, num_pages: int) -> ShardLoad:
+        """Both as one message."""
+        return ShardLoad(
+            **now._asdict(),
+            num_pages=num_pages,
+            num_preemptions=self.preemptions,
+            num_prompt_tokens=self.prompt_tokens,
+            num_output_tokens=self.output_tokens,
+            prefix_queries_tokens=self.prompt_tokens,
+            prefix_hits_tokens=self.hit_tokens,
+        )
 
 
 def token_event(

@@ -39,6 +39,7 @@ def make_request(
     thinking: ThinkingParams | None = None,
     cache_salt: str = "",
     scheduling_class: int = 0,
+    tenant: str = "",
     images: tuple[ImageInput, ...] = (),
 ) -> GenerationRequest:
     """A greedy request."""
@@ -56,6 +57,7 @@ def make_request(
         thinking=thinking,
         cache_salt=cache_salt,
         scheduling_class=scheduling_class,
+        tenant=tenant,
         images=images,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_fakes import make_request
 
-from ostro.actors.engine.admission import AdmissionPolicy, WaitingQueue, check_servable
+from ostro.actors.engine.admission import AdmissionPolicy, check_servable
 from ostro.actors.engine.request import RequestProgress
 from ostro.actors.errors import InvalidRequestError, OverloadedError
 
@@ -43,6 +43,16 @@ def test_policy_lets_any_prompt_in_when_nothing_waits() -> None:
     AdmissionPolicy(1, 50).check(0, 0, 51)
 
 
+def test_a_tenant_may_have_as_much_waiting_as_there_is_room_left() -> None:
+    policy = AdmissionPolicy(100, 1000)
+    policy.check(49, 490, 10, of_tenant=(49, 490))
+    with pytest.raises(OverloadedError, match="50 of your requests"):
+        policy.check(50, 500, 10, of_tenant=(50, 500))
+    with pytest.raises(OverloadedError, match="400 of your prompt tokens"):
+        policy.check(4, 400, 201, of_tenant=(4, 400))
+    policy.check(50, 500, 500)  # somebody else's first, or nobody's
+
+
 def test_policy_sends_callers_away_for_as_long_as_the_queue_takes_to_drain() -> None:
     policy = AdmissionPolicy(2, 10_000)
     for _ in range(20):
@@ -70,26 +80,6 @@ def test_policy_sends_callers_away_for_a_second_to_a_minute(
 
 def test_policy_sends_callers_away_for_a_second_before_it_knows_the_pace() -> None:
     assert _retry_after_s(AdmissionPolicy(2, 10**10), 10**6) == 1.0
-
-
-def test_queue_orders_by_class_and_then_by_arrival() -> None:
-    queue = WaitingQueue()
-    for progress in (first := _progress(1, 1), second := _progress(3), third := _progress(2)):
-        queue.add(progress)
-    order = []
-    while queue:
-        order.append(queue.first())
-        queue.remove(queue.first())
-    assert order == [third, second, first]
-
-
-def test_queue_counts_the_prompt_tokens_that_wait() -> None:
-    queue = WaitingQueue()
-    queue.add(_progress(1, num_tokens=3))
-    queue.add(middle := _progress(2, num_tokens=5))
-    queue.add(_progress(3, num_tokens=7))
-    queue.remove(middle)
-    assert (len(queue), queue.num_tokens) == (2, 10)
 
 
 @pytest.mark.parametrize(

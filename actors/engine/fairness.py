@@ -21,26 +21,28 @@ _MAX_REMEMBERED = 1024  # counters of tenants that have nothing here
 
 
 class TenantShares:
-    """Who has had how much, among the tenants that have requests here."""
+    """Who has had how much, among the tenants that have requests here.
+
+    Attributes:
+        contended: Whether more than one tenant has requests here.
+    """
 
     def __init__(self) -> None:
+        self.contended = False
         self._counters: dict[str, int] = {}
         self._num_requests: Counter[str] = Counter()
-
-    @property
-    def contended(self) -> bool:
-        """Whether more than one tenant has requests here."""
-        return len(self._num_requests) > 1
 
     def enter(self, tenant: str) -> None:
         """Count a request that came."""
         self._num_requests[tenant] += 1
+        self.contended = len(self._num_requests) > 1
 
     def leave(self, tenant: str) -> None:
         """Count a request that ended."""
         self._num_requests[tenant] -= 1
         if not self._num_requests[tenant]:
             del self._num_requests[tenant]
+            self.contended = len(self._num_requests) > 1
             if len(self._counters) > _MAX_REMEMBERED:
                 self._counters = {name: self._counters.get(name, 0) for name in self._num_requests}
 

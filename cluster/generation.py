@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.errors import NotFoundError
 from ostro.actors.fabric.messages import State
 
 
@@ -158,11 +159,16 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool on offer; `parameters` is its JSON Schema as a JSON object."""
+    """A tool on offer; `parameters` is its JSON Schema as a JSON object.
+
+    Attributes:
+        strict: The arguments of a call must be of that schema.
+    """
 
     name: str
     description: str = ""
     parameters: dict[str, object] = field(default_factory=dict)
+    strict: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +309,7 @@ class ModelCard:
     """What the faces say of the served model.
 
     Attributes:
+        aliases: Other names that callers may use for it; answers say `name`.
         end_token_ids: They end a generation as `</s>` does.
         has_vision: Images are taken: the checkpoint has a tower, and the tokenizer knows of it.
     """
@@ -319,8 +326,22 @@ class ModelCard:
     kv_dtype: str
     efforts: tuple[str, ...]
     default_effort: str
+    aliases: tuple[str, ...] = ()
     end_token_ids: tuple[int, ...] = ()
     has_vision: bool = False
+
+    def check_name(self, name: str) -> None:
+        """Let the name of this model pass, or none.
+
+        Raises:
+            NotFoundError: It is another model's; `param` is "model".
+        """
+        if name not in ("", self.name, *self.aliases):
+            raise NotFoundError(
+                f"model {name[:100]!r} is not served here; {self.name!r} is",
+                code="model_not_found",
+                param="model",
+            )
 
 
 class Cell(Protocol):

@@ -46,6 +46,7 @@ def model_response(card: ModelCard) -> pb.GetModelResponse:
     """What there is to know of the served model."""
     return pb.GetModelResponse(
         id=card.name,
+        aliases=card.aliases,
         max_context=card.max_context,
         vocabulary=card.vocab_size,
         vision=card.has_vision,

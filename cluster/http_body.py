@@ -1,13 +1,14 @@
 """From the bytes of a request body to a checked object, with every refusal named.
 
 Too large is 413 before anything is parsed, unreadable is 400, wrong types and, if `strict` is
-asked for, unknown fields are 422 with one entry per field.
+asked for, fields that are unknown or without effect are 422 with one entry per field.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -67,11 +68,12 @@ def _parse(data: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         body = kind.model_validate(value)
     except ValidationError as error:
         raise _schema_error(error) from None
-    ignored = list(unknown_fields(body))
+    ignored = dict.fromkeys(unknown_fields(body), "no such field is known")
+    ignored |= dict.fromkeys(body.without_effect(), "this has no effect here")
     if not ignored:
         return body, {}
     if getattr(body, "strict", False):
-        raise _unknown_error(ignored)
+        raise _ignored_error(ignored)
     shown = [_NOT_A_FIELD_NAME.sub("?", name)[:_MAX_SHOWN_CHARS] for name in ignored]
     return body, {"x-ignored-fields": ", ".join(shown[:_MAX_SHOWN_FIELDS])}
 
@@ -111,18 +113,16 @@ def _schema_error(error: ValidationError) -> SchemaError:
     return SchemaError(f"{param or 'body'}: {entry['msg']}", param=param, detail=detail)
 
 
-def _unknown_error(names: list[str]) -> SchemaError:
-    detail: list[dict[str, object]] = [
-        {
-            "type": "extra_forbidden",
-            "loc": ["body", name[:_MAX_SHOWN_CHARS]],
-            "msg": "no such field is known",
-            "input": None,
-        }
-        for name in names[:_MAX_SHOWN_FIELDS]
+def _ignored_error(ignored: dict[str, str]) -> SchemaError:
+    shown = [
+        (name[:_MAX_SHOWN_CHARS], why) for name, why in islice(ignored.items(), _MAX_SHOWN_FIELDS)
     ]
-    name = names[0][:_MAX_SHOWN_CHARS]
-    return SchemaError(f"{name}: no such field is known", param=name, detail=detail)
+    detail: list[dict[str, object]] = [
+        {"type": "extra_forbidden", "loc": ["body", name], "msg": why, "input": None}
+        for name, why in shown
+    ]
+    name, why = shown[0]
+    return SchemaError(f"{name}: {why}", param=name, detail=detail)
 
 
 def _place(loc: tuple[int | str, ...]) -> list[int | str]:

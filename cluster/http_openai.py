@@ -9,10 +9,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ostro.actors.errors import NotFoundError
 from ostro.cluster.generation import ModelCard
 from ostro.cluster.http_answer import GatheredAnswer
-from ostro.cluster.http_routes import HttpRoutes, json_response
+from ostro.cluster.http_routes import V1, HttpRoutes, json_response
 from ostro.cluster.openai_answer import WholeAnswer
 from ostro.cluster.openai_fields import AnswerStyle, Json, ThinkingForm
 from ostro.cluster.openai_request import chat_generation, text_generation
@@ -24,7 +23,6 @@ from ostro.cluster.openai_schema import (
 )
 from ostro.cluster.openai_stream import ChatEventWriter, TextEventWriter
 
-_PREFIXES = ("", "/mistral")
 _MISTRAL_AGENT = "mistral-client-"
 
 
@@ -33,8 +31,7 @@ class OpenAIRoutes(HttpRoutes):
 
     def add_to(self, app: FastAPI) -> None:
         """Register the routes."""
-        for prefix in _PREFIXES:
-            v1 = f"{prefix}/v1"
+        for v1 in V1:
             app.add_api_route(f"{v1}/chat/completions", self.chat, methods=["POST"])
             app.add_api_route(f"{v1}/completions", self.complete, methods=["POST"])
             app.add_api_route(f"{v1}/chat/completions/control", self.control, methods=["POST"])
@@ -77,14 +74,9 @@ class OpenAIRoutes(HttpRoutes):
         return json_response({"object": "list", "data": [_model_fields(self.frontend.card)]})
 
     async def model(self, name: str) -> Response:
-        """The served model by its name."""
+        """The served model by one of its names."""
         card = self.frontend.card
-        if name != card.name:
-            raise NotFoundError(
-                f"model {name[:100]!r} is not served here; {card.name!r} is",
-                code="model_not_found",
-                param="model",
-            )
+        card.check_name(name)
         return json_response(_model_fields(card))
 
 
@@ -128,7 +120,7 @@ def _model_fields(card: ModelCard) -> Json:
         },
         "max_context_length": card.max_context,
         "max_model_len": card.max_context,
-        "aliases": [],
+        "aliases": card.aliases,
         "reasoning_efforts": card.efforts,
         "default_reasoning_effort": card.default_effort,
     }

@@ -15,6 +15,8 @@ from ostro.cluster.http_body import Body, read_body
 from ostro.cluster.metrics import Metrics
 from ostro.configs.deployment import ServingConfig
 
+V1 = ("/v1", "/mistral/v1")  # where every dialect's routes stand
+
 
 class HttpRoutes:
     """The endpoints of one dialect, over one frontend; subclasses add the routes."""

@@ -50,5 +50,6 @@ def make_card(
         kv_dtype=kv_dtype or weight_dtype,
         efforts=EFFORTS,
         default_effort=deployment.reasoning.default_effort,
+        aliases=deployment.aliases,
         end_token_ids=config.eos_token_ids,
     )

@@ -106,15 +106,19 @@ def stop_reason(event: Finished) -> str | int | None:
 
 
 def chat_logprobs(tokens: Sequence[TokenText]) -> Json:
-    """Logprobs of a chat choice; `token_id` is what the mistralai client insists on."""
-    content = [
+    """Logprobs of a chat choice."""
+    return {"content": token_logprobs(tokens), "refusal": None}
+
+
+def token_logprobs(tokens: Sequence[TokenText]) -> list[Json]:
+    """Logprobs of tokens; `token_id` is what the mistralai client insists on in chats."""
+    return [
         {
             **_token_fields(token.token_id, token.text, token.logprob),
             "top_logprobs": [_token_fields(*alternative) for alternative in token.top],
         }
         for token in tokens
     ]
-    return {"content": content, "refusal": None}
 
 
 def text_logprobs(tokens: Sequence[TokenText], offset: int) -> Json:

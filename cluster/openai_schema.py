@@ -17,6 +17,10 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
+    def without_effect(self) -> Iterator[str]:
+        """Paths of known fields whose value changes nothing, such as `reasoning.summary`."""
+        return iter(())
+
 
 class ImageUrl(Wire):
     """OpenAI's form of an image; `detail` is accepted and without effect."""

@@ -157,8 +157,7 @@ class PromptBuilder:
             effort: One of `configs.deployment.EFFORTS`.
 
         Raises:
-            InvalidRequestError: `param` is "messages", "tools" or an image's place; the text names
-                the message.
+            InvalidRequestError: `param` is "messages", "tools", or the place of a message or image.
         """
         _check_conversation(messages)
         _check_tools(tools)
@@ -292,6 +291,10 @@ def _refused(text: str) -> InvalidRequestError:
     return InvalidRequestError(text, param="messages")
 
 
+def _refused_at(where: str, why: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{where}: {why}", param=where)
+
+
 def _is_unicode(text: str) -> bool:
     """False for lone surrogates, which JSON escapes can smuggle in."""
     try:
@@ -316,43 +319,45 @@ def _check_conversation(messages: Sequence[ChatMessage]) -> None:
     last = len(messages) - 1
     waiting: set[str] = set()  # calls whose results have not come
     previous: str | None = None
+    where = ""
     for index, message in enumerate(messages):
         where = message.where or f"messages[{index}]"
         _check_message(message, where, is_last=index == last)
         if previous is not None and message.role not in _MAY_FOLLOW[previous]:
-            raise _refused(f"{where}: role {message.role!r} may not follow role {previous!r}")
+            raise _refused_at(where, f"role {message.role!r} may not follow role {previous!r}")
         if message.role == "tool":
             if message.tool_call_id not in waiting:
-                raise _refused(f"{where}: tool_call_id answers no open tool call")
+                raise _refused_at(where, "tool_call_id answers no open tool call")
             waiting.discard(message.tool_call_id)
         elif waiting:
-            raise _refused(f"{where}: a tool call before this message has no result")
+            raise _refused_at(where, "a tool call before this message has no result")
         waiting |= {call.call_id for call in message.tool_calls}
         previous = message.role
     if waiting:
-        raise _refused(f"{where}: a tool call has no result")
+        raise _refused_at(where, "a tool call has no result")
     if previous == "assistant" and (last == 0 or not messages[last].prefix):
-        raise _refused(
-            f"{where}: the last message is the assistant's; end with a user or tool "
-            f"message, or set prefix to continue it"
+        raise _refused_at(
+            where,
+            "the last message is the assistant's; end with a user or tool message, or set prefix "
+            "to continue it",
         )
 
 
 def _check_message(message: ChatMessage, where: str, *, is_last: bool) -> None:
     if message.role not in _MAY_FOLLOW:
-        raise _refused(f"{where}: role must be one of {sorted(_MAY_FOLLOW)}")
+        raise _refused_at(where, f"role must be one of {sorted(_MAY_FOLLOW)}")
     if not _is_unicode(message.text) or not _is_unicode(message.thinking or ""):
-        raise _refused(f"{where}: the content is not valid Unicode text")
+        raise _refused_at(where, "the content is not valid Unicode text")
     if message.role == "tool" and not message.tool_call_id:
-        raise _refused(f"{where}: tool_call_id is missing")
+        raise _refused_at(where, "tool_call_id is missing")
     if message.role != "assistant":
         return
     if not (message.text or message.thinking or message.tool_calls):
-        raise _refused(f"{where}: an assistant message needs content, thinking or tool calls")
+        raise _refused_at(where, "an assistant message needs content, thinking or tool calls")
     if message.prefix and not is_last:
-        raise _refused(f"{where}: only the last message can be a prefix")
+        raise _refused_at(where, "only the last message can be a prefix")
     call_ids = [call.call_id for call in message.tool_calls]
     if not all(call_ids) or len(set(call_ids)) != len(call_ids):
-        raise _refused(f"{where}: tool calls need ids, each of its own")
+        raise _refused_at(where, "tool calls need ids, each of its own")
     if not all(TOOL_NAME.fullmatch(call.name) for call in message.tool_calls):
-        raise _refused(f"{where}: a tool call's name must be 1 to 64 of a-z, A-Z, 0-9, _ and -")
+        raise _refused_at(where, "a tool call's name must be 1 to 64 of a-z, A-Z, 0-9, _ and -")

@@ -21,7 +21,7 @@ from ostro.actors.engine.request import (
     StopParams,
     ThinkingParams,
 )
-from ostro.actors.errors import InvalidRequestError, NotFoundError
+from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
@@ -135,7 +135,7 @@ class RequestBuilder:
             InvalidRequestError: An option, the conversation or its length.
             NotFoundError: Another model was asked for.
         """
-        self._check_model(chat.model)
+        self._card.check_name(chat.model)
         self._check_options(chat.options)
         if chat.tool_choice.mode not in ("auto", "none"):
             raise _refused("tool_choice", "must be 'auto' or 'none'", code="unsupported_value")
@@ -166,7 +166,7 @@ class RequestBuilder:
             InvalidRequestError: An option, the prompt or its length.
             NotFoundError: Another model was asked for.
         """
-        self._check_model(text.model)
+        self._card.check_name(text.model)
         self._check_options(text.options)
         if text.options.thinking_token_budget is not None:
             raise _refused("thinking_token_budget", "does not go with a raw prompt")
@@ -314,14 +314,6 @@ class RequestBuilder:
                 param=field,
             )
         return left
-
-    def _check_model(self, model: str) -> None:
-        if model not in ("", self._card.name):
-            raise NotFoundError(
-                f"model {model!r} is not served here; {self._card.name!r} is",
-                code="model_not_found",
-                param="model",
-            )
 
     def _check_options(self, options: GenerationOptions) -> None:
         for bounds in _NUMBERS:

@@ -328,6 +328,7 @@ class DeploymentConfig:
     Attributes:
         model: Directory of the checkpoint, or "embedded".
         served_name: Name clients use; None takes the checkpoint directory's name.
+        aliases: Other names that clients may use for it; answers say `served_name`.
         notice: What users should know of the model, said in `/v1/models` and at the start.
         layout: The ranks.
         engine: Scheduler and cache of each attention shard.
@@ -338,7 +339,16 @@ class DeploymentConfig:
     model: str
     layout: LayoutConfig
     served_name: str | None = None
+    aliases: tuple[str, ...] = ()
     notice: str | None = None
     engine: EngineConfig = EngineConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     serving: ServingConfig = ServingConfig()
+
+    def __post_init__(self) -> None:
+        names = (self.served_name, *self.aliases)
+        if "" in names or len(set(names)) != len(names):
+            raise ConfigError(
+                f"aliases={list(self.aliases)}: names must not be empty, nor stand twice, nor be "
+                f"served_name={self.served_name!r}"
+            )

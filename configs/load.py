@@ -97,7 +97,7 @@ def from_dict(values: dict[str, Any]) -> DeploymentConfig:
 
 
 def to_dict(config: DeploymentConfig) -> dict[str, Any]:
-    """Plain values (mappings, strings, numbers, None) that YAML and JSON can hold."""
+    """Plain values (mappings, lists, strings, numbers, None) that YAML and JSON can hold."""
     return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
 
 
@@ -172,6 +172,11 @@ def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
         return _build(inner, value, default, path)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigError(f"{path}={value!r}: must be a list")
+        items = enumerate(value)
+        return tuple(_build(arguments[0], item, MISSING, f"{path}[{i}]") for i, item in items)
     if origin is dict:
         _check_mapping(value, path)
         known = {} if default is MISSING else default
@@ -256,4 +261,6 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value

@@ -11,6 +11,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_face import SERVICES, ByKeyword
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_frontend import (
+    ALIAS,
     CALL,
     FINISHED,
     MODEL,
@@ -410,7 +411,8 @@ def test_model_cluster_and_experts_are_shown():
         return model, picture.cluster, experts
 
     model, cluster, experts = asyncio.run(run())
-    assert (model.id, model.max_context, model.experts) == (MODEL, 4096, 2)
+    assert (model.id, list(model.aliases)) == (MODEL, [ALIAS])
+    assert (model.max_context, model.experts) == (4096, 2)
     assert model.default_effort == pb.REASONING_EFFORT_NONE
     assert len(model.efforts) == 7
     assert [actor.role for actor in cluster.actors] == [

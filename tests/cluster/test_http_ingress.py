@@ -10,6 +10,7 @@ import mistralai.client as mistral
 import openai
 import pytest
 from scripted_frontend import (
+    ALIAS,
     CALL,
     FINISHED,
     MODEL,
@@ -243,6 +244,13 @@ def test_both_clients_read_the_model_cards():
             assert client.models.list().data[0].capabilities.reasoning
             assert client.models.retrieve(model_id=MODEL).max_context_length == 4096
         assert http.get("/v1/models/other").json()["error"]["param"] == "model"
+
+
+def test_a_model_answers_to_its_aliases_under_its_own_name():
+    with face(ScriptedFrontend()) as http, openai_client(http) as client:
+        assert [model.aliases for model in client.models.list()] == [[ALIAS]]
+        assert client.models.retrieve(ALIAS).id == MODEL
+        assert client.chat.completions.create(model=ALIAS, messages=HELLO).model == MODEL
 
 
 def test_tokenize_and_detokenize():

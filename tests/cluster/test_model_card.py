@@ -41,11 +41,14 @@ def test_card_shows_the_checkpoint(model_dir: Path) -> None:
 
 
 def test_card_takes_name_and_context_from_the_deployment(model_dir: Path) -> None:
-    deployment = replace(DEPLOYMENT, served_name="small", engine=EngineConfig(max_context=300))
+    deployment = replace(
+        DEPLOYMENT, served_name="small", aliases=("s",), engine=EngineConfig(max_context=300)
+    )
     card = make_card(
         model_dir, load_model_config(model_dir), deployment, weight_dtype="bfloat16", kv_dtype="f8"
     )
-    assert (card.name, card.max_context, card.kv_dtype) == ("small", 300, "f8")
+    assert (card.name, card.aliases) == ("small", ("s",))
+    assert (card.max_context, card.kv_dtype) == (300, "f8")
     assert "300 tokens of context" in card.description
 
 

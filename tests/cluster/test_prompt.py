@@ -208,8 +208,17 @@ def test_prompt_refuses_what_is_no_conversation(
 ) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         prompts.chat(messages, (), "none")
-    assert caught.value.param == "messages"
-    assert words in caught.value.message
+    message = caught.value.message
+    place = message.partition(":")[0] if message.startswith("messages[") else "messages"
+    assert caught.value.param == place
+    assert words in message
+
+
+def test_prompt_names_a_message_as_its_caller_knows_it(prompts: PromptBuilder) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        prompts.chat([user("a"), replace(RESULT, where="input[3]")], (), "none")
+    assert caught.value.param == "input[3]"
+    assert caught.value.message.startswith("input[3]: role 'tool' may not follow")
 
 
 @pytest.mark.parametrize(

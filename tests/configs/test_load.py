@@ -91,6 +91,12 @@ def test_override_reaches_sections_that_the_file_leaves_out() -> None:
     assert load_deployment("laptop", ["serving.http_port=8123"]).serving.http_port == 8123
 
 
+def test_override_can_be_a_list() -> None:
+    config = load_deployment("laptop", ["served_name=small", "aliases=[gpt-4o, mistral-small]"])
+    assert config.aliases == ("gpt-4o", "mistral-small")
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
 def test_override_can_say_null() -> None:
     assert load_deployment("laptop", ["engine.num_pages=null"]).engine.num_pages is None
 
@@ -131,6 +137,10 @@ def test_override_of_one_effort_keeps_the_others() -> None:
         ("engine..page_size=3", "must read key.path=value"),
         ("model.size=3", "model is no mapping"),
         ("model=[", "the value is no YAML"),
+        ("aliases=small", "aliases='small': must be a list"),
+        ("aliases=[small, 4]", "aliases[1]=4: must be text"),
+        ("aliases=[small, small]", "aliases=['small', 'small']: names must not be empty"),
+        ("aliases=['']", "aliases=['']: names must not be empty"),
     ],
 )
 def test_wrong_override_names_the_field(override: str, told: str) -> None:

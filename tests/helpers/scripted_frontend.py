@@ -17,7 +17,7 @@ import uvicorn
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.engine.step import ShardLoad
-from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError
+from ostro.actors.errors import InvalidRequestError, NotReadyError
 from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.generation import (
     ChatGeneration,
@@ -39,6 +39,7 @@ from ostro.cluster.generation import (
 from ostro.configs.deployment import EFFORTS
 
 MODEL = "tiny-small-4"
+ALIAS = "small"
 STARTED = Started(
     request_id="gen-1",
     model=MODEL,
@@ -177,6 +178,7 @@ class ScriptedFrontend:
             kv_dtype="float32",
             efforts=EFFORTS,
             default_effort="none",
+            aliases=(ALIAS,),
         )
 
     def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
@@ -201,8 +203,7 @@ class ScriptedFrontend:
         return "".join(chr(token_id) for token_id in token_ids)
 
     async def _play(self, model: str) -> AsyncIterator[GenerationEvent]:
-        if model not in ("", MODEL):
-            raise NotFoundError(f"model {model!r}", code="model_not_found", param="model")
+        self.card.check_name(model)
         is_completed = False
         try:
             for item in self.script:

@@ -15,6 +15,7 @@ from ostro.cluster.generation import FrontendLike
 from ostro.cluster.http_errors import add_error_handlers
 from ostro.cluster.http_messages import MessagesRoutes
 from ostro.cluster.http_openai import OpenAIRoutes
+from ostro.cluster.http_responses import ResponsesRoutes
 from ostro.cluster.http_routes import HttpRoutes, json_response
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.openai_request import chat_messages, tools_on_offer
@@ -39,7 +40,7 @@ def build_http_app(
         adds_request_id: Put `x-request-id` on answers; off where the server around this does.
     """
     app = FastAPI(title="Ostro", docs_url=None, redoc_url=None, openapi_url=None)
-    for routes in (OpenAIRoutes, MessagesRoutes, _OwnRoutes):
+    for routes in (OpenAIRoutes, ResponsesRoutes, MessagesRoutes, _OwnRoutes):
         routes(get_frontend, serving, metrics).add_to(app)
     add_error_handlers(app)
     app.add_middleware(RequestIds, adds_header=adds_request_id)

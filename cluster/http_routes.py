@@ -15,7 +15,7 @@ from ostro.cluster.http_body import Body, read_body
 from ostro.cluster.metrics import Metrics
 from ostro.configs.deployment import ServingConfig
 
-V1 = ("/v1", "/mistral/v1")  # where every dialect's routes stand
+V1 = ("/v1", "/mistral/v1")  # roots of the dialects that openai's and mistralai's clients speak
 
 
 class HttpRoutes:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import httpx
 import mistralai.client as mistral
 import openai
 import pytest
+from http_face import HELLO, face, mistral_client, openai_client
 from scripted_frontend import (
     ALIAS,
     CALL,
@@ -33,28 +33,7 @@ from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.configs.deployment import ServingConfig
 
-HELLO = [{"role": "user", "content": "Say hello."}]
 CHAT = {"model": MODEL, "messages": HELLO}
-
-
-@contextlib.contextmanager
-def face(frontend: ScriptedFrontend, **serving):
-    app = build_http_app(lambda: frontend, ServingConfig(**serving), Metrics(MODEL))
-    with served(app) as url, httpx.Client(base_url=url, timeout=20) as client:
-        yield client
-
-
-def openai_client(http: httpx.Client) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{http.base_url}/v1",
-        api_key="none",
-        max_retries=0,
-        _strict_response_validation=True,
-    )
-
-
-def mistral_client(http: httpx.Client, path: str = "") -> mistral.Mistral:
-    return mistral.Mistral(api_key="none", server_url=str(http.base_url).rstrip("/") + path)
 
 
 def sse(text: str) -> list[dict]:

@@ -1,0 +1,199 @@
+"""From the bodies of `responses_schema` to the requests of `generation`.
+
+The dialect is served without memory: a caller sends the whole conversation each time. What would
+need stored answers, or tools that the server runs, is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from dataclasses import replace
+from typing import NoReturn
+
+from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.generation import (
+    AnswerFormat,
+    ChatGeneration,
+    Constraint,
+    GenerationOptions,
+    Tool,
+    ToolChoice,
+)
+from ostro.cluster.responses_conversation import conversation_messages
+from ostro.cluster.responses_schema import (
+    LOGPROBS,
+    FlatTool,
+    InputTokensRequest,
+    ResponsesRequest,
+)
+
+_NOT_STORED = "nothing is stored: send the whole conversation in input"
+# What the shared request model calls the fields that this dialect names otherwise.
+_OWN_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+def chat_generation(body: ResponsesRequest) -> ChatGeneration:
+    """The conversation and its options, with a request id, which is the response's.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    if body.background:
+        _refuse("background", "no answer is made in the background: use stream")
+    if body.store:
+        _refuse("store", "answers are not stored")
+    if body.moderation is not None:
+        _refuse("moderation", "not served")
+    chat = prompted_chat(body)
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    options = replace(
+        chat.options,
+        request_id=body.request_id or f"resp_{uuid.uuid4().hex}",
+        thinking_token_budget=body.thinking_token_budget,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=0 if body.top_k == -1 else body.top_k,
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        seed=body.seed,
+        max_tokens=body.max_output_tokens,
+        stop=tuple(stop),
+        num_logprobs=_num_logprobs(body),
+        cache_key=body.cache_salt or body.prompt_cache_key or "",
+        priority=body.priority or 0,
+        queue_timeout_s=body.queue_timeout,
+    )
+    return replace(chat, options=options)
+
+
+def prompted_chat(body: InputTokensRequest) -> ChatGeneration:
+    """What decides the prompt: the conversation, the tools, the effort, the answer's form.
+
+    Raises:
+        InvalidRequestError: A field makes no sense or is not served; `param` names it.
+    """
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(body, name) is not None:
+            _refuse(name, _NOT_STORED)
+    if body.truncation not in (None, "disabled"):
+        _refuse("truncation", "only 'disabled' is served: what is too long is refused")
+    tools, choice = _tools(body)
+    return ChatGeneration(
+        model=body.model,
+        messages=conversation_messages(body.instructions, body.input),
+        tools=tools,
+        tool_choice=choice,
+        options=GenerationOptions(
+            effort=None if body.reasoning is None else body.reasoning.effort,
+            answer_format=_answer_format(body),
+        ),
+    )
+
+
+def in_own_words(error: InvalidRequestError) -> InvalidRequestError:
+    """A refusal of the shared request model, with the names that this dialect's callers know."""
+    theirs = error.param or ""
+    if theirs not in _OWN_NAMES:
+        return error
+    ours = _OWN_NAMES[theirs]
+    message = error.message
+    if message.startswith(theirs):
+        message = ours + message.removeprefix(theirs)
+    return InvalidRequestError(message, code=error.code, param=ours)
+
+
+def _refuse(param: str, why: str) -> NoReturn:
+    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
+
+
+def _num_logprobs(body: ResponsesRequest) -> int | None:
+    if LOGPROBS in (body.include or ()):
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidRequestError(
+            f"top_logprobs needs {LOGPROBS!r} in include", param="top_logprobs"
+        )
+    return None
+
+
+def _answer_format(body: InputTokensRequest) -> AnswerFormat | None:
+    where = "text.format"
+    asked = None if body.text is None else body.text.format
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return AnswerFormat(constraint=Constraint.JSON_OBJECT, where=where)
+    if asked.type != "json_schema":
+        _refuse(f"{where}.type", "must be 'text', 'json_object' or 'json_schema'")
+    if asked.json_schema is None:
+        raise InvalidRequestError(f"{where}.schema is missing", param=f"{where}.schema")
+    schema = json.dumps(asked.json_schema, ensure_ascii=False)
+    return AnswerFormat(constraint=Constraint.JSON_SCHEMA, text=schema, where=where)
+
+
+def _tools(body: InputTokensRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools on offer and how they are to be used; tools that are not allowed are left out."""
+    tools = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or ()))
+    names = {tool.name for tool in tools}
+    asked = "auto" if body.tool_choice is None else body.tool_choice
+    choice = ToolChoice(parallel=body.parallel_tool_calls is not False)
+    if isinstance(asked, str):
+        choice = replace(choice, mode=_mode(asked, "tool_choice", ("auto", "none", "required")))
+    elif asked.get("type") == "function":
+        name = _name_on_offer(asked, names, "tool_choice")
+        choice = replace(choice, mode="required", name=name)
+    elif asked.get("type") == "allowed_tools":
+        choice = replace(
+            choice, mode=_mode(asked.get("mode"), "tool_choice.mode", ("auto", "required"))
+        )
+        allowed = _allowed(asked, names)
+        tools = tuple(tool for tool in tools if tool.name in allowed)
+    else:
+        _refuse("tool_choice", "only types 'function' and 'allowed_tools' are served")
+    if choice.mode == "required" and not tools:
+        raise InvalidRequestError("tool_choice: there is no tool to call", param="tool_choice")
+    return tools, choice
+
+
+def _tool(tool: FlatTool, path: str) -> Tool:
+    if tool.type != "function":
+        _refuse(path, "only tools of type 'function' are served: the server runs none itself")
+    if tool.name is None:
+        raise InvalidRequestError(f"{path}.name is missing", param=f"{path}.name")
+    return Tool(
+        name=tool.name,
+        description=tool.description or "",
+        parameters=tool.parameters or {},
+        strict=bool(tool.strict),
+    )
+
+
+def _mode(asked: object, where: str, known: tuple[str, ...]) -> str:
+    if asked not in known:
+        shown = ", ".join(map(repr, known))
+        raise InvalidRequestError(f"{where}: must be one of {shown}", param=where)
+    return str(asked)
+
+
+def _allowed(asked: dict[str, object], names: set[str]) -> set[str]:
+    where = "tool_choice.tools"
+    listed = asked.get("tools")
+    if not isinstance(listed, list) or not listed:
+        raise InvalidRequestError(f"{where}: must list the tools", param=where)
+    return {_name_on_offer(tool, names, f"{where}[{i}]") for i, tool in enumerate(listed)}
+
+
+def _name_on_offer(asked: object, names: set[str], where: str) -> str:
+    if not isinstance(asked, dict) or asked.get("type") != "function":
+        _refuse(where, "only functions can be named")
+    name = asked.get("name")
+    if not isinstance(name, str) or name not in names:
+        raise InvalidRequestError(f"{where}.name: no such tool is on offer", param=f"{where}.name")
+    return name

@@ -137,8 +137,7 @@ class RequestBuilder:
         """
         self._card.check_name(chat.model)
         self._check_options(chat.options)
-        if chat.tool_choice.mode not in ("auto", "none"):
-            raise _refused("tool_choice", "must be 'auto' or 'none'", code="unsupported_value")
+        _refuse_unserved(chat)
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
         # A model that is told to think and may not would think in its answer.
@@ -347,6 +346,17 @@ class RequestBuilder:
         size = self._card.vocab_size
         if not all(type(token_id) is int and 0 <= token_id < size for token_id in token_ids):
             raise _refused(name, f"takes token ids from 0 to {size - 1}")
+
+
+def _refuse_unserved(chat: ChatGeneration) -> None:
+    code = "unsupported_value"
+    if chat.options.answer_format is not None:
+        where = chat.options.answer_format.where
+        raise _refused(where, "is not served yet: answers are not constrained", code=code)
+    if chat.tool_choice.mode not in ("auto", "none"):
+        raise _refused("tool_choice", "must be 'auto' or 'none'", code=code)
+    if chat.tools and not chat.tool_choice.parallel:
+        raise _refused("tool_choice", "cannot limit the number of calls yet", code=code)
 
 
 def _either(asked: _T | None, default: _T) -> _T:

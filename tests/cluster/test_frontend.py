@@ -27,8 +27,10 @@ from ostro.actors.errors import (
 from ostro.actors.fabric.messages import State
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.generation import (
+    AnswerFormat,
     ChatGeneration,
     ChatMessage,
+    Constraint,
     Finished,
     GenerationEvent,
     GenerationOptions,
@@ -74,6 +76,7 @@ CONFIG = DeploymentConfig(
 )
 HELLO = (ChatMessage(role="user", text="Hi"),)
 TOOLS = (Tool(name="f"),)
+JSON = AnswerFormat(constraint=Constraint.JSON_OBJECT)
 
 
 class FakeCell:
@@ -387,6 +390,25 @@ def test_chat_refuses_options_out_of_range(
         read(frontend_of(prompts, cell).chat(request))
     assert caught.value.param == param
     assert cell.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"options": GenerationOptions(answer_format=JSON)}, "response_format"),
+        ({"tool_choice": ToolChoice(mode="required")}, "tool_choice"),
+        ({"tool_choice": ToolChoice(parallel=False)}, "tool_choice"),
+    ],
+    ids=str,
+)
+def test_chat_refuses_what_it_cannot_force(
+    prompts: PromptBuilder, fields: dict[str, Any], param: str
+) -> None:
+    cell = FakeCell([])
+    request = ChatGeneration(messages=HELLO, tools=TOOLS, **fields)
+    with pytest.raises(InvalidRequestError, match=param) as caught:
+        read(frontend_of(prompts, cell).chat(request))
+    assert (caught.value.code, caught.value.param) == ("unsupported_value", param)
 
 
 def test_chat_names_the_efforts_there_are(prompts: PromptBuilder) -> None:

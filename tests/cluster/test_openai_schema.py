@@ -121,7 +121,7 @@ def test_developer_is_system_and_tools_are_functions():
         tool_choice="none",
     )
     assert request.messages[0].role == "system"
-    assert (request.tools[0].name, request.tool_choice) == ("f", "none")
+    assert (request.tools[0].name, request.tool_choice.mode) == ("f", "none")
     assert request.tools[0].parameters == {"type": "object"}
 
 

@@ -12,7 +12,6 @@ from enum import Enum
 from typing import Protocol
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
-from ostro.actors.errors import NotFoundError
 from ostro.actors.fabric.messages import State
 
 
@@ -159,11 +158,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool on offer; `parameters` is its JSON Schema as a JSON object.
-
-    Attributes:
-        strict: The arguments of a call must be of that schema.
-    """
+    """A tool on offer; `parameters` is its JSON Schema; `strict` holds the arguments to it."""
 
     name: str
     description: str = ""
@@ -329,19 +324,6 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     end_token_ids: tuple[int, ...] = ()
     has_vision: bool = False
-
-    def check_name(self, name: str) -> None:
-        """Let the name of this model pass, or none.
-
-        Raises:
-            NotFoundError: It is another model's; `param` is "model".
-        """
-        if name not in ("", self.name, *self.aliases):
-            raise NotFoundError(
-                f"model {name[:100]!r} is not served here; {self.name!r} is",
-                code="model_not_found",
-                param="model",
-            )
 
 
 class Cell(Protocol):

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from ostro.cluster.generation import ModelCard
 from ostro.cluster.http_answer import GatheredAnswer
 from ostro.cluster.http_routes import V1, HttpRoutes, json_response
+from ostro.cluster.model_card import check_model_name
 from ostro.cluster.openai_answer import WholeAnswer
 from ostro.cluster.openai_fields import AnswerStyle, Json, ThinkingForm
 from ostro.cluster.openai_request import chat_generation, text_generation
@@ -76,7 +77,7 @@ class OpenAIRoutes(HttpRoutes):
     async def model(self, name: str) -> Response:
         """The served model by one of its names."""
         card = self.frontend.card
-        card.check_name(name)
+        check_model_name(card, name)
         return json_response(_model_fields(card))
 
 

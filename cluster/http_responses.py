@@ -13,6 +13,7 @@ from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.http_answer import GatheredAnswer
 from ostro.cluster.http_routes import V1, HttpRoutes, json_response
 from ostro.cluster.metrics import closing_events
+from ostro.cluster.model_card import check_model_name
 from ostro.cluster.responses_answer import ResponseAnswer
 from ostro.cluster.responses_fields import response_head
 from ostro.cluster.responses_request import (
@@ -50,7 +51,7 @@ class ResponsesRoutes(HttpRoutes):
         body, headers = await self.read(request, InputTokensRequest)
         chat = prompted_chat(body)
         frontend = self.frontend
-        frontend.card.check_name(body.model)
+        check_model_name(frontend.card, body.model)
         try:
             tokens = await frontend.tokenize_chat(chat.messages, chat.tools, chat.options.effort)
         except InvalidRequestError as error:

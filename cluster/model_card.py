@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ostro.actors.errors import NotFoundError
 from ostro.cluster.generation import ModelCard
 from ostro.configs.checkpoint_layout import find_layout
 from ostro.configs.deployment import EFFORTS, DeploymentConfig
@@ -53,3 +54,17 @@ def make_card(
         aliases=deployment.aliases,
         end_token_ids=config.eos_token_ids,
     )
+
+
+def check_model_name(card: ModelCard, name: str) -> None:
+    """Let the names of the served model pass, and none at all.
+
+    Raises:
+        NotFoundError: It is another model's; `param` is "model".
+    """
+    if name not in ("", card.name, *card.aliases):
+        raise NotFoundError(
+            f"model {name[:100]!r} is not served here; {card.name!r} is",
+            code="model_not_found",
+            param="model",
+        )

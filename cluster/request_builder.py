@@ -31,6 +31,7 @@ from ostro.cluster.generation import (
     Tool,
 )
 from ostro.cluster.images import no_vision
+from ostro.cluster.model_card import check_model_name
 from ostro.cluster.output_parser import OutputFormat
 from ostro.cluster.prompt import Prompt, PromptBuilder
 from ostro.cluster.prompt_messages import ends_in_thinking
@@ -135,7 +136,7 @@ class RequestBuilder:
             InvalidRequestError: An option, the conversation or its length.
             NotFoundError: Another model was asked for.
         """
-        self._card.check_name(chat.model)
+        check_model_name(self._card, chat.model)
         self._check_options(chat.options)
         _refuse_unserved(chat)
         effort = self.effort(chat.options.effort)
@@ -165,7 +166,7 @@ class RequestBuilder:
             InvalidRequestError: An option, the prompt or its length.
             NotFoundError: Another model was asked for.
         """
-        self._card.check_name(text.model)
+        check_model_name(self._card, text.model)
         self._check_options(text.options)
         if text.options.thinking_token_budget is not None:
             raise _refused("thinking_token_budget", "does not go with a raw prompt")

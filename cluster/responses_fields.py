@@ -11,8 +11,6 @@ from ostro.cluster.openai_fields import Json
 from ostro.cluster.responses_schema import FlatTool, ResponsesRequest
 
 _STATUSES = {"length": "incomplete", "model_length": "incomplete", "cancelled": "cancelled"}
-# The dialect's few words for what failed; the error's type says more.
-_ERROR_CODES = {InvalidRequestError: "invalid_prompt", OverloadedError: "rate_limit_exceeded"}
 
 
 def response_head(body: ResponsesRequest, options: GenerationOptions, model: str) -> Json:
@@ -72,8 +70,12 @@ def response_usage(usage: Usage) -> Json:
 
 
 def response_error(error: OstroError) -> Json:
-    """Why a response failed after it began."""
-    code = next((c for kind, c in _ERROR_CODES.items() if isinstance(error, kind)), "server_error")
+    """Why a response failed after it began; the dialect has few codes, the type says more."""
+    code = "server_error"
+    if isinstance(error, InvalidRequestError):
+        code = "invalid_prompt"
+    elif isinstance(error, OverloadedError):
+        code = "rate_limit_exceeded"
     return {**error_fields(error), "code": code}
 
 

@@ -36,6 +36,7 @@ from ostro.cluster.generation import (
     ToolCallDone,
     Usage,
 )
+from ostro.cluster.model_card import check_model_name
 from ostro.configs.deployment import EFFORTS
 
 MODEL = "tiny-small-4"
@@ -203,7 +204,7 @@ class ScriptedFrontend:
         return "".join(chr(token_id) for token_id in token_ids)
 
     async def _play(self, model: str) -> AsyncIterator[GenerationEvent]:
-        self.card.check_name(model)
+        check_model_name(self.card, model)
         is_completed = False
         try:
             for item in self.script:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.images import check_images
 from ostro.actors.engine.request import (
     FinishReason,
@@ -176,20 +177,13 @@ class AttentionEngine:
                 logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
 
     def _add(self, request: GenerationRequest, ingress_id: str) -> None:
-        self._ingress_of[request.request_id] = ingress_id
+        choices, now_s = each_choice(request), time.monotonic()
+        self._ingress_of.update((choice.request_id, ingress_id) for choice in choices)
         try:
             check_images(request, self._parts.vision)
-            self._scheduler.add(RequestProgress(request, arrived_s=time.monotonic()))
+            self._scheduler.add(*(RequestProgress(choice, arrived_s=now_s) for choice in choices))
         except OstroError as error:
-            refusal = TokenEvent(
-                request.request_id,
-                0,
-                [],
-                finish_reason=FinishReason.ERROR,
-                error_code=error.code,
-                error_message=error.message,
-            )
-            self._deliver([refusal], step=None)
+            self._deliver([_refusal(choice, error) for choice in choices], step=None)
 
     def _propose(self, *, owed: bool) -> None:
         began_s = time.perf_counter()
@@ -314,3 +308,15 @@ class AttentionEngine:
 
     def _send(self, message: Message) -> None:
         self._parts.connection.send(message)
+
+
+def _refusal(request: GenerationRequest, error: OstroError) -> TokenEvent:
+    return TokenEvent(
+        request.request_id,
+        0,
+        [],
+        finish_reason=FinishReason.ERROR,
+        error_code=error.code,
+        error_message=error.message,
+        choice=request.choice,
+    )

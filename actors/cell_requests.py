@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from ostro.actors.engine.admission import AdmissionPolicy
 from ostro.actors.engine.assignment import Assigner
+from ostro.actors.engine.choices import callers_id, each_choice, submission_of
 from ostro.actors.engine.images import check_image_bytes, image_bytes
 from ostro.actors.engine.journal import Journal
-from ostro.actors.engine.request import GenerationRequest, callers_id
+from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import OverloadedError
 from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
@@ -20,7 +21,7 @@ from ostro.configs.deployment import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class LiveRequest:
-    """Where a request runs and who reads it."""
+    """Where one choice of a request runs and who reads it."""
 
     request_id: str
     rank: int
@@ -41,10 +42,11 @@ class CellRequests:
         per_rank = engine.max_waiting_requests + engine.max_running_requests
         self._journal = Journal(max_entries=per_rank * len(ranks))
         self._live: dict[str, LiveRequest] = {}
-        self._latest: dict[str, str] = {}
+        self._choices: dict[str, list[str]] = {}  # of a submission: ids of those that run
+        self._latest: dict[str, str] = {}  # of a caller's id: the submission
 
-    def place(self, request: GenerationRequest, ingress_id: str) -> LiveRequest:
-        """Choose the shard of a request and begin its journal.
+    def place(self, request: GenerationRequest, ingress_id: str) -> int:
+        """Choose the rank that serves all choices of a request, and begin their journals.
 
         Raises:
             InvalidRequestError: Its images are more than a request may carry.
@@ -53,11 +55,14 @@ class CellRequests:
         check_image_bytes(request)
         rank = self._admit(request)
         self._journal.add(request, rank)
-        self._assigner.add(rank, request)
-        live = LiveRequest(request.request_id, rank, ingress_id)
-        self._live[request.request_id] = live
-        self._latest[callers_id(request.request_id)] = request.request_id
-        return live
+        submission = submission_of(request.request_id)
+        self._latest[callers_id(request.request_id)] = submission
+        running = self._choices.setdefault(submission, [])
+        for choice in each_choice(request):
+            self._assigner.add(rank, choice)
+            self._live[choice.request_id] = LiveRequest(choice.request_id, rank, ingress_id)
+            running.append(choice.request_id)
+        return rank
 
     def _admit(self, request: GenerationRequest) -> int:
         refusal: OverloadedError | None = None
@@ -91,9 +96,12 @@ class CellRequests:
         """Requests that live on a rank."""
         return self._assigner.num_live(rank)
 
-    def find(self, request_id: str) -> LiveRequest | None:
-        """The running request of that unique id, or the latest of that caller's id."""
-        return self._live.get(request_id) or self._live.get(self._latest.get(request_id, ""))
+    def find(self, name: str) -> list[LiveRequest]:
+        """The running choice of that id, or all of that submission or of that caller's latest."""
+        if name in self._live:
+            return [self._live[name]]
+        submission = name if name in self._choices else self._latest.get(name, "")
+        return [self._live[request_id] for request_id in self._choices.get(submission, ())]
 
     def of_ingress(self, ingress_id: str) -> list[LiveRequest]:
         """All requests that an ingress reads."""
@@ -114,11 +122,18 @@ class CellRequests:
         for request_id in report.finished:
             self._journal.forget(request_id)
             self._assigner.remove(report.rank, request_id)
-            self._live.pop(request_id, None)
-            name = callers_id(request_id)
-            if self._latest.get(name) == request_id:
-                del self._latest[name]
+            if self._live.pop(request_id, None) is not None:
+                self._forget(request_id)
         self._assigner.cache_changed(report.rank, report.cached_pages, report.dropped_pages)
+
+    def _forget(self, request_id: str) -> None:
+        submission, name = submission_of(request_id), callers_id(request_id)
+        running = self._choices[submission]
+        running.remove(request_id)
+        if not running:
+            del self._choices[submission]
+            if self._latest.get(name) == submission:
+                del self._latest[name]
 
     def _measure_drain(self, report: StepDone, elapsed_s: float) -> None:
         """How fast prompts begin to run, while any wait: what Retry-After is computed from."""

@@ -297,10 +297,11 @@ class Router:
                     case Submit(request=request):
                         self._submit(ingress_id, request)
                     case CancelGeneration(tag=tag, request_id=request_id):
-                        live = self._requests.find(request_id)
-                        connection.send(ControlDone(tag, self._cancel(live)))
+                        found = self._requests.find(request_id)
+                        connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
                     case EndThinkingGeneration(tag=tag, request_id=request_id):
-                        connection.send(ControlDone(tag, self._end_thinking(request_id)))
+                        found = self._requests.find(request_id)
+                        connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
                     case AskState(tag=tag):
                         self._spawn(self._send_state(connection, tag))
         except ChannelError:
@@ -308,8 +309,7 @@ class Router:
         finally:
             if self._ingresses.get(ingress_id) is connection:
                 del self._ingresses[ingress_id]
-                for live in self._requests.of_ingress(ingress_id):
-                    self._cancel(live)
+                self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
 
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
         connection.send(await self.state(tag))
@@ -319,14 +319,14 @@ class Router:
             if not self._ready or self._epoch is None:
                 why = "stopping" if self._draining else "starting or recovering"
                 raise NotReadyError(f"the server is {why}; try again", retry_after_s=5)
-            live = self._requests.place(request, ingress_id)
+            rank = self._requests.place(request, ingress_id)
         except OstroError as error:
             self._reject(ingress_id, request.request_id, error)
             return
-        self._epoch.send(live.rank, Assign(self._epoch.number, request, ingress_id))
+        self._epoch.send(rank, Assign(self._epoch.number, request, ingress_id))
         connection = self._ingresses.get(ingress_id)
         if connection is not None:
-            connection.send(Accepted(live.request_id, live.rank))
+            connection.send(Accepted(request.request_id, rank))
 
     def _reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
         connection = self._ingresses.get(ingress_id)
@@ -343,18 +343,15 @@ class Router:
             )
         )
 
-    def _cancel(self, live: LiveRequest | None) -> bool:
-        if live is None or self._epoch is None:
+    def _tell_ranks(
+        self, control: type[Cancel] | type[EndThinking], found: Sequence[LiveRequest]
+    ) -> bool:
+        """Have a control reach all of these; False if there are none."""
+        if self._epoch is None:
             return False
-        self._epoch.send(live.rank, Cancel(self._epoch.number, live.request_id))
-        return True
-
-    def _end_thinking(self, request_id: str) -> bool:
-        live = self._requests.find(request_id)
-        if live is None or self._epoch is None:
-            return False
-        self._epoch.send(live.rank, EndThinking(self._epoch.number, request_id))
-        return True
+        for live in found:
+            self._epoch.send(live.rank, control(self._epoch.number, live.request_id))
+        return bool(found)
 
     def _members(self) -> Members:
         addresses = self._epoch.token_addresses if self._epoch and self._epoch.serving else {}

@@ -110,8 +110,10 @@ class RouterEpoch:
         connection = self._connections.get(rank)
         if connection is not None:
             connection.send(message)
-        if isinstance(message, Assign) and self._requests.num_live(rank) == 1:
-            self._heard_s[rank] = time.monotonic()
+        if isinstance(message, Assign):
+            is_first = self._requests.num_live(rank) == message.request.num_choices
+            if is_first:
+                self._heard_s[rank] = time.monotonic()
 
     def check_overdue(self, timeout_s: float) -> None:
         """Fail the epoch if a step, or a rank that has requests, is silent for `timeout_s`."""

@@ -51,13 +51,13 @@ class Assigner:
         return len(self._shards[rank].live_tokens)
 
     def add(self, rank: int, request: GenerationRequest) -> None:
-        """Count a request that was placed on a rank."""
-        shard, tokens = self._shards[rank], len(request.prompt_token_ids)
+        """Count a request, or one choice of it, that was placed on a rank."""
+        shard, tokens = self._shards[rank], request.counted_prompt_tokens
         shard.live_tokens[request.request_id] = tokens
         shard.unstarted[request.request_id] = request
         shard.load_tokens += tokens
         if request.images:
-            shard.image_bytes[request.request_id] = image_bytes(request)
+            shard.image_bytes[request.request_id] = image_bytes(request) // request.prompt_shared_by
 
     def grow(self, rank: int, request_id: str, num_tokens: int) -> None:
         """Count new output tokens of a request."""
@@ -92,7 +92,7 @@ class Assigner:
             tenant: Only this one's.
         """
         lengths = [
-            len(request.prompt_token_ids)
+            request.counted_prompt_tokens
             for request in self._shards[rank].unstarted.values()
             if tenant is None or request.tenant == tenant
         ]

@@ -7,6 +7,7 @@ token to take, which to favour and which to leave.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from ostro.actors.engine.request import ThinkingParams
@@ -29,7 +30,7 @@ class ThinkingTracker:
         banned_token_ids: The begin mark, where thinking must not begin (again).
     """
 
-    def __init__(self, params: ThinkingParams) -> None:
+    def __init__(self, params: ThinkingParams, output_token_ids: Sequence[int] = ()) -> None:
         self._params = params
         self.end_token_id = params.end_token_id
         end_mark = (params.end_token_id,)
@@ -51,6 +52,8 @@ class ThinkingTracker:
             self._open()
         elif self._is_spent():
             self._forbid()
+        for token_id in output_token_ids:
+            self.observe(token_id)
 
     def observe(self, token_id: int) -> None:
         """Take note of the next output token."""

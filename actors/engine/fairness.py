@@ -118,7 +118,7 @@ class WaitingQueue:
     """Requests that wait to run, or to run again: by tenant, then (scheduling class, arrival).
 
     Attributes:
-        num_tokens: Their prompt tokens.
+        num_tokens: Their prompt tokens; a prompt that several choices share counts once.
     """
 
     def __init__(self, shares: TenantShares) -> None:
@@ -165,9 +165,10 @@ class WaitingQueue:
             del self._of_tenant[tenant], self._tokens_of_tenant[tenant]
 
     def _count(self, progress: RequestProgress, sign: int) -> None:
+        num_tokens = sign * progress.request.counted_prompt_tokens
         self._len += sign
-        self.num_tokens += sign * progress.num_prompt_tokens
-        self._tokens_of_tenant[progress.request.tenant] += sign * progress.num_prompt_tokens
+        self.num_tokens += num_tokens
+        self._tokens_of_tenant[progress.request.tenant] += num_tokens
 
 
 def _turn(progress: RequestProgress) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import InvalidRequestError, NotFoundError, OverloadedError
 
@@ -33,23 +34,24 @@ class Journal:
         return request_id in self._entries
 
     def add(self, request: GenerationRequest, rank: int) -> None:
-        """Begin to keep a request that was placed on `rank`.
+        """Begin to keep a request that was placed on `rank`, each of its choices by itself.
 
         Raises:
-            OverloadedError: The journal is full.
+            OverloadedError: The journal has no room for all of them.
             InvalidRequestError: The id is in use.
         """
-        if request.request_id in self._entries:
+        entries = {choice.request_id: _Entry(choice, rank) for choice in each_choice(request)}
+        if not entries.keys().isdisjoint(self._entries):
             raise InvalidRequestError(
                 f"request_id {request.request_id!r} is in use",
                 code="duplicate_request_id",
                 param="request_id",
             )
-        if len(self._entries) >= self._max_entries:
+        if len(self._entries) + len(entries) > self._max_entries:
             raise OverloadedError(
                 f"{len(self._entries)} requests are being served already", retry_after_s=1.0
             )
-        self._entries[request.request_id] = _Entry(request, rank)
+        self._entries |= entries
 
     def record(self, request_id: str, token_ids: Sequence[int]) -> None:
         """Append output tokens; those of a request that was forgotten are late and are dropped."""

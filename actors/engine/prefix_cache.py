@@ -87,7 +87,10 @@ class PrefixCache:
         return pages
 
     def insert(self, page_hash: int, page: int) -> bool:
-        """Offer a referenced page whose latents are in place; False if the content was known."""
+        """Offer a referenced page; False if the content was known.
+
+        Its latents are in place by the time that whoever matches it from now on reads them.
+        """
         if page_hash in self._page_of:
             return False
         self._page_of[page_hash] = page

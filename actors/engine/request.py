@@ -113,12 +113,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     """Everything a shard needs to serve one request, and to serve it again after a failure.
 
     Attributes:
-        request_id: The caller's; from the ingress on a `unique_id` of it.
+        request_id: The caller's; from the ingress on a `choices.unique_id` of it.
         prompt_token_ids: At least one token.
         cache_salt: Requests share prefix cache only under the same salt.
         scheduling_class: Lower runs earlier when requests wait.
         tenant: Whose request it is; tenants share a shard fairly. "" for nobody.
         images: In the order of their places in the prompt.
+        choice: Which of its caller's answers this is; of several choices, the first.
+        num_choices: Answers to sample from the prompt; `choices.each_choice` takes them apart.
+        prompt_shared_by: How many choices, each now a request, were made of the one prompt.
     """
 
     request_id: str
@@ -130,16 +133,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     scheduling_class: int = 0
     tenant: str = ""
     images: tuple[ImageInput, ...] = ()
+    choice: int = 0
+    num_choices: int = 1
+    prompt_shared_by: int = 1
 
-
-def unique_id(request_id: str, serial: str) -> str:
-    """A name for one submission: callers use their ids again, before the last use is quite over."""
-    return f"{request_id}#{serial}"
-
-
-def callers_id(unique: str) -> str:
-    """The caller's id within a `unique_id`."""
-    return unique.rpartition("#")[0] or unique
+    @property
+    def counted_prompt_tokens(self) -> int:
+        """Its part of the prompt, which only one of the choices that share it computes."""
+        return -(-len(self.prompt_token_ids) // self.prompt_shared_by)
 
 
 class FinishReason(StrEnum):
@@ -176,6 +177,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
         error_code: `OstroError.code` when `finish_reason` is ERROR.
         error_message: Text for the caller when `finish_reason` is ERROR.
         queued_s: Seconds from arrival at the shard to its first step; on the first event.
+        choice: `GenerationRequest.choice`.
     """
 
     request_id: str
@@ -190,6 +192,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     error_code: str | None = None
     error_message: str | None = None
     queued_s: float = 0.0
+    choice: int = 0
 
     def joined(self, later: TokenEvent) -> TokenEvent | None:
         """One event that tells both; None if `later` is an error or does not follow on this one.

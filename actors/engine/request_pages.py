@@ -48,7 +48,10 @@ class RequestPages:
         return True
 
     def publish(self, progress: RequestProgress, num_computed: int) -> None:
-        """Offer the full pages among the first `num_computed` latents, which are all in place."""
+        """Offer the full pages among the first `num_computed` latents.
+
+        They are in place, or a planned step puts them there before a step planned later reads them.
+        """
         next_page = progress.num_published_pages + 1
         if self._cache is None or num_computed < next_page * self.page_size:
             return

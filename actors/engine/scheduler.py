@@ -5,9 +5,10 @@ step's budget: all of a prompt, a chunk of it, the rest after a prefix hit, ever
 a preemption, or one token while decoding.
 
 Planning is optimistic, so that it may run ahead of the device: `schedule()` counts what it plans
-as computed, and a token that a planned step has yet to sample as there. `complete()` brings the
-results in, in order; those of a request that ended meanwhile are dropped, and its pages are held
-until no planned step refers to it any more.
+as computed, and a token that a planned step has yet to sample as there. Pages of prompts are shared
+at once, within the step too: it writes latents in the order of its entries, before they are read.
+`complete()` brings the results in, in order; those of a request that ended meanwhile are dropped,
+and its pages are held until no planned step refers to it any more.
 
 Every event is delivered once, by whichever of `complete()` and `take_events()` is called first.
 One thread calls everything. Nothing here knows the device, the model or the network.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 
 from ostro.actors.engine import token_rules
 from ostro.actors.engine.admission import AdmissionPolicy, check_servable
@@ -76,34 +78,37 @@ class Scheduler:
 
     # ---- what callers ask for
 
-    def add(self, progress: RequestProgress) -> None:
-        """Queue a request, or one that goes on after a failure and so has output already.
+    def add(self, first: RequestProgress, *others: RequestProgress) -> None:
+        """Queue the choices of one prompt, all or none; or one that has output from elsewhere.
 
         Raises:
-            InvalidRequestError: It can never be served.
+            InvalidRequestError: They can never be served.
             OverloadedError: Too much waits already.
         """
-        if progress.request_id in self._requests:
+        choices = (first, *others)
+        if any(progress.request_id in self._requests for progress in choices):
             raise InvalidRequestError(
                 "this request_id is in use", code="duplicate_request_id", param="request_id"
             )
-        check_servable(progress, self._longest)
-        if not progress.output_token_ids:
-            self._admission.check(*self._waiting.beside(progress))
+        check_servable(first, self._longest)
+        if not first.output_token_ids:
+            self._admission.check(*self._waiting.beside(first))
+        for progress in choices:
+            self._enter(progress)
+
+    def _enter(self, progress: RequestProgress) -> None:
         progress.arrival = self._num_arrivals
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
         self._num_arrivals += 1
         if progress.request.thinking is not None:
-            progress.thinking = ThinkingTracker(progress.request.thinking)
-            for token_id in progress.output_token_ids:
-                progress.thinking.observe(token_id)
+            progress.thinking = ThinkingTracker(
+                progress.request.thinking, progress.output_token_ids
+            )
         self._requests[progress.request_id] = progress
         self._shares.enter(progress.request.tenant)
         self._waiting.add(progress)
-        if progress.output_token_ids:
-            reason = reason_to_end(progress)
-            if reason is not None:
-                self._end(progress, reason)
+        if (reason := reason_to_end(progress)) is not None:
+            self._end(progress, reason)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with a CANCELLED event; False if it is not here (any more)."""
@@ -233,6 +238,7 @@ class Scheduler:
                 end = progress.num_computed_tokens + num_new
                 if self._find_pages(step, progress, end):
                     self._place(step, progress, num_new)
+                    self._pages.publish(progress, end)
         return sum(
             self._pages.missing(progress, progress.num_tokens)
             for progress in prefilling
@@ -253,6 +259,7 @@ class Scheduler:
             num_new = self._chunk(step, progress)
             self._pages.grow(progress, progress.num_computed_tokens + num_new)
             self._place(step, progress, num_new)
+            self._pages.publish(progress, progress.num_computed_tokens)
             num_promised += self._pages.missing(progress, progress.num_tokens)
 
     def _admit(self, progress: RequestProgress, num_promised: int) -> bool:
@@ -270,7 +277,7 @@ class Scheduler:
             self._count_start(progress, num_cached)
         progress.move_to(_RUNNING)
         progress.num_computed_tokens = num_cached
-        insort(self._running, progress, key=_by_arrival)
+        insort(self._running, progress, key=attrgetter("arrival"))
         return True
 
     def _is_blocked(self, progress: RequestProgress) -> bool:
@@ -393,7 +400,3 @@ class Scheduler:
         if not progress.num_in_flight:
             self._leaving.discard(progress)
             self._pages.release(progress)
-
-
-def _by_arrival(progress: RequestProgress) -> int:
-    return progress.arrival

@@ -124,4 +124,5 @@ def token_event(
         reason,
         token_ids[-1] if reason is FinishReason.STOP and token_ids else None,
         queued_s=queued_s,
+        choice=progress.request.choice,
     )

@@ -141,20 +141,20 @@ class IngressHello(_Message, frozen=True):
 
 
 class Submit(_Message, frozen=True):
-    """Serve this request."""
+    """Serve this request, all of its choices on one rank."""
 
     request: GenerationRequest
 
 
 class CancelGeneration(_Message, frozen=True):
-    """Stop a request, whoever submitted it."""
+    """Stop a choice, a submission, or the latest one of a caller's id, whoever submitted it."""
 
     tag: int
     request_id: str
 
 
 class EndThinkingGeneration(_Message, frozen=True):
-    """Close a request's thinking, whoever submitted it."""
+    """Close the thinking of what `CancelGeneration` would stop."""
 
     tag: int
     request_id: str
@@ -178,7 +178,7 @@ class Members(_Message, frozen=True):
 
 
 class Accepted(_Message, frozen=True):
-    """A request was placed."""
+    """A request was placed with all its choices."""
 
     request_id: str
     rank: int

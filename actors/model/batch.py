@@ -114,7 +114,7 @@ def build_batches(
 
     Args:
         entries: The step; every token before an entry's `start` is in the cache already or in an
-            earlier entry of the same request.
+            earlier entry, of the same request or of one whose prompt begins alike.
         page_size: Slots per page.
         num_micro_batches: How many batches to make.
         device: Where their tensors go.

@@ -132,13 +132,16 @@ class FakeDevice:
         self._sampled: dict[int, int] = {}
 
     def run(self, scheduler: Scheduler, step: ScheduledStep) -> dict[str, SampledToken]:
-        """Execute a step: all latents are written before any is read, as in one forward."""
-        written: set[tuple[int, int]] = set()
-        for entry in step.entries:
-            self._write(entry, written)
+        """Execute a step: all latents are written before any is read, as in one forward.
+
+        A step may be cut into micro-batches too, so nobody may read what a later entry writes.
+        """
+        writers: dict[tuple[int, int], int] = {}
+        for index, entry in enumerate(step.entries):
+            self._write(entry, index, writers)
         outputs = {}
-        for entry in step.entries:
-            tokens = self._read(entry)
+        for index, entry in enumerate(step.entries):
+            tokens = self._read(entry, index, writers)
             if entry.samples:
                 token_id = fake_next_token(tokens, scheduler.sampling_state(entry.progress))
                 self._sampled[id(entry.progress)] = token_id
@@ -148,7 +151,9 @@ class FakeDevice:
     def _slot(self, entry: ScheduledRequest, position: int) -> tuple[int, int]:
         return entry.pages[position // self._page_size], position % self._page_size
 
-    def _write(self, entry: ScheduledRequest, written: set[tuple[int, int]]) -> None:
+    def _write(
+        self, entry: ScheduledRequest, index: int, writers: dict[tuple[int, int], int]
+    ) -> None:
         assert len(entry.token_ids) == entry.num_tokens
         assert None not in entry.token_ids[:-1]
         known = [
@@ -159,13 +164,17 @@ class FakeDevice:
         for offset, token in enumerate(seen):
             position = entry.start + offset
             slot = self._slot(entry, position)
-            assert slot not in written, f"two writers of {slot}"
-            written.add(slot)
+            assert slot not in writers, f"two writers of {slot}"
+            writers[slot] = index
             self._slots[slot] = (position, token)
 
-    def _read(self, entry: ScheduledRequest) -> list[int]:
+    def _read(
+        self, entry: ScheduledRequest, index: int, writers: dict[tuple[int, int], int]
+    ) -> list[int]:
         end = entry.start + entry.num_tokens
-        read = [self._slots[self._slot(entry, position)] for position in range(end)]
+        slots = [self._slot(entry, position) for position in range(end)]
+        assert all(writers.get(slot, index) <= index for slot in slots), "read before written"
+        read = [self._slots[slot] for slot in slots]
         assert [position for position, _ in read] == list(range(end))
         tokens = [token for _, token in read]
         known = seen_tokens(entry.progress.request, entry.progress.known_tokens(0, end))

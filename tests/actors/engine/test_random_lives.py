@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from itertools import count
 
+import msgspec
 import pytest
 from engine_fakes import FakeDevice, expected_generation, make_fake_image, make_request
 from hypothesis import settings
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -174,6 +176,23 @@ class RandomLives(RuleBasedStateMachine):
                 share_given=0.0,
             )
 
+    @precondition(lambda self: len(self.lives) - len(self.ended) < 12)
+    @rule(prompt=_PROMPTS, num_choices=st.integers(2, 4), max_tokens=st.integers(1, 12))
+    def add_choices(self, prompt: list[int], num_choices: int, max_tokens: int) -> None:
+        """Several answers from one prompt."""
+        if len(prompt) + 1 > min(self.max_context, self.num_slots):
+            return
+        request = msgspec.structs.replace(
+            make_request(f"r{len(self.lives)}", prompt, max_tokens=max_tokens),
+            num_choices=num_choices,
+        )
+        choices = [RequestProgress(choice, arrived_s=0.0) for choice in each_choice(request)]
+        for choice in choices:
+            self.lives[choice.request_id] = choice
+            self.num_given[choice.request_id] = 0
+            self.heard[choice.request_id] = []
+        self.scheduler.add(*choices)
+
     @precondition(lambda self: self.lives)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -269,9 +288,11 @@ class RandomLives(RuleBasedStateMachine):
         ids = [entry.progress.request_id for entry in step.entries]
         assert len(set(ids)) == len(ids)
         page_size = self.config.page_size
-        for entry in step.entries:
+        for index, entry in enumerate(step.entries):
             end = entry.start + entry.num_tokens
             writes = set(entry.pages[entry.start // page_size : -(-end // page_size)])
+            fills = set(entry.pages[: end // page_size])
+            readers = [later.progress for later in step.entries[index + 1 :]]
             assert len(entry.pages) * page_size >= end
             assert entry.num_tokens > 0
             # The last token of a request is sampled, but never computed.
@@ -279,8 +300,9 @@ class RandomLives(RuleBasedStateMachine):
             assert end < entry.progress.num_prompt_tokens + stop.max_tokens
             assert end < self.max_context
             for other in self.lives.values():
-                if other is not entry.progress:
-                    assert not writes & set(other.pages), "a page that is written is shared"
+                shared = writes & set(other.pages) if other is not entry.progress else set()
+                assert shared <= fills, "a page that will be written again is shared"
+                assert not shared or other in readers, "a page is shared before it is written"
 
     def _hear(self, events: list[TokenEvent]) -> None:
         self.num_heard += len(events)

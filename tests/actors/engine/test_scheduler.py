@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from engine_fakes import EOS, make_request
 
+from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.page_pool import PageLeakError
 from ostro.actors.engine.request import (
     FinishReason,
@@ -216,12 +218,62 @@ def test_second_request_computes_only_what_the_first_did_not() -> None:
     assert scheduler.load().prefix_hits_tokens == 6
 
 
-def test_page_is_not_shared_before_its_step_is_completed() -> None:
+def test_pages_that_a_planned_step_fills_are_shared_by_later_ones() -> None:
     scheduler = _scheduler()
     _add(scheduler, make_request("a", range(5, 12)))
     _plan(scheduler)
     _add(scheduler, make_request("b", range(5, 12)))
-    assert _parts(_plan(scheduler)) == [("a", 7, 1), ("b", 0, 7)]
+    assert _parts(_plan(scheduler)) == [("a", 7, 1), ("b", 6, 1)]
+
+
+def test_prompts_that_come_together_are_computed_once() -> None:
+    scheduler = _scheduler()
+    for name in "abc":
+        _add(scheduler, make_request(name, range(5, 12)))
+    assert _parts(_plan(scheduler)) == [("a", 0, 7), ("b", 6, 1), ("c", 6, 1)]
+
+
+def test_a_long_prompt_is_shared_once_its_last_chunk_is_planned() -> None:
+    scheduler = _scheduler(max_tokens_per_step=4, max_running_requests=4)
+    for name in "ab":
+        _add(scheduler, make_request(name, range(5, 12)))
+    assert _parts(_plan(scheduler)) == [("a", 0, 4)]
+    assert _parts(_plan(scheduler)) == [("a", 4, 3), ("b", 6, 1)]
+
+
+def test_a_page_with_an_unknown_token_is_not_shared_yet() -> None:
+    scheduler = _scheduler()
+    _add(scheduler, make_request("a", [5, 6, 7]))
+    _plan(scheduler)
+    _plan(scheduler)  # its second page holds 7 and a token that is not sampled yet
+    _add(scheduler, make_request("b", [5, 6, 7, 9, 8]))
+    assert _parts(_plan(scheduler))[1] == ("b", 2, 3)
+
+
+def test_choices_of_one_prompt_compute_it_once_and_draw_by_their_own_seeds() -> None:
+    scheduler = _scheduler()
+    request = msgspec.structs.replace(make_request("a#1.4", range(5, 12)), choice=4, num_choices=3)
+    choices = [RequestProgress(choice, arrived_s=0.0) for choice in each_choice(request)]
+    scheduler.add(*choices)
+    step = _plan(scheduler)
+    assert _parts(step) == [("a#1.4", 0, 7), ("a#1.5", 6, 1), ("a#1.6", 6, 1)]
+    events = _complete(scheduler, step)
+    assert [(event.choice, event.num_cached_tokens) for event in events] == [(4, 0), (5, 6), (6, 6)]
+    assert len({choice.request.sampling.seed for choice in choices}) == 3
+
+
+def test_choices_are_admitted_as_one_request() -> None:
+    scheduler = _scheduler(max_waiting_requests=2)
+
+    def choices(name: str, num_choices: int) -> list[RequestProgress]:
+        request = msgspec.structs.replace(make_request(name), num_choices=num_choices)
+        return [RequestProgress(choice, arrived_s=0.0) for choice in each_choice(request)]
+
+    scheduler.add(*choices("a#1.0", 4))
+    assert (scheduler.load().num_waiting, scheduler.load().num_waiting_tokens) == (4, 4)
+    with pytest.raises(OverloadedError):
+        scheduler.add(*choices("b#1.0", 2))
+    assert scheduler.load().num_waiting == 4
 
 
 def test_pages_of_a_finished_request_are_found_again_with_its_output() -> None:

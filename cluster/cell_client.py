@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
 import msgspec
 
 from ostro.actors import errors
-from ostro.actors.engine.request import GenerationRequest, TokenEvent, unique_id
+from ostro.actors.engine.choices import choice_ids, submission_of, unique_id
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, connect
 from ostro.actors.fabric.messages import (
@@ -31,6 +32,7 @@ from ostro.actors.fabric.messages import (
     StepEvents,
     Submit,
 )
+from ostro.cluster.cell_inbox import Inbox
 
 logger = logging.getLogger(__name__)
 
@@ -42,50 +44,6 @@ _MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on t
 _ROOM_POLL_S = 0.002
 
 FindRouter = Callable[[], Awaitable[str]]
-
-
-_Item = TokenEvent | Accepted | OstroError
-
-
-class _Inbox:
-    """The events of one request; at most one per step, so `max_tokens` bounds it."""
-
-    def __init__(self) -> None:
-        self.rank: int | None = None
-        self._queue: asyncio.Queue[_Item] = asyncio.Queue()
-        self._held: _Item | None = None
-
-    def put(self, item: _Item) -> None:
-        """Leave an item for the reader."""
-        self._queue.put_nowait(item)
-
-    async def next(self, timeout_s: float | None) -> _Item:
-        """The next item; token events that wait together come as one.
-
-        Raises:
-            NotReadyError: Nothing came in time.
-        """
-        item, self._held = self._held, None
-        if item is None:
-            item = await self._wait(timeout_s)
-        while isinstance(item, TokenEvent) and not self._queue.empty():
-            later = self._queue.get_nowait()
-            joined = item.joined(later) if isinstance(later, TokenEvent) else None
-            if joined is None:
-                self._held = later
-                break
-            item = joined
-        return item
-
-    async def _wait(self, timeout_s: float | None) -> _Item:
-        if timeout_s is None:
-            return await self._queue.get()
-        try:
-            return await asyncio.wait_for(self._queue.get(), timeout_s)
-        except TimeoutError:
-            raise NotReadyError(
-                f"the router did not accept the request within {timeout_s:.0f} s", retry_after_s=5
-            ) from None
 
 
 class CellClient:
@@ -107,7 +65,7 @@ class CellClient:
         self._submit_timeout_s = submit_timeout_s
         self._router: AsyncConnection | None = None
         self._members = Members(0, False, {})
-        self._inboxes: dict[str, _Inbox] = {}
+        self._inboxes: dict[str, Inbox] = {}  # by the id of each choice
         self._running: set[str] = set()
         self._answers: dict[int, asyncio.Future[State | ControlDone]] = {}
         self._tags = itertools.count(1)
@@ -132,7 +90,7 @@ class CellClient:
                 task.cancel()
         if self._router is not None:
             self._router.close()
-        self._fail(list(self._inboxes), lambda: NotReadyError("the ingress is closing"))
+        self._fail(self._inboxes.values(), lambda: NotReadyError("the ingress is closing"))
 
     @property
     def ready(self) -> bool:
@@ -144,42 +102,42 @@ class CellClient:
             and self._streaming == set(members.token_addresses)
         )
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def submit(self, *requests: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See `generation.Cell.submit`."""
-        if not self.ready or self._router is None:
-            raise NotReadyError(
-                "the server is starting, recovering or stopping; try again", retry_after_s=5
-            )
-        if request.request_id in self._running:
-            raise errors.InvalidRequestError(
-                f"request_id {request.request_id!r} is running already; choose another",
-                param="request_id",
-                code="duplicate_request_id",
-            )
-        self._running.add(request.request_id)
+        callers_name = requests[0].request_id
+        self._check_new(callers_name)
+        self._running.add(callers_name)
         serial = f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}"
-        inbox, finished, name = _Inbox(), False, unique_id(request.request_id, serial)
-        self._inboxes[name] = inbox
-        callers_name = request.request_id
+        named = [_named(request, serial) for request in requests]
+        open_ids = {choice_id for request in named for choice_id in choice_ids(request)}
+        choices, inbox = list(open_ids), Inbox()
+        self._inboxes.update(dict.fromkeys(choices, inbox))
+        num_unplaced = len(named)
+        del requests  # its images are megabytes, and the answer may take long
         try:
-            if request.images:
-                await self._room_to_send()
-            self._send_to_router(Submit(msgspec.structs.replace(request, request_id=name)))
-            del request  # its images are megabytes, and the answer may take long
-            timeout_s: float | None = self._submit_timeout_s
-            while not finished:
-                item = await inbox.next(timeout_s)
-                timeout_s = None
+            while named:
+                await self._send_request(named.pop(0))
+            while open_ids:
+                item = await inbox.next(self._submit_timeout_s if num_unplaced else None)
                 if isinstance(item, OstroError):
                     raise item
                 if isinstance(item, TokenEvent):
-                    finished = item.finish_reason is not None
+                    if item.finish_reason is not None:
+                        open_ids.discard(item.request_id)
                     yield item
+                else:
+                    num_unplaced -= 1
         finally:
-            del self._inboxes[name]
+            for choice_id in choices:
+                del self._inboxes[choice_id]
             self._running.discard(callers_name)
-            if not finished:
-                self._forget(name)
+            if open_ids:
+                self._forget(submission_of(choices[0]))
+
+    def drop(self, request_id: str) -> None:
+        """See `generation.Cell.drop`."""
+        if request_id in self._inboxes:
+            self._forget(request_id)
 
     async def cancel(self, request_id: str) -> bool:
         """See `generation.Cell.cancel`."""
@@ -217,6 +175,23 @@ class CellClient:
             raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
         self._router.send(message)
 
+    def _check_new(self, callers_name: str) -> None:
+        if not self.ready:
+            raise NotReadyError(
+                "the server is starting, recovering or stopping; try again", retry_after_s=5
+            )
+        if callers_name in self._running:
+            raise errors.InvalidRequestError(
+                f"request_id {callers_name!r} is running already; choose another",
+                param="request_id",
+                code="duplicate_request_id",
+            )
+
+    async def _send_request(self, request: GenerationRequest) -> None:
+        if request.images:
+            await self._room_to_send()
+        self._send_to_router(Submit(request))
+
     async def _room_to_send(self) -> None:
         """Images go out one request after the other: the channel drops a peer that is far behind.
 
@@ -230,9 +205,10 @@ class CellClient:
                 raise NotReadyError("the router takes no images now", retry_after_s=5)
             await asyncio.sleep(_ROOM_POLL_S)
 
-    def _forget(self, request_id: str) -> None:
+    def _forget(self, name: str) -> None:
+        """Stop a choice or a whole submission without waiting for an answer."""
         if self._router is not None:
-            self._router.send(CancelGeneration(0, request_id))
+            self._router.send(CancelGeneration(0, name))
 
     async def _stay_connected(self) -> None:
         while True:
@@ -242,7 +218,7 @@ class CellClient:
                 logger.info("the router cannot be reached: %s", error)
             self._router = None
             self._fail(
-                list(self._inboxes),
+                self._inboxes.values(),
                 lambda: ShardLostError("the router was lost; try again", retry_after_s=5),
             )
             await asyncio.sleep(_REDIAL_PAUSE_S)
@@ -264,12 +240,14 @@ class CellClient:
             case Accepted(request_id=request_id, rank=rank):
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
-                    inbox.rank = rank
+                    inbox.ranks.add(rank)
                     inbox.put(message)
                     if rank not in self._streaming:  # its tokens have nowhere to go
-                        self._fail([request_id], lambda: _lost(rank))
-            case Rejected():
-                self._fail([message.request_id], lambda: _error_of(message))
+                        inbox.put(_lost(rank))
+            case Rejected(request_id=request_id):
+                inbox = self._inboxes.get(request_id)
+                if inbox is not None:
+                    inbox.put(_error_of(message))
             case State() | ControlDone():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():
@@ -286,9 +264,8 @@ class CellClient:
         for task in self._streams.values():
             task.cancel()
         self._streaming.clear()
-        placed = [name for name, inbox in self._inboxes.items() if inbox.rank is not None]
         self._fail(
-            placed,
+            (inbox for inbox in self._inboxes.values() if inbox.ranks),
             lambda: ShardLostError("the server lost a part of itself; try again", retry_after_s=5),
         )
         loop = asyncio.get_running_loop()
@@ -305,7 +282,7 @@ class CellClient:
             except (ConnectionError, TimeoutError, OSError) as error:
                 logger.info("the token stream of rank %d ended: %s", rank, error)
             self._streaming.discard(rank)
-            here = [name for name, inbox in self._inboxes.items() if inbox.rank == rank]
+            here = (inbox for inbox in self._inboxes.values() if rank in inbox.ranks)
             self._fail(here, lambda: _lost(rank))
             await asyncio.sleep(_REDIAL_PAUSE_S)
 
@@ -326,12 +303,15 @@ class CellClient:
             if inbox is not None:
                 inbox.put(event)
 
-    def _fail(self, request_ids: list[str], error: Callable[[], OstroError]) -> None:
-        """End requests, each with an error of its own: a raised one carries its traceback."""
-        for request_id in request_ids:
-            inbox = self._inboxes.get(request_id)
-            if inbox is not None:
-                inbox.put(error())
+    def _fail(self, inboxes: Iterable[Inbox], error: Callable[[], OstroError]) -> None:
+        """End submissions, each with an error of its own: a raised one carries its traceback."""
+        for inbox in set(inboxes):
+            inbox.put(error())
+
+
+def _named(request: GenerationRequest, serial: str) -> GenerationRequest:
+    name = unique_id(request.request_id, serial, request.choice)
+    return msgspec.structs.replace(request, request_id=name)
 
 
 def _lost(rank: int) -> ShardLostError:

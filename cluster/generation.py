@@ -6,13 +6,8 @@ A face turns its wire format into `ChatGeneration` or `TextGeneration`; `fronten
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
-
-from ostro.actors.engine.request import GenerationRequest, TokenEvent
-from ostro.actors.fabric.messages import State
 
 
 class Constraint(Enum):
@@ -64,13 +59,13 @@ class GenerationOptions:
         thinking_token_budget: Overrides the effort's budget; -1 is unlimited, 0 forbids thinking.
         omit_thinking: Leave the thinking text out of the answer (usage still counts it).
         temperature: 0 .. 2.
-        seed: Any whole number; None draws one.
+        seed: Any whole number; None draws one. Further choices get seeds that follow from it.
         max_tokens: Thinking and answer together.
         stop: Strings that end the answer; never matched inside thinking.
         num_logprobs: None for none, n for the chosen token's and n alternatives.
         cache_key: Separates prefix caches.
         queue_timeout_s: Give up if generation has not begun by then.
-        num_choices: Answers to sample from the one prompt.
+        num_choices: Answers to sample from each prompt; the first is what one alone would be.
         answer_format: Constrains the answer; None leaves it free.
         tenant: Whose request it is, by the server's own word (never the caller's); "" for nobody.
     """
@@ -183,9 +178,15 @@ class ChatGeneration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextGeneration:
-    """Raw continuation of text or token ids, with no chat format and no thinking budget."""
+    """Raw continuation of text or token ids, with no chat format and no thinking budget.
 
-    prompt: str | tuple[int, ...]
+    Attributes:
+        prompts: Choice j of prompt i is choice `i * num_choices + j` of the answer.
+        echo: Begin each choice with its prompt.
+    """
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    echo: bool = False
     model: str = ""
     options: GenerationOptions = GenerationOptions()
 
@@ -210,8 +211,11 @@ class Started:
     """First event: what the server made of the request.
 
     Attributes:
+        num_prompt_tokens: Of all prompts.
+        num_cached_tokens: Of the prompt that began first.
         effort: The effort in force.
         budget_tokens: Thinking budget in force; None is unlimited.
+        num_choices: Of all prompts.
     """
 
     request_id: str
@@ -220,6 +224,7 @@ class Started:
     num_cached_tokens: int
     effort: str
     budget_tokens: int | None
+    num_choices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,10 +286,12 @@ class Finished:
     """Last event of a choice that ended well; with the last choice's the generation ends.
 
     Attributes:
+        is_last: Whether no choice goes on.
         reason: "stop", "length", "model_length", "tool_calls" or "cancelled".
         matched_stop: The stop string that ended it, if one did.
         stop_token_id: The stop token that ended it, if one did.
-        usage: Of all choices that have ended by now; the prompt is counted once.
+        usage: Of all choices that have ended by now; a prompt is counted once.
+        timing: Of all choices together.
     """
 
     reason: str
@@ -294,6 +301,7 @@ class Finished:
     matched_stop: str | None = None
     stop_token_id: int | None = None
     choice: int = 0
+    is_last: bool = True
 
 
 GenerationEvent = Started | TextDelta | ToolCallDone | Finished
@@ -324,77 +332,3 @@ class ModelCard:
     aliases: tuple[str, ...] = ()
     end_token_ids: tuple[int, ...] = ()
     has_vision: bool = False
-
-
-class Cell(Protocol):
-    """The serving cell as an ingress sees it; `cell_client` is the real one."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether requests are taken."""
-        ...
-
-    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """Serve a request; the last event has a finish reason. Closing the iterator cancels.
-
-        Raises (while iterating):
-            OverloadedError: Queues are full; `retry_after_s` is set.
-            NotReadyError: The cell is loading, draining or being mended.
-            ShardLostError: A rank failed while the request ran.
-        """
-        ...
-
-    async def cancel(self, request_id: str) -> bool:
-        """Stop a generation; False if none of that id runs."""
-        ...
-
-    async def end_thinking(self, request_id: str) -> bool:
-        """Close a generation's thinking at its next step; False if none of that id runs."""
-        ...
-
-    async def state(self) -> State:
-        """The cell at this moment."""
-        ...
-
-
-class FrontendLike(Protocol):
-    """What the faces call; `frontend.Frontend` is the real one.
-
-    Iterators raise `OstroError`s: InvalidRequestError before anything reached the cell.
-    """
-
-    @property
-    def card(self) -> ModelCard:
-        """The served model."""
-        ...
-
-    @property
-    def cell(self) -> Cell:
-        """The cell behind it."""
-        ...
-
-    def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
-        """One assistant turn; closing the iterator cancels it."""
-        ...
-
-    def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
-        """A raw continuation; closing the iterator cancels it."""
-        ...
-
-    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Token ids of plain text."""
-        ...
-
-    async def tokenize_chat(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
-    ) -> list[int]:
-        """Token ids of the exact prompt that a chat would get; its work leaves the event loop."""
-        ...
-
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens shown.
-
-        Raises:
-            InvalidRequestError: An id is out of range.
-        """
-        ...

@@ -51,12 +51,10 @@ def chat_messages(event: GenerationEvent) -> Iterable[pb.StreamChatResponse]:
     if isinstance(event, Started):
         return (pb.StreamChatResponse(started=_started(event)),)
     if isinstance(event, ToolCallDone):
-        call = pb.ToolCallDone(call=_tool_call(event.call))
+        call = pb.ToolCallDone(choice=event.choice, call=_tool_call(event.call))
         return (pb.StreamChatResponse(tool_call=call),)
-    return (
-        pb.StreamChatResponse(finish=_finish(event)),
-        pb.StreamChatResponse(ended=_ended(event)),
-    )
+    finish = pb.StreamChatResponse(finish=_finish(event))
+    return (finish, pb.StreamChatResponse(ended=_ended(event))) if event.is_last else (finish,)
 
 
 def text_messages(event: GenerationEvent) -> Iterable[pb.StreamGenerateResponse]:
@@ -67,10 +65,8 @@ def text_messages(event: GenerationEvent) -> Iterable[pb.StreamGenerateResponse]
         return (pb.StreamGenerateResponse(started=_started(event)),)
     if isinstance(event, ToolCallDone):
         return ()
-    return (
-        pb.StreamGenerateResponse(finish=_finish(event)),
-        pb.StreamGenerateResponse(ended=_ended(event)),
-    )
+    finish = pb.StreamGenerateResponse(finish=_finish(event))
+    return (finish, pb.StreamGenerateResponse(ended=_ended(event))) if event.is_last else (finish,)
 
 
 def failure_message(error: OstroError) -> pb.Failure:
@@ -89,21 +85,21 @@ class WholeChat:
 
     def __init__(self) -> None:
         self._response = pb.ChatResponse()
-        self._choice = self._response.choices.add()
-        self._thinking: list[str] = []
-        self._text: list[str] = []
+        self._thinking: list[list[str]] = []
+        self._text: list[list[str]] = []
 
     def add(self, event: GenerationEvent) -> None:
         """Take the next event."""
-        choice = self._choice
+        if isinstance(event, Started):
+            self._begin(event)
+            return
+        choice = self._response.choices[event.choice]
         if isinstance(event, TextDelta):
-            (self._thinking if event.thinking else self._text).append(event.text)
+            (self._thinking if event.thinking else self._text)[event.choice].append(event.text)
             choice.token_ids.extend(event.token_ids)
             choice.logprobs.extend(_logprob(token) for token in event.logprobs)
         elif isinstance(event, ToolCallDone):
             choice.message.tool_calls.append(_tool_call(event.call))
-        elif isinstance(event, Started):
-            self._response.request_id, self._response.model = event.request_id, event.model
         else:
             choice.finish.CopyFrom(_finish(event))
             choice.reasoning.CopyFrom(choice.finish.report)
@@ -112,14 +108,21 @@ class WholeChat:
 
     def response(self) -> pb.ChatResponse:
         """The answer, after the last event."""
-        message = self._choice.message
-        message.role = pb.ROLE_ASSISTANT
-        thinking, text = "".join(self._thinking), "".join(self._text)
-        if thinking:
-            message.parts.add(thinking=pb.Thinking(text=thinking, closed=True))
-        if text:
-            message.parts.add(text=text)
+        for choice in self._response.choices:
+            thinking = "".join(self._thinking[choice.index])
+            text = "".join(self._text[choice.index])
+            if thinking:
+                choice.message.parts.add(thinking=pb.Thinking(text=thinking, closed=True))
+            if text:
+                choice.message.parts.add(text=text)
         return self._response
+
+    def _begin(self, event: Started) -> None:
+        self._response.request_id, self._response.model = event.request_id, event.model
+        for index in range(event.num_choices):
+            self._response.choices.add(index=index).message.role = pb.ROLE_ASSISTANT
+            self._thinking.append([])
+            self._text.append([])
 
 
 def _started(event: Started) -> pb.Started:
@@ -137,7 +140,9 @@ def _started(event: Started) -> pb.Started:
 
 def _delta(event: TextDelta) -> pb.Delta:
     delta = pb.Delta(
-        channel=pb.CHANNEL_THINKING if event.thinking else pb.CHANNEL_ANSWER, text=event.text
+        choice=event.choice,
+        channel=pb.CHANNEL_THINKING if event.thinking else pb.CHANNEL_ANSWER,
+        text=event.text,
     )
     if event.token_ids:
         delta.token_ids.extend(event.token_ids)
@@ -164,6 +169,7 @@ def _logprob(token: TokenText) -> pb.TokenLogprob:
 
 def _finish(event: Finished) -> pb.Finish:
     finish = pb.Finish(
+        choice=event.choice,
         reason=_REASONS[event.reason],
         report=pb.ReasoningReport(
             thinking_tokens=event.reasoning.thinking_tokens,

@@ -26,7 +26,7 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
 
 from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError, OstroError
 from ostro.cluster.error_table import public_error
-from ostro.cluster.generation import FrontendLike, GenerationEvent
+from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.grpc_answer import WholeChat, chat_messages, failure_message, text_messages
 from ostro.cluster.grpc_cluster import (
     TokenRate,
@@ -44,6 +44,7 @@ from ostro.cluster.grpc_request import (
 from ostro.cluster.grpc_services import UnreadableRequest
 from ostro.cluster.grpc_status import GrpcContext, set_status
 from ostro.cluster.metrics import Metrics, closing_events
+from ostro.cluster.seams import FrontendLike
 from ostro.protos import cluster_pb2 as cluster
 from ostro.protos import generation_pb2 as generation
 

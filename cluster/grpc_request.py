@@ -75,7 +75,7 @@ def text_generation(request: pb.StreamGenerateRequest) -> TextGeneration:
         _refuse("prompt", "send text or tokens")
     return TextGeneration(
         model=request.model,
-        prompt=request.text if which == "text" else tuple(request.tokens.ids),
+        prompts=(request.text if which == "text" else tuple(request.tokens.ids),),
         options=_options(request.options, request.request_id),
     )
 
@@ -183,8 +183,6 @@ def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
 
 
 def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOptions:
-    if options.choices > 1:
-        _refuse("options.choices", "only one choice per request is served")
     if options.output_format.WhichOneof("format") is not None:
         _refuse("options.output_format", "answers cannot be constrained yet")
     if options.logprobs.prompt:
@@ -215,6 +213,7 @@ def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOption
         priority=options.priority,
         queue_timeout_s=_queue_timeout_s(options),
         return_token_ids=options.return_token_ids,
+        num_choices=options.choices or 1,
     )
 
 

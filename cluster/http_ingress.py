@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ostro.actors.errors import InvalidRequestError, NotReadyError
-from ostro.cluster.generation import FrontendLike
 from ostro.cluster.http_errors import add_error_handlers
 from ostro.cluster.http_messages import MessagesRoutes
 from ostro.cluster.http_openai import OpenAIRoutes
@@ -21,6 +20,7 @@ from ostro.cluster.metrics import Metrics
 from ostro.cluster.openai_request import chat_messages, tools_on_offer
 from ostro.cluster.openai_schema import DetokenizeBody, TokenizeBody
 from ostro.cluster.request_id import RequestIds
+from ostro.cluster.seams import FrontendLike
 from ostro.configs.deployment import ServingConfig
 
 

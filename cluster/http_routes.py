@@ -9,10 +9,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ostro.cluster.generation import FrontendLike, GenerationEvent
+from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.http_answer import StreamedAnswer, StreamWriter
 from ostro.cluster.http_body import Body, read_body
 from ostro.cluster.metrics import Metrics
+from ostro.cluster.seams import FrontendLike
 from ostro.configs.deployment import ServingConfig
 
 V1 = ("/v1", "/mistral/v1")  # roots of the dialects that openai's and mistralai's clients speak

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 
 from ostro.actors.errors import NotReadyError, OstroError, OverloadedError
 from ostro.cluster.cell_metrics import CellCollector
-from ostro.cluster.generation import Cell, Finished, GenerationEvent, Started, TextDelta
+from ostro.cluster.generation import Finished, GenerationEvent, ReasoningReport, Started, TextDelta
+from ostro.cluster.seams import Cell
 
 _STATE_TIMEOUT_S = 2.0
 _TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
@@ -60,8 +61,11 @@ class Metrics:
     async def watch(
         self, events: AsyncIterator[GenerationEvent]
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """Pass events on and record them; closing this closes `events`."""
-        last_s: float | None = None
+        """Pass events on and record them; closing this closes `events`.
+
+        A request counts once, however many choices it has; thinking counts choice by choice.
+        """
+        last_s: dict[int, float] = {}  # by choice
         begun = ended = False
         observe_gap, clock = self._itl.observe, time.monotonic
         try:
@@ -69,12 +73,15 @@ class Metrics:
                 async for event in source:
                     if isinstance(event, TextDelta):
                         now_s = clock()
-                        if last_s is not None:
-                            observe_gap(now_s - last_s)
-                        last_s = now_s
+                        before_s = last_s.get(event.choice)
+                        if before_s is not None:
+                            observe_gap(now_s - before_s)
+                        last_s[event.choice] = now_s
                     elif isinstance(event, Finished):
-                        ended = True
-                        self._record(event)
+                        self._record_thinking(event.reasoning)
+                        if event.is_last:
+                            ended = True
+                            self._record(event)
                     begun = begun or isinstance(event, Started)
                     yield event
         except Exception as error:
@@ -95,18 +102,21 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _record(self, event: Finished) -> None:
-        name, report, timing = self._model_name, event.reasoning, event.timing
+        name, timing = self._model_name, event.timing
         self._finished.labels(name, event.reason).inc()
         self._queued.labels(name).observe(timing.queued_s)
         self._e2e.labels(name).observe(timing.total_s)
         if timing.first_token_s is not None:
             self._ttft.labels(name).observe(timing.first_token_s)
         if timing.first_answer_token_s is not None:
-            self._ttfat.labels(name, report.effort).observe(timing.first_answer_token_s)
+            effort = event.reasoning.effort
+            self._ttfat.labels(name, effort).observe(timing.first_answer_token_s)
+
+    def _record_thinking(self, report: ReasoningReport) -> None:
         if report.thinking_tokens:
-            self._thinking.labels(name, report.effort).inc(report.thinking_tokens)
+            self._thinking.labels(self._model_name, report.effort).inc(report.thinking_tokens)
         if report.ended_by is not None:
-            self._thinking_ended.labels(name, report.ended_by).inc()
+            self._thinking_ended.labels(self._model_name, report.ended_by).inc()
 
     def _record_failure(self, error: Exception, *, begun: bool) -> None:
         code = error.code if isinstance(error, OstroError) else OstroError.code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,76 +29,105 @@ from ostro.cluster.openai_fields import (
     thinking_chunk,
     tool_call_fields,
     usage_fields,
+    whole_reasoning,
 )
 
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(slots=True)
-class WholeAnswer:
-    """Gathers events until they can be told as one JSON object."""
+class _Choice:
+    """What one choice has brought so far."""
 
-    style: AnswerStyle
-    started: Started | None = None
-    finished: Finished | None = None
     thinking: list[str] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     calls: list[Json] = field(default_factory=list)
     logprobs: list[TokenText] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    finished: Finished | None = None
 
-    def add(self, event: GenerationEvent) -> None:
-        """Take the next event."""
-        if isinstance(event, TextDelta):
-            (self.thinking if event.thinking else self.text).append(event.text)
-            self.logprobs.extend(event.logprobs)
-            self.token_ids.extend(event.token_ids)
-        elif isinstance(event, ToolCallDone):
-            self.calls.append(tool_call_fields(event))
-        elif isinstance(event, Started):
-            self.started = event
-        else:
-            self.finished = event
-
-    def chat_body(self) -> bytes:
-        """A `chat.completion`."""
-        choice: Json = {"index": 0, "message": self._message()}
-        choice["logprobs"] = chat_logprobs(self.logprobs) if self.style.logprobs else None
-        return self._body("chat.completion", choice)
-
-    def text_body(self) -> bytes:
-        """A `text_completion`."""
-        choice: Json = {"index": 0, "text": "".join(self.text)}
-        choice["logprobs"] = text_logprobs(self.logprobs, 0) if self.style.logprobs else None
-        return self._body("text_completion", choice)
-
-    def _message(self) -> Json:
+    def message(self, form: ThinkingForm) -> Json:
         thinking, text = "".join(self.thinking), "".join(self.text)
         message: Json = {"role": "assistant", "content": text, "refusal": None}
         if not text and self.calls:
             message["content"] = None
         if self.calls:
             message["tool_calls"] = self.calls
-        if thinking and self.style.form is ThinkingForm.CHUNKS:
+        if thinking and form is ThinkingForm.CHUNKS:
             answer = [{"type": "text", "text": text}] if text else []
             message["content"] = [thinking_chunk(thinking, closed=True), *answer]
         elif thinking:
             message["reasoning_content"] = message["reasoning"] = thinking
         return message
 
-    def _body(self, object_name: str, choice: Json) -> bytes:
-        started, finished = self.started, self.finished
-        if started is None or finished is None:
+
+class WholeAnswer:
+    """Gathers events until they can be told as one JSON object."""
+
+    def __init__(self, style: AnswerStyle) -> None:
+        self._style = style
+        self._started: Started | None = None
+        self._choices: list[_Choice] = []
+        self._last: Finished | None = None
+
+    def add(self, event: GenerationEvent) -> None:
+        """Take the next event."""
+        if isinstance(event, Started):
+            self._started = event
+            self._choices = [_Choice() for _ in range(event.num_choices)]
+            return
+        choice = self._choices[event.choice]
+        if isinstance(event, TextDelta):
+            (choice.thinking if event.thinking else choice.text).append(event.text)
+            choice.logprobs.extend(event.logprobs)
+            choice.token_ids.extend(event.token_ids)
+        elif isinstance(event, ToolCallDone):
+            choice.calls.append(tool_call_fields(event))
+        else:
+            choice.finished = event
+            self._last = event if event.is_last else None
+
+    def chat_body(self) -> bytes:
+        """A `chat.completion`."""
+        return self._body("chat.completion", self._chat_choice)
+
+    def text_body(self) -> bytes:
+        """A `text_completion`."""
+        return self._body("text_completion", self._text_choice)
+
+    def _chat_choice(self, choice: _Choice) -> Json:
+        logprobs = chat_logprobs(choice.logprobs) if self._style.logprobs else None
+        return {"message": choice.message(self._style.form), "logprobs": logprobs}
+
+    def _text_choice(self, choice: _Choice) -> Json:
+        logprobs = text_logprobs(choice.logprobs, 0) if self._style.logprobs else None
+        return {"text": "".join(choice.text), "logprobs": logprobs}
+
+    def _body(self, object_name: str, fields_of: Callable[[_Choice], Json]) -> bytes:
+        started, last = self._started, self._last
+        if started is None or last is None:
             raise OstroError("the generation ended without its first or last event")
-        choice["finish_reason"] = finish_reason(finished.reason, self.style.form)
-        choice["stop_reason"] = stop_reason(finished)
-        if self.style.token_ids:
-            choice["token_ids"] = self.token_ids
+        choices, reports = [], []
+        for index, choice in enumerate(self._choices):
+            finished = choice.finished
+            if finished is None:
+                raise OstroError(f"the generation ended without the end of choice {index}")
+            reports.append(finished.reasoning)
+            fields = {
+                "index": index,
+                **fields_of(choice),
+                "finish_reason": finish_reason(finished.reason, self._style.form),
+                "stop_reason": stop_reason(finished),
+                "reasoning": reasoning_fields(finished.reasoning),
+            }
+            if self._style.token_ids:
+                fields["token_ids"] = choice.token_ids
+            choices.append(fields)
         return _encode(
             {
                 **head(started, object_name),
-                "choices": [choice],
-                "usage": usage_fields(finished.usage),
-                "reasoning": reasoning_fields(finished.reasoning),
+                "choices": choices,
+                "usage": usage_fields(last.usage),
+                "reasoning": whole_reasoning(reports),
             }
         )

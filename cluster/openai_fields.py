@@ -80,6 +80,16 @@ def reasoning_fields(report: ReasoningReport) -> Json:
     }
 
 
+def whole_reasoning(reports: Sequence[ReasoningReport]) -> Json:
+    """The same of all choices: their tokens together, and what ended them if it was one thing."""
+    ended_by = {report.ended_by for report in reports}
+    return {
+        **reasoning_fields(reports[0]),
+        "tokens": sum(report.thinking_tokens for report in reports),
+        "ended_by": ended_by.pop() if len(ended_by) == 1 else None,
+    }
+
+
 def tool_call_fields(event: ToolCallDone) -> Json:
     """A whole call, as both clients read it."""
     function = {"name": event.call.name, "arguments": event.call.arguments}

@@ -70,14 +70,13 @@ def text_generation(body: CompletionRequest) -> TextGeneration:
         InvalidRequestError: A field makes no sense or is not served; `param` names it.
     """
     _refuse_unserved(body)
-    if body.echo:
-        _refuse("echo", "the prompt is not echoed")
     if body.suffix:
         _refuse("suffix", "filling in the middle is not served")
     max_tokens = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     return TextGeneration(
         model=body.model,
-        prompt=_one_prompt(body.prompt),
+        prompts=_prompts(body.prompt),
+        echo=bool(body.echo),
         options=_options(body, max_tokens=max_tokens, num_logprobs=body.logprobs),
     )
 
@@ -131,10 +130,8 @@ def _refuse(param: str, why: str) -> NoReturn:
 
 
 def _refuse_unserved(body: SamplingFields) -> None:
-    if body.n not in (None, 1):
-        _refuse("n", "only one choice per request is served")
-    if body.best_of not in (None, 1):
-        _refuse("best_of", "only one choice per request is served")
+    if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
+        _refuse("best_of", "every sampled answer is returned; leave it out, or let it equal n")
     if body.response_format is not None and body.response_format.type != "text":
         _refuse("response_format", "only type 'text' is served; the answer is not constrained")
     if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
@@ -194,6 +191,7 @@ def _options(
         priority=body.priority or 0,
         queue_timeout_s=body.queue_timeout,
         return_token_ids=bool(body.return_token_ids),
+        num_choices=1 if body.n is None else body.n,
     )
 
 
@@ -236,17 +234,16 @@ def _tool_choice(body: ChatCompletionRequest) -> ToolChoice:
     )
 
 
-def _one_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> str | tuple[int, ...]:
+def _prompts(
+    prompt: str | list[str] | list[int] | list[list[int]],
+) -> tuple[str | tuple[int, ...], ...]:
+    """The prompts of a text completion; token ids may stand in one list or in several."""
     if isinstance(prompt, str):
-        return prompt
-    if not prompt:
-        raise InvalidRequestError("prompt is empty", param="prompt")
-    first = prompt[0]
-    if isinstance(first, int):
-        return tuple(item for item in prompt if isinstance(item, int))
-    if len(prompt) > 1:
-        _refuse("prompt", "only one prompt per request is served")
-    return first if isinstance(first, str) else tuple(first)
+        return (prompt,)
+    token_ids = tuple(item for item in prompt if isinstance(item, int))
+    if token_ids:
+        return (token_ids,)
+    return tuple(tuple(item) if isinstance(item, list) else item for item in prompt)
 
 
 def _chat_message(

@@ -1,6 +1,7 @@
 """Generation events to server-sent events of the OpenAI dialect.
 
-A plain delta is written from a prebuilt prefix: one string is encoded per token, nothing else.
+A plain delta is written from its choice's prebuilt prefix: one string is encoded per token,
+nothing else.
 """
 
 from __future__ import annotations
@@ -48,27 +49,38 @@ class EventWriter(ABC):
         self._style = style
         self._plain = not (style.logprobs or style.token_ids)
         self._head: Json = {"id": "", "object": self.object_name, "created": 0, "model": ""}
-        self._prefix = b""
+        self._open = {0}  # choices that have not ended
+        self._prefixes: list[bytes] = []  # by choice
 
     def write(self, event: GenerationEvent) -> bytes:
         """The bytes of an event, ready to send; may hold several chunks or none."""
         if isinstance(event, TextDelta):
             return self._delta(event)
         if isinstance(event, Started):
-            self._head = head(event, self.object_name)
-            self._prefix = b"data: " + _encode(self._head)[:-1] + b',"choices":[{"index":0,'
-            return self._begin(event)
+            return self._start(event)
         if isinstance(event, ToolCallDone):
             return self._tool_call(event)
-        choice = self._end(finish_reason(event.reason, self._style.form))
-        return self._before_end() + self._last({**choice, "stop_reason": stop_reason(event)}, event)
+        self._open.discard(event.choice)
+        return self._before_end(event.choice) + self._finish(event)
 
     def failure(self, error: OstroError) -> bytes:
-        """The last chunk of a stream that failed after it began, readable for both clients."""
-        last = self._chunk(self._end("error"), error=error_fields(error))
-        return self._before_end() + last
+        """The last chunk of a stream that failed after it began, readable for both clients.
 
-    def _begin(self, event: Started) -> bytes:
+        It ends all choices that had not ended.
+        """
+        still_open = sorted(self._open)
+        ends = [{"index": choice, **self._end("error")} for choice in still_open]
+        last = self._chunk(*ends, error=error_fields(error))
+        return b"".join(map(self._before_end, still_open)) + last
+
+    def _start(self, event: Started) -> bytes:
+        choices = range(event.num_choices)
+        self._head, self._open = head(event, self.object_name), set(choices)
+        start = b"data: " + _encode(self._head)[:-1]
+        self._prefixes = [start + b',"choices":[{"index":%d,' % choice for choice in choices]
+        return b"".join(self._begin(event, choice) for choice in choices)
+
+    def _begin(self, event: Started, choice: int) -> bytes:
         return b""
 
     @abstractmethod
@@ -77,24 +89,30 @@ class EventWriter(ABC):
     def _tool_call(self, event: ToolCallDone) -> bytes:
         return b""
 
-    def _before_end(self) -> bytes:
+    def _before_end(self, choice: int) -> bytes:
         return b""
 
     @abstractmethod
     def _end(self, reason: str) -> Json:
-        """The choice of the last chunk."""
+        """The choice of its last chunk, without its index."""
 
-    def _chunk(self, choice: Json, **more: object) -> bytes:
-        choice = {"index": 0, **choice}
-        return b"data: " + _encode({**self._head, "choices": [choice], **more}) + b"\n\n"
+    def _chunk(self, *choices: Json, **more: object) -> bytes:
+        return b"data: " + _encode({**self._head, "choices": choices, **more}) + b"\n\n"
 
-    def _last(self, choice: Json, event: Finished) -> bytes:
-        usage = {"usage": usage_fields(event.usage)}
+    def _finish(self, event: Finished) -> bytes:
+        """The last chunk of a choice; the last choice's tells the usage, or one behind it does."""
+        choice = {
+            "index": event.choice,
+            **self._end(finish_reason(event.reason, self._style.form)),
+            "stop_reason": stop_reason(event),
+        }
         extra = {"reasoning": reasoning_fields(event.reasoning)}
-        if not self._style.usage_chunk:
-            return self._chunk(choice, **usage, **extra)
-        body = {**self._head, "choices": [], **usage}
-        return self._chunk(choice, **extra) + b"data: " + _encode(body) + b"\n\n"
+        if not event.is_last:
+            return self._chunk(choice, **extra)
+        usage = usage_fields(event.usage)
+        if self._style.usage_chunk:
+            return self._chunk(choice, **extra) + self._chunk(usage=usage)
+        return self._chunk(choice, usage=usage, **extra)
 
 
 class ChatEventWriter(EventWriter):
@@ -104,50 +122,57 @@ class ChatEventWriter(EventWriter):
 
     def __init__(self, style: AnswerStyle) -> None:
         super().__init__(style)
-        self._thinking_open = False
+        self._thinking_open: set[int] = set()  # choices whose last chunk was one of thinking
 
-    def _begin(self, event: Started) -> bytes:
+    def _begin(self, event: Started, choice: int) -> bytes:
         delta = {"role": "assistant", "content": ""}
         reasoning = {"effort": event.effort, "budget": event.budget_tokens}
-        return self._chunk({"delta": delta, "finish_reason": None}, reasoning=reasoning)
+        return self._delta_chunk(choice, delta, reasoning=reasoning)
 
     def _delta(self, event: TextDelta) -> bytes:
         if not self._plain:
             return self._full_delta(event)
-        if event.thinking or self._thinking_open:
+        if event.thinking or event.choice in self._thinking_open:
             delta = _encode(self._delta_fields(event))
         else:
             delta = b'{"content":' + _encode(event.text) + b"}"
-        return self._prefix + b'"delta":' + delta + b',"finish_reason":null}]}\n\n'
+        prefix = self._prefixes[event.choice]
+        return prefix + b'"delta":' + delta + b',"finish_reason":null}]}\n\n'
 
     def _tool_call(self, event: ToolCallDone) -> bytes:
         delta = {"tool_calls": [tool_call_fields(event)]}
-        return self._before_end() + self._chunk({"delta": delta, "finish_reason": None})
+        return self._before_end(event.choice) + self._delta_chunk(event.choice, delta)
 
-    def _before_end(self) -> bytes:
-        if not self._thinking_open:
+    def _before_end(self, choice: int) -> bytes:
+        if choice not in self._thinking_open:
             return b""
-        self._thinking_open = False
-        delta = {"content": [thinking_chunk("", closed=True)]}
-        return self._chunk({"delta": delta, "finish_reason": None})
+        self._thinking_open.discard(choice)
+        return self._delta_chunk(choice, {"content": [thinking_chunk("", closed=True)]})
+
+    def _delta_chunk(self, choice: int, delta: Json, **more: object) -> bytes:
+        return self._chunk({"index": choice, "delta": delta, "finish_reason": None}, **more)
 
     def _end(self, reason: str) -> Json:
         return {"delta": {"content": ""}, "finish_reason": reason}
 
     def _delta_fields(self, event: TextDelta) -> Json:
         if event.thinking:
-            self._thinking_open = self._style.form is ThinkingForm.CHUNKS
-            if self._thinking_open:
+            if self._style.form is ThinkingForm.CHUNKS:
+                self._thinking_open.add(event.choice)
                 return {"content": [thinking_chunk(event.text)]}
             return {"reasoning_content": event.text, "reasoning": event.text}
-        if self._thinking_open:
-            self._thinking_open = False
+        if event.choice in self._thinking_open:
+            self._thinking_open.discard(event.choice)
             closed = thinking_chunk("", closed=True)
             return {"content": [closed, {"type": "text", "text": event.text}]}
         return {"content": event.text}
 
     def _full_delta(self, event: TextDelta) -> bytes:
-        choice: Json = {"delta": self._delta_fields(event), "finish_reason": None}
+        choice: Json = {
+            "index": event.choice,
+            "delta": self._delta_fields(event),
+            "finish_reason": None,
+        }
         if self._style.logprobs:
             choice["logprobs"] = chat_logprobs(event.logprobs)
         if self._style.token_ids:
@@ -162,20 +187,24 @@ class TextEventWriter(EventWriter):
 
     def __init__(self, style: AnswerStyle) -> None:
         super().__init__(style)
-        self._num_chars = 0
+        self._num_chars: dict[int, int] = {}  # told yet, by choice
 
     def _delta(self, event: TextDelta) -> bytes:
         if self._plain:
-            text = _encode(event.text)
-            return (
-                self._prefix + b'"text":' + text + b',"logprobs":null,"finish_reason":null}]}\n\n'
-            )
-        choice: Json = {"text": event.text, "logprobs": None, "finish_reason": None}
+            start = self._prefixes[event.choice] + b'"text":' + _encode(event.text)
+            return start + b',"logprobs":null,"finish_reason":null}]}\n\n'
+        choice: Json = {
+            "index": event.choice,
+            "text": event.text,
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        num_chars = self._num_chars.get(event.choice, 0)
         if self._style.logprobs:
-            choice["logprobs"] = text_logprobs(event.logprobs, self._num_chars)
+            choice["logprobs"] = text_logprobs(event.logprobs, num_chars)
         if self._style.token_ids:
             choice["token_ids"] = event.token_ids
-        self._num_chars += len(event.text)
+        self._num_chars[event.choice] = num_chars + len(event.text)
         return self._chunk(choice)
 
     def _end(self, reason: str) -> Json:

@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -32,6 +32,7 @@ from ostro.cluster.generation import (
 )
 from ostro.cluster.images import no_vision
 from ostro.cluster.model_card import check_model_name
+from ostro.cluster.option_checks import check_options, check_token_ids, refused
 from ostro.cluster.output_parser import OutputFormat
 from ostro.cluster.prompt import Prompt, PromptBuilder
 from ostro.cluster.prompt_messages import ends_in_thinking
@@ -40,56 +41,19 @@ from ostro.configs.errors import ConfigError
 
 _T = TypeVar("_T")
 
-MAX_LOGPROBS = 20
-MAX_STOP_LENGTH = 1024  # characters of one stop string
-MAX_LIST_LENGTH = 1024  # entries of logit_bias and stop_token_ids
-MAX_ID_LENGTH = 256  # characters of request_id and prompt_cache_key
 _SEED_RANGE = 1 << 63  # seeds are folded into a non-negative int64
 _SOFT_ZONE_SHARE = 8  # under an overridden budget the soft zone is at most this part of it
 
 
-class _Range(NamedTuple):
-    """Bounds of one option; `is_open` leaves the lower one out."""
-
-    name: str
-    lowest: float
-    highest: float
-    is_open: bool = False
-
-
-_NUMBERS = (
-    _Range("temperature", 0.0, 2.0),
-    _Range("top_p", 0.0, 1.0, is_open=True),
-    _Range("min_p", 0.0, 1.0),
-    _Range("presence_penalty", -2.0, 2.0),
-    _Range("frequency_penalty", -2.0, 2.0),
-    _Range("repetition_penalty", 0.01, 2.0),
-    _Range("queue_timeout_s", 0.0, 1e9, is_open=True),
-)
-_WHOLE_NUMBERS = (
-    _Range("top_k", 0, math.inf),
-    _Range("seed", -math.inf, math.inf),
-    _Range("max_tokens", 1, math.inf),
-    _Range("min_tokens", 0, math.inf),
-    _Range("num_logprobs", 0, MAX_LOGPROBS),
-    _Range("thinking_token_budget", -1, math.inf),
-    _Range("priority", -(2**31), 2**31 - 1),
-)
-_PUBLIC_NAMES = {
-    "cache_key": "prompt_cache_key",
-    "num_logprobs": "top_logprobs",
-    "queue_timeout_s": "queue_timeout",
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """A checked request, ready for the cell.
+    """A checked request, or one prompt of it, ready for the cell.
 
     Attributes:
-        prompt_field: The public field that the prompt came from: "messages" or "prompt".
+        prompt_field: The public field that the prompt came from, such as "messages".
         length_is_context: The token limit is what the context has left, not what the caller asked.
         num_image_tokens: Prompt tokens that stand for images.
+        echo: What every choice begins with.
     """
 
     request: GenerationRequest
@@ -100,6 +64,7 @@ class Prepared:
     budget_tokens: int | None
     length_is_context: bool
     num_image_tokens: int = 0
+    echo: str = ""
 
     @property
     def starts_in_thinking(self) -> bool:
@@ -129,15 +94,15 @@ class RequestBuilder:
         self._card = card
         self._config = config
 
-    def chat(self, chat: ChatGeneration) -> Prepared:
-        """Check and translate one assistant turn.
+    def chat(self, chat: ChatGeneration) -> list[Prepared]:
+        """Check and translate one assistant turn, which has one prompt.
 
         Raises:
             InvalidRequestError: An option, the conversation or its length.
             NotFoundError: Another model was asked for.
         """
         check_model_name(self._card, chat.model)
-        self._check_options(chat.options)
+        check_options(chat.options, self._card, self._config.serving)
         _refuse_unserved(chat)
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
@@ -150,42 +115,65 @@ class RequestBuilder:
         if chat.tools and chat.tool_choice.mode == "none":
             banned.append(self._prompts.special.tool_calls)
         takes_tools = bool(chat.tools) and chat.tool_choice.mode == "auto"
-        return self._prepare(
+        prepared = self._prepare(
             chat.options,
             prompt,
+            "messages",
             effort=effort,
             thinking=thinking,
             banned=tuple(banned),
             output_format=OutputFormat.TOOLS if takes_tools else OutputFormat.CHAT,
         )
+        return [prepared]
 
-    def text(self, text: TextGeneration) -> Prepared:
-        """Check and translate a raw continuation. The effort only gives defaults for sampling.
+    def text(self, text: TextGeneration) -> list[Prepared]:
+        """Check and translate raw continuations. The effort only gives defaults for sampling.
 
         Raises:
-            InvalidRequestError: An option, the prompt or its length.
+            InvalidRequestError: An option, a prompt or its length.
             NotFoundError: Another model was asked for.
         """
         check_model_name(self._card, text.model)
-        self._check_options(text.options)
+        check_options(text.options, self._card, self._config.serving)
         if text.options.thinking_token_budget is not None:
-            raise _refused("thinking_token_budget", "does not go with a raw prompt")
-        effort = self.effort(text.options.effort)
-        if isinstance(text.prompt, str):
-            token_ids = self._prompts.text(text.prompt)
+            raise refused("thinking_token_budget", "does not go with a raw prompt")
+        if text.echo and text.options.num_logprobs is not None:
+            raise refused("echo", "does not go with logprobs: prompt tokens have none here")
+        most = self._config.serving.max_prompts
+        if not 1 <= len(text.prompts) <= most:
+            raise refused("prompt", f"takes from 1 to {most} prompts, not {len(text.prompts)}")
+        request_id = text.options.request_id or uuid.uuid4().hex
+        options = replace(text.options, request_id=request_id)
+        effort = self.effort(options.effort)
+        prepared = []
+        for index, prompt in enumerate(text.prompts):
+            field = "prompt" if len(text.prompts) == 1 else f"prompt[{index}]"
+            of_prompt = self._prepare(
+                options,
+                Prompt(self._raw_token_ids(prompt, field)),
+                field,
+                effort=effort,
+                thinking=None,
+                banned=(),
+                output_format=OutputFormat.RAW,
+                first_choice=index * options.num_choices,
+            )
+            echo = self._echo(prompt) if text.echo else ""
+            prepared.append(replace(of_prompt, echo=echo))
+        return prepared
+
+    def _raw_token_ids(self, prompt: str | tuple[int, ...], field: str) -> list[int]:
+        if isinstance(prompt, str):
+            token_ids = self._prompts.text(prompt)
         else:
-            token_ids = list(text.prompt)
-            self._check_token_ids("prompt", token_ids)
+            token_ids = list(prompt)
+            check_token_ids(field, token_ids, self._card.vocab_size)
         if not token_ids:
-            raise _refused("prompt", "needs at least one token")
-        return self._prepare(
-            text.options,
-            Prompt(token_ids),
-            effort=effort,
-            thinking=None,
-            banned=(),
-            output_format=OutputFormat.RAW,
-        )
+            raise refused(field, "needs at least one token")
+        return token_ids
+
+    def _echo(self, prompt: str | tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else self._prompts.table.decode(prompt)
 
     def effort(self, asked: str | None) -> str:
         """The effort in force.
@@ -195,7 +183,7 @@ class RequestBuilder:
         """
         effort = self._config.reasoning.default_effort if asked is None else asked
         if effort not in EFFORTS:
-            raise _refused(
+            raise refused(
                 "reasoning_effort", f"must be one of {', '.join(EFFORTS)}", code="unsupported_value"
             )
         return effort
@@ -219,13 +207,14 @@ class RequestBuilder:
         self,
         options: GenerationOptions,
         prompt: Prompt,
+        field: str,
         *,
         effort: str,
         thinking: ThinkingParams | None,
         banned: tuple[int, ...],
         output_format: OutputFormat,
+        first_choice: int = 0,
     ) -> Prepared:
-        field = "prompt" if output_format is OutputFormat.RAW else "messages"
         context_left = self._context_left(len(prompt.token_ids), field)
         row = self._config.reasoning.efforts[effort]
         asked_tokens = math.inf if options.max_tokens is None else options.max_tokens
@@ -240,6 +229,8 @@ class RequestBuilder:
                 scheduling_class=row.scheduling_class + options.priority,
                 tenant=options.tenant,
                 images=prompt.images,
+                choice=first_choice,
+                num_choices=options.num_choices,
             ),
             options=options,
             output_format=output_format,
@@ -315,78 +306,17 @@ class RequestBuilder:
             )
         return left
 
-    def _check_options(self, options: GenerationOptions) -> None:
-        for bounds in _NUMBERS:
-            _check_number(bounds, getattr(options, bounds.name), (int, float))
-        for bounds in _WHOLE_NUMBERS:
-            _check_number(bounds, getattr(options, bounds.name), (int,))
-        if options.max_tokens is not None and options.min_tokens > options.max_tokens:
-            raise _refused("min_tokens", f"must not exceed max_tokens={options.max_tokens}")
-        self._check_token_ids("stop_token_ids", options.stop_token_ids, MAX_LIST_LENGTH)
-        self._check_token_ids("logit_bias", list(options.logit_bias), MAX_LIST_LENGTH)
-        for bias in options.logit_bias.values():
-            _check_number(_Range("logit_bias", -100.0, 100.0), bias, (int, float))
-        for name in ("request_id", "cache_key"):
-            _check_text(name, getattr(options, name) or "", MAX_ID_LENGTH)
-        self._check_stop(options.stop)
-
-    def _check_stop(self, stops: Sequence[str]) -> None:
-        most = self._config.serving.max_stop_sequences
-        if len(stops) > most:
-            raise _refused("stop", f"takes at most {most} strings")
-        for stop in stops:
-            if not stop:
-                raise _refused("stop", "must not hold an empty string")
-            _check_text("stop", stop, MAX_STOP_LENGTH)
-
-    def _check_token_ids(
-        self, name: str, token_ids: Sequence[int], most: int | None = None
-    ) -> None:
-        if most is not None and len(token_ids) > most:
-            raise _refused(name, f"takes at most {most} entries")
-        size = self._card.vocab_size
-        if not all(type(token_id) is int and 0 <= token_id < size for token_id in token_ids):
-            raise _refused(name, f"takes token ids from 0 to {size - 1}")
-
 
 def _refuse_unserved(chat: ChatGeneration) -> None:
     code = "unsupported_value"
     if chat.options.answer_format is not None:
         where = chat.options.answer_format.where
-        raise _refused(where, "is not served yet: answers are not constrained", code=code)
+        raise refused(where, "is not served yet: answers are not constrained", code=code)
     if chat.tool_choice.mode not in ("auto", "none"):
-        raise _refused("tool_choice", "must be 'auto' or 'none'", code=code)
+        raise refused("tool_choice", "must be 'auto' or 'none'", code=code)
     if chat.tools and not chat.tool_choice.parallel:
-        raise _refused("tool_choice", "cannot limit the number of calls yet", code=code)
+        raise refused("tool_choice", "cannot limit the number of calls yet", code=code)
 
 
 def _either(asked: _T | None, default: _T) -> _T:
     return default if asked is None else asked
-
-
-def _refused(name: str, text: str, *, code: str | None = None) -> InvalidRequestError:
-    public = _PUBLIC_NAMES.get(name, name)
-    return InvalidRequestError(f"{public} {text}", code=code, param=public)
-
-
-def _check_number(bounds: _Range, value: object, kinds: tuple[type, ...]) -> None:
-    if value is None:
-        return
-    if isinstance(value, (int, float)) and isinstance(value, kinds) and not isinstance(value, bool):
-        is_above = value > bounds.lowest if bounds.is_open else value >= bounds.lowest
-        if is_above and value <= bounds.highest:  # NaN is neither
-            return
-    kind = "a number" if float in kinds else "a whole number"
-    lower = f" above {bounds.lowest:g}" if bounds.is_open else f" of at least {bounds.lowest:g}"
-    upper = f" and at most {bounds.highest:g}"
-    limits = (lower, "")[bounds.lowest == -math.inf] + (upper, "")[bounds.highest == math.inf]
-    raise _refused(bounds.name, f"must be {kind}{limits}")
-
-
-def _check_text(name: str, text: str, max_length: int) -> None:
-    if len(text) > max_length:
-        raise _refused(name, f"takes at most {max_length} characters")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _refused(name, "is not valid Unicode text") from error

@@ -278,6 +278,8 @@ class ServingConfig:
         max_image_pixels: Largest image, width times height; each one takes 15 bytes while it is
             made ready.
         max_stop_sequences: Stop strings per request, at most.
+        max_choices: Answers per prompt (`n`), at most.
+        max_prompts: Prompts per text completion, at most.
         submit_timeout_s: How long the router may take to accept a request.
         request_timeout_s: How long one generation may take altogether.
         drain_timeout_s: How long running generations may finish after a stop was asked for.
@@ -294,6 +296,8 @@ class ServingConfig:
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 25_000_000
     max_stop_sequences: int = 16
+    max_choices: int = 16
+    max_prompts: int = 64
     submit_timeout_s: float = 10.0
     request_timeout_s: float = 3600.0
     drain_timeout_s: float = 20.0
@@ -307,6 +311,8 @@ class ServingConfig:
             "max_image_bytes",
             "max_image_pixels",
             "max_stop_sequences",
+            "max_choices",
+            "max_prompts",
         ):
             _at_least(self, name, 1)
         _at_least(self, "max_images", 0)

@@ -63,7 +63,7 @@ def unique_id(request_id: str, serial: str, choice: int) -> str:
 def submission_of(unique: str) -> str:
     """What a `unique_id` has in common with those of the same submission."""
     name, mark, rest = unique.rpartition("#")
-    return f"{name}#{rest.partition('.')[0]}" if mark else unique
+    return f"{name}#{rest.rpartition('.')[0] or rest}" if mark else unique
 
 
 def callers_id(unique: str) -> str:

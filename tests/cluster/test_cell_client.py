@@ -1,10 +1,12 @@
-"""CellClient with images to send: one request after the other, and not for ever."""
+"""CellClient: images go out one by one and not for ever; what waits is joined; choices."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 
+import msgspec
 import pytest
 
 from ostro.actors.engine.request import (
@@ -15,8 +17,8 @@ from ostro.actors.engine.request import (
     StopParams,
     TokenEvent,
 )
-from ostro.actors.errors import NotReadyError
-from ostro.actors.fabric.messages import Members, Submit
+from ostro.actors.errors import InvalidRequestError, NotReadyError, OverloadedError
+from ostro.actors.fabric.messages import Accepted, CancelGeneration, Members, Rejected, Submit
 from ostro.cluster.cell_client import CellClient
 
 
@@ -40,7 +42,8 @@ def client_of(router: FakeRouter, *, submit_timeout_s: float = 10.0) -> CellClie
 
     client = CellClient(nowhere, b"secret", ingress_id="test", submit_timeout_s=submit_timeout_s)
     client._router = router  # type: ignore[assignment]
-    client._members = Members(0, True, {})
+    client._members = Members(0, True, {0: "unix:nowhere"})
+    client._streaming = {0}
     return client
 
 
@@ -99,20 +102,35 @@ def test_text_does_not_wait() -> None:
     asyncio.run(run())
 
 
-def tokens(first_index: int, *token_ids: int, finish: FinishReason | None = None) -> TokenEvent:
-    return TokenEvent("r", first_index, list(token_ids), finish_reason=finish)
+def tokens(
+    first_index: int, *token_ids: int, finish: FinishReason | None = None, choice: int = 0
+) -> TokenEvent:
+    return TokenEvent("", first_index, list(token_ids), finish_reason=finish, choice=choice)
 
 
-async def read_all(*waiting: TokenEvent) -> list[TokenEvent]:
+def choices_of(*num_choices: int) -> list[GenerationRequest]:
+    """One request per number, with so many choices of one prompt."""
+    asked, first = [], 0
+    for number in num_choices:
+        asked.append(
+            msgspec.structs.replace(request(num_images=0), choice=first, num_choices=number)
+        )
+        first += number
+    return asked
+
+
+async def read_all(
+    *waiting: TokenEvent, asked: Sequence[GenerationRequest] = ()
+) -> list[TokenEvent]:
     """What a reader gets of events that all came before it looked."""
     client = client_of(FakeRouter(unsent_bytes=0))
-    asked = request(num_images=0)
-    async with aclosing(client.submit(asked)) as events:
+    async with aclosing(client.submit(*(asked or choices_of(1)))) as events:
         reading = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)
-        (inbox,) = client._inboxes.values()
-        for event in waiting:
-            inbox.put(event)
+        name_of = {int(name.rpartition(".")[2]): name for name in client._inboxes}
+        client._hand_out(
+            [msgspec.structs.replace(event, request_id=name_of[event.choice]) for event in waiting]
+        )
         return [await reading] + [event async for event in events]
 
 
@@ -134,3 +152,103 @@ def test_events_that_do_not_follow_on_each_other_stay_apart() -> None:
     last = tokens(4, 9, finish=FinishReason.STOP)
     read = asyncio.run(read_all(tokens(0, 5), tokens(0, 5), last))
     assert [event.first_index for event in read] == [0, 0, 4]
+
+
+STOP = FinishReason.STOP
+
+
+def test_choices_that_wait_together_are_joined_each_with_its_own() -> None:
+    read = asyncio.run(
+        read_all(
+            tokens(0, 5),
+            tokens(0, 8, choice=1),
+            tokens(1, 6),
+            tokens(1, 9, finish=STOP, choice=1),
+            tokens(2, 7, finish=STOP),
+            asked=choices_of(2),
+        )
+    )
+    assert [(event.choice, event.token_ids) for event in read] == [(0, [5, 6, 7]), (1, [8, 9])]
+
+
+async def submitted(router: FakeRouter, client: CellClient, *asked: GenerationRequest):
+    """A submission of which everything has been sent, its reader waiting."""
+    events = client.submit(*asked)
+    reading = asyncio.ensure_future(anext(events))
+    await router.was_sent.wait()
+    await asyncio.sleep(0)
+    return events, reading, [m.request for m in router.sent if isinstance(m, Submit)]
+
+
+def test_several_prompts_are_one_submission_that_ends_with_its_last_choice() -> None:
+    async def run() -> None:
+        router = FakeRouter(unsent_bytes=0)
+        client = client_of(router)
+        events, reading, sent = await submitted(router, client, *choices_of(2, 1))
+        first, second = (request.request_id for request in sent)
+        assert [first[-2:], second[-2:]] == [".0", ".2"]
+        for name in (first, second):
+            client._take(Accepted(name, 0))
+        other = first[:-1] + "1"
+        for name in (second, other, first):
+            client._hand_out([TokenEvent(name, 0, [2], finish_reason=STOP)])
+        read = [await reading] + [event async for event in events]
+        assert [event.request_id for event in read] == [second, other, first]
+        assert not client._inboxes
+        assert not [m for m in router.sent if isinstance(m, CancelGeneration)]
+
+    asyncio.run(run())
+
+
+def test_one_refused_prompt_ends_the_submission_and_cancels_the_others() -> None:
+    async def run() -> None:
+        router = FakeRouter(unsent_bytes=0)
+        client = client_of(router)
+        _, reading, sent = await submitted(router, client, *choices_of(2, 1))
+        client._take(Accepted(sent[0].request_id, 0))
+        client._take(
+            Rejected(sent[1].request_id, "OverloadedError", "queue_full", "full", None, 2.0)
+        )
+        with pytest.raises(OverloadedError, match="full"):
+            await reading
+        (cancel,) = (m for m in router.sent if isinstance(m, CancelGeneration))
+        assert cancel.request_id == sent[0].request_id.removesuffix(".0")
+        assert not client._inboxes
+
+    asyncio.run(run())
+
+
+def test_leaving_cancels_all_choices_and_dropping_one() -> None:
+    async def run() -> None:
+        router = FakeRouter(unsent_bytes=0)
+        client = client_of(router)
+        events, reading, (sent,) = await submitted(router, client, *choices_of(3))
+        name = sent.request_id
+        client._hand_out([TokenEvent(name, 0, [5])])
+        await reading
+        client.drop(name)
+        client.drop("somebody else's")
+        await events.aclose()
+        client.drop(name)  # over: nothing to stop
+        cancels = [m.request_id for m in router.sent if isinstance(m, CancelGeneration)]
+        assert cancels == [name, name.removesuffix(".0")]
+
+    asyncio.run(run())
+
+
+def test_a_request_id_is_used_once_at_a_time() -> None:
+    async def run() -> None:
+        router = FakeRouter(unsent_bytes=0)
+        client = client_of(router)
+        events, reading, _ = await submitted(router, client, *choices_of(2))
+        with pytest.raises(InvalidRequestError, match="running already"):
+            await anext(client.submit(*choices_of(1)))
+        reading.cancel()
+        await asyncio.wait([reading])
+        await events.aclose()
+        retry = asyncio.ensure_future(anext(client.submit(*choices_of(1))))
+        await asyncio.sleep(0)
+        retry.cancel()
+        assert len([m for m in router.sent if isinstance(m, Submit)]) == 2
+
+    asyncio.run(run())

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
+from scripted_cell import (
+    ARGS,
+    CARD,
+    CONFIG,
+    CONTEXT,
+    END_THINK,
+    EOS,
+    THINK,
+    TOOL_CALLS,
+    VOCAB,
+    FakeCell,
+    Script,
+)
 from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import (
@@ -24,7 +37,6 @@ from ostro.actors.errors import (
     OstroError,
     OverloadedError,
 )
-from ostro.actors.fabric.messages import State
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.generation import (
     AnswerFormat,
@@ -34,7 +46,6 @@ from ostro.cluster.generation import (
     Finished,
     GenerationEvent,
     GenerationOptions,
-    ModelCard,
     Started,
     TextDelta,
     TextGeneration,
@@ -46,77 +57,14 @@ from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
     EFFORTS,
     DeploymentConfig,
-    Layout,
-    LayoutConfig,
     ReasoningConfig,
     ServingConfig,
 )
 from ostro.configs.errors import ConfigError
 
-EOS, TOOL_CALLS, ARGS, THINK, END_THINK = 2, 9, 32, 34, 35
-VOCAB, CONTEXT = 1024, 512
-CARD = ModelCard(
-    name="small",
-    description="",
-    created_s=0,
-    max_context=CONTEXT,
-    vocab_size=VOCAB,
-    num_layers=1,
-    num_experts=4,
-    num_experts_per_token=2,
-    weight_dtype="float32",
-    kv_dtype="float32",
-    efforts=EFFORTS,
-    default_effort="none",
-)
-CONFIG = DeploymentConfig(
-    model="embedded",
-    layout=LayoutConfig(layout=Layout.SINGLE, num_attention_shards=1, num_expert_shards=1),
-    serving=ServingConfig(request_timeout_s=5.0),
-)
 HELLO = (ChatMessage(role="user", text="Hi"),)
 TOOLS = (Tool(name="f"),)
 JSON = AnswerFormat(constraint=Constraint.JSON_OBJECT)
-
-
-class FakeCell:
-    """Plays a script of TokenEvents and remembers what was asked and whether it was closed."""
-
-    def __init__(self, script: Sequence[TokenEvent | OstroError], *, hangs: bool = False) -> None:
-        self.script = script
-        self.hangs = hangs
-        self.requests: list[GenerationRequest] = []
-        self.is_open = False
-        self.num_played = 0
-        self.was_asked = asyncio.Event()
-
-    @property
-    def ready(self) -> bool:
-        return True
-
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        self.requests.append(request)
-        self.is_open = True
-        self.was_asked.set()
-        try:
-            for item in self.script:
-                if isinstance(item, OstroError):
-                    raise item
-                self.num_played += 1
-                yield item
-            if self.hangs:
-                await asyncio.Event().wait()
-        finally:
-            self.is_open = False
-
-    async def cancel(self, request_id: str) -> bool:
-        return False
-
-    async def end_thinking(self, request_id: str) -> bool:
-        return False
-
-    async def state(self) -> State:
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
@@ -124,33 +72,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
     directory = tmp_path_factory.mktemp("model")
     write_tokenizer(directory, VOCAB)
     return PromptBuilder(directory, ReasoningConfig())
-
-
-class Script:
-    """Builds TokenEvents with the right `first_index`: a step for each call of `step`."""
-
-    def __init__(self, prompts: PromptBuilder) -> None:
-        self.prompts = prompts
-        self.events: list[TokenEvent] = []
-        self.num_tokens = 0
-
-    def step(self, *parts: str | int, **fields: Any) -> Script:
-        token_ids = [
-            token_id
-            for part in parts
-            for token_id in (
-                [part] if isinstance(part, int) else self.prompts.text(part, add_bos=False)
-            )
-        ]
-        event = TokenEvent("r", self.num_tokens, token_ids, **fields)
-        self.events.append(event)
-        self.num_tokens += len(token_ids)
-        return self
-
-    def end(self, reason: FinishReason = FinishReason.STOP, **fields: Any) -> Script:
-        if reason is FinishReason.STOP:
-            return self.step(EOS, finish_reason=reason, stop_token_id=EOS, **fields)
-        return self.step(finish_reason=reason, **fields)
 
 
 @pytest.fixture
@@ -199,7 +120,7 @@ def generate(
     prompts: PromptBuilder, prompt: str | tuple[int, ...], script: Script, **options: Any
 ) -> tuple[list[GenerationEvent], GenerationRequest]:
     cell = FakeCell(script.events)
-    request = TextGeneration(prompt=prompt, options=GenerationOptions(**options))
+    request = TextGeneration(prompts=(prompt,), options=GenerationOptions(**options))
     return read(frontend_of(prompts, cell).generate(request)), cell.requests[0]
 
 
@@ -362,6 +283,9 @@ def test_generate_takes_text_or_token_ids_without_thinking(
         ({"logit_bias": {-1: 1}}, "logit_bias"),
         ({"logit_bias": {1: 101}}, "logit_bias"),
         ({"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ({"num_choices": 0}, "n"),
+        ({"num_choices": 17}, "n"),
+        ({"num_choices": True}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
         ({"min_tokens": -1}, "min_tokens"),

@@ -125,7 +125,7 @@ def test_stream_generate_takes_tokens_and_gives_logprobs():
             return frontend, [message async for message in call]
 
     frontend, messages = asyncio.run(run())
-    assert frontend.asked[0].prompt == (1, 2)
+    assert frontend.asked[0].prompts == ((1, 2),)
     deltas = [m.delta for m in messages if m.WhichOneof("event") == "delta"]
     assert [delta.token_ids[0] for delta in deltas] == [5, 6]
     assert [a.text for a in deltas[0].logprobs[0].top] == [b"Hel", b"J"]
@@ -329,7 +329,6 @@ BAD_CHATS = {
         },
         "conversation.tools[0].parameters",
     ),
-    "two choices": (with_options(choices=2), "options.choices"),
     "json": (with_options(output_format=pb.OutputFormat(regex="a")), "options.output_format"),
     "prompt logprobs": (
         with_options(logprobs=pb.LogprobOptions(prompt=True)),

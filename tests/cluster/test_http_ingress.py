@@ -433,7 +433,7 @@ BAD_BODIES = {
     "forced tool": (chat(tool_choice="any"), 400, "tool_choice"),
     "named tool": (chat(tool_choice={"type": "function"}), 400, "tool_choice"),
     "json answer": (chat(response_format={"type": "json_object"}), 400, "response_format"),
-    "two choices": (chat(n=2), 400, "n"),
+    "best of two": (chat(best_of=2), 400, "best_of"),
     "prompt logprobs": (chat(prompt_logprobs=True), 400, "prompt_logprobs"),
     "prompt mode": (chat(prompt_mode="reasoning"), 400, "prompt_mode"),
     "two seeds": (chat(seed=1, random_seed=2), 400, "seed"),

@@ -141,27 +141,38 @@ def test_continuing_a_user_is_refused():
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
-    [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ([[1, 2]], (1, 2))],
+    [
+        ("a", ("a",)),
+        (["a"], ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1, 2]], ((1, 2),)),
+        ([[1, 2], [], [3]], ((1, 2), (), (3,))),
+        ([], ()),
+    ],
 )
-def test_a_prompt_is_text_or_token_ids(prompt, expected):
-    assert text(prompt=prompt).prompt == expected
+def test_a_prompt_is_text_or_token_ids_and_there_may_be_several(prompt, expected):
+    assert text(prompt=prompt).prompts == expected
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": ["a", "b"]}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"echo": True}, "echo"),
         ({"suffix": "z"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"n": 0}, "n"),
+        ({"best_of": 3, "n": 2}, "best_of"),
     ],
 )
 def test_what_text_completions_do_not_serve_is_named(fields, param):
     with pytest.raises(InvalidRequestError) as told:
         text(**fields)
     assert told.value.param == param
+
+
+def test_choices_and_echo_are_asked_for():
+    asked = text(n=3, best_of=3, echo=True)
+    assert (asked.options.num_choices, asked.echo) == (3, True)
+    assert (text().options.num_choices, text().echo) == (1, False)
 
 
 def test_harmless_fields_of_the_clients_are_taken():

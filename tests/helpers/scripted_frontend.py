@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import uvicorn
 
@@ -93,6 +93,20 @@ WITH_LOGPROBS: tuple[GenerationEvent, ...] = (
     FINISHED,
 )
 
+# Three answers at once: the first thinks, the second thinks and calls, the third just answers.
+THREE: tuple[GenerationEvent, ...] = (
+    replace(STARTED, num_choices=3),
+    TextDelta(text="Let ", thinking=True),
+    TextDelta(text="Well", thinking=True, choice=1),
+    *(replace(delta, choice=2) for delta in WITH_LOGPROBS[1:3]),
+    TextDelta(text="me see.", thinking=True),
+    replace(FINISHED, choice=2, is_last=False, reason="length"),
+    *WITH_LOGPROBS[1:3],
+    replace(CALL, choice=1),
+    replace(FINISHED, is_last=False),
+    replace(FINISHED, choice=1, reason="tool_calls"),
+)
+
 
 @dataclass
 class ScriptedCell:
@@ -107,9 +121,12 @@ class ScriptedCell:
     def ready(self) -> bool:
         return self.is_ready
 
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    async def submit(self, *requests: GenerationRequest) -> AsyncIterator[TokenEvent]:
         raise NotImplementedError
         yield
+
+    def drop(self, request_id: str) -> None:
+        raise NotImplementedError
 
     async def cancel(self, request_id: str) -> bool:
         self.controls.append(("cancel", request_id))

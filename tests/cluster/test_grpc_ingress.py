@@ -17,6 +17,7 @@ from scripted_frontend import (
     MODEL,
     STARTED,
     THOUGHTFUL,
+    THREE,
     WITH_LOGPROBS,
     ScriptedFrontend,
 )
@@ -114,6 +115,55 @@ def test_stream_chat_tells_every_event_in_order():
     channels = [m.delta.channel for m in messages if m.WhichOneof("event") == "delta"]
     assert channels == [pb.CHANNEL_THINKING] * 2 + [pb.CHANNEL_ANSWER] * 2
     assert messages[-1].ended.usage.cached_prompt_tokens == 4
+
+
+def test_choices_are_answered_whole_in_their_order():
+    async def run():
+        frontend = ScriptedFrontend(*THREE)
+        async with face(frontend) as stubs:
+            request = pb.ChatRequest(conversation=HELLO, options=pb.GenerationOptions(choices=3))
+            return frontend, await stubs.generation.Chat(request)
+
+    frontend, answer = asyncio.run(run())
+    assert frontend.asked[0].options.num_choices == 3
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert [[part.WhichOneof("part") for part in c.message.parts] for c in answer.choices] == [
+        ["thinking", "text"],
+        ["thinking"],
+        ["text"],
+    ]
+    assert [choice.finish.choice for choice in answer.choices] == [0, 1, 2]
+    assert [choice.finish.reason for choice in answer.choices] == [
+        pb.FINISH_REASON_STOP,
+        pb.FINISH_REASON_TOOL_CALLS,
+        pb.FINISH_REASON_LENGTH,
+    ]
+    assert [len(choice.message.tool_calls) for choice in answer.choices] == [0, 1, 0]
+    assert [len(choice.logprobs) for choice in answer.choices] == [2, 0, 2]
+
+
+@pytest.mark.parametrize("rpc", ["StreamChat", "StreamGenerate"])
+def test_streamed_choices_are_told_apart_and_end_once(rpc):
+    async def run():
+        async with face(ScriptedFrontend(*THREE)) as stubs:
+            if rpc == "StreamChat":
+                request = pb.StreamChatRequest(conversation=HELLO)
+            else:
+                request = pb.StreamGenerateRequest(text="Say")
+            return [message async for message in getattr(stubs.generation, rpc)(request)]
+
+    messages = asyncio.run(run())
+    kinds = [message.WhichOneof("event") for message in messages]
+    assert kinds.count("finish") == 3
+    assert [kinds.count("ended"), kinds[-1]] == [1, "ended"]
+    told = {0: "", 1: "", 2: ""}
+    for message in messages:
+        if message.WhichOneof("event") == "delta":
+            told[message.delta.choice] += message.delta.text
+    assert told == {0: "Let me see.Hello", 1: "Well", 2: "Hello"}
+    assert [m.finish.choice for m in messages if m.WhichOneof("event") == "finish"] == [2, 0, 1]
+    if rpc == "StreamChat":
+        assert [m.tool_call.choice for m in messages if m.WhichOneof("event") == "tool_call"] == [1]
 
 
 def test_stream_generate_takes_tokens_and_gives_logprobs():

@@ -11,6 +11,7 @@ from scripted_frontend import (
     MODEL,
     STARTED,
     THOUGHTFUL,
+    THREE,
     ScriptedCell,
     ScriptedFrontend,
 )
@@ -59,6 +60,25 @@ def test_a_finished_generation_is_counted_and_timed():
     assert value(metrics, "inter_token_latency_seconds_count") == 3
     assert value(metrics, "thinking_tokens_total", effort="low") == 5
     assert value(metrics, "thinking_ended_total", by="model") == 1
+
+
+def test_a_request_of_several_choices_counts_once_and_all_its_thinking():
+    metrics = Metrics(MODEL)
+    play(metrics, *THREE)
+    assert value(metrics, "request_success_total", finished_reason="tool_calls") == 1
+    assert value(metrics, "request_success_total", finished_reason="length") is None
+    assert value(metrics, "e2e_request_latency_seconds_count") == 1
+    assert value(metrics, "thinking_tokens_total", effort="low") == 3 * 5
+    assert value(metrics, "thinking_ended_total", by="model") == 3
+    # Gaps within the first choice (three) and the third (one), none between choices.
+    assert value(metrics, "inter_token_latency_seconds_count") == 4
+
+
+def test_a_reader_that_leaves_after_some_choices_is_disconnected():
+    metrics = Metrics(MODEL)
+    play(metrics, *THREE, stop_after=len(THREE) - 1)
+    assert value(metrics, "request_success_total", finished_reason="disconnected") == 1
+    assert value(metrics, "e2e_request_latency_seconds_count") is None
 
 
 def test_a_reader_that_leaves_counts_as_disconnected_and_closes_the_generation():

@@ -50,7 +50,7 @@ class Answer:
     def __init__(
         self, prepared: Sequence[Prepared], prompts: PromptBuilder, model: str, arrived_s: float
     ) -> None:
-        self.has_begun = False
+        self.has_begun = self.is_finished = False
         self._prepared = prepared
         self._model = model
         self._arrived_s = arrived_s
@@ -67,11 +67,6 @@ class Answer:
         self._first_token_s: float | None = None
         self._first_answer_token_s: float | None = None
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether every choice has ended."""
-        return not self._num_open
-
     def has_ended(self, choice: int) -> bool:
         """Whether a choice has ended, be it before the cell has said so."""
         return self._choices[choice].is_finished
@@ -87,30 +82,30 @@ class Answer:
             return []
         if event.finish_reason is FinishReason.ERROR:
             raise choice.error(event)
-        brought: list[GenerationEvent] = []
-        if not choice.has_begun:
-            self._note_begin(choice, event)
-        if not self.has_begun:
-            self.has_begun = True
-            brought.append(self._started(event))
-        brought += choice.take(event)
-        self._mark_times(choice)
+        if choice.has_begun:
+            brought = choice.take(event)
+        else:
+            brought = [*self._begin(choice, event), *choice.take(event)]
+        if self._first_answer_token_s is None:
+            self._mark_times(choice)
         if choice.is_finished:
             self._num_open -= 1
+            self.is_finished = not self._num_open
             self._num_tokens += choice.num_tokens
             self._num_thinking_tokens += choice.num_thinking_tokens
             brought.append(self._finished(choice))
         return brought
 
-    def _note_begin(self, choice: ChoiceReader, event: TokenEvent) -> None:
-        if not self.has_begun:
-            self._queued_s = event.queued_s
+    def _begin(self, choice: ChoiceReader, event: TokenEvent) -> list[GenerationEvent]:
         if choice.is_first_of_prompt:  # the others find its pages
             self._num_cached_tokens += event.num_cached_tokens
+        if self.has_begun:
+            return []
+        self.has_begun = True
+        self._queued_s = event.queued_s
+        return [self._started(event)]
 
     def _mark_times(self, choice: ChoiceReader) -> None:
-        if self._first_answer_token_s is not None:
-            return
         now_s = time.monotonic() - self._arrived_s
         if self._first_token_s is None and choice.num_tokens:
             self._first_token_s = now_s

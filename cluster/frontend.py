@@ -144,7 +144,7 @@ class Frontend:
                 # Now, not when the caller has read what it brought.
                 if answer.is_finished:
                     await tokens.aclose()
-                elif brought and event.finish_reason is None and answer.has_ended(event.choice):
+                elif event.finish_reason is None and brought and answer.has_ended(event.choice):
                     self._cell.drop(event.request_id)  # at a stop string, while others go on
                 for item in brought:
                     yield item

@@ -43,6 +43,7 @@ class EventWriter(ABC):
     """Writes one generation's events as server-sent events; knows what went before."""
 
     object_name = ""
+    opening = b""  # of what a delta brings, at the end of the prebuilt prefix
     end = DONE
 
     def __init__(self, style: AnswerStyle) -> None:
@@ -77,7 +78,9 @@ class EventWriter(ABC):
         choices = range(event.num_choices)
         self._head, self._open = head(event, self.object_name), set(choices)
         start = b"data: " + _encode(self._head)[:-1]
-        self._prefixes = [start + b',"choices":[{"index":%d,' % choice for choice in choices]
+        self._prefixes = [
+            start + b',"choices":[{"index":%d,' % choice + self.opening for choice in choices
+        ]
         return b"".join(self._begin(event, choice) for choice in choices)
 
     def _begin(self, event: Started, choice: int) -> bytes:
@@ -119,6 +122,7 @@ class ChatEventWriter(EventWriter):
     """Writes `chat.completion.chunk`s."""
 
     object_name = "chat.completion.chunk"
+    opening = b'"delta":'
 
     def __init__(self, style: AnswerStyle) -> None:
         super().__init__(style)
@@ -132,12 +136,12 @@ class ChatEventWriter(EventWriter):
     def _delta(self, event: TextDelta) -> bytes:
         if not self._plain:
             return self._full_delta(event)
-        if event.thinking or event.choice in self._thinking_open:
+        choice = event.choice
+        if event.thinking or choice in self._thinking_open:
             delta = _encode(self._delta_fields(event))
         else:
             delta = b'{"content":' + _encode(event.text) + b"}"
-        prefix = self._prefixes[event.choice]
-        return prefix + b'"delta":' + delta + b',"finish_reason":null}]}\n\n'
+        return self._prefixes[choice] + delta + b',"finish_reason":null}]}\n\n'
 
     def _tool_call(self, event: ToolCallDone) -> bytes:
         delta = {"tool_calls": [tool_call_fields(event)]}
@@ -184,6 +188,7 @@ class TextEventWriter(EventWriter):
     """Writes streamed `text_completion`s."""
 
     object_name = "text_completion"
+    opening = b'"text":'
 
     def __init__(self, style: AnswerStyle) -> None:
         super().__init__(style)
@@ -191,8 +196,12 @@ class TextEventWriter(EventWriter):
 
     def _delta(self, event: TextDelta) -> bytes:
         if self._plain:
-            start = self._prefixes[event.choice] + b'"text":' + _encode(event.text)
-            return start + b',"logprobs":null,"finish_reason":null}]}\n\n'
+            text = _encode(event.text)
+            return (
+                self._prefixes[event.choice]
+                + text
+                + b',"logprobs":null,"finish_reason":null}]}\n\n'
+            )
         choice: Json = {
             "index": event.choice,
             "text": event.text,

@@ -4,10 +4,12 @@ import asyncio
 import random
 
 import checkpoints
+import msgspec
 import pytest
 from local_cell import ProcessPool, local_cell
 from model_rig import load_oracle, oracle_greedy
 
+from ostro.actors.engine.choices import choice_seed
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
 from ostro.configs.deployment import (
     DeploymentConfig,
@@ -207,6 +209,50 @@ def test_a_repeated_prompt_is_served_from_the_prefix_cache_with_the_same_tokens(
     assert first[0].num_cached_tokens == 0
     assert second[0].num_cached_tokens == len(prompt) // 8 * 8 - (8 if len(prompt) % 8 == 0 else 0)
     assert tokens_of(first) == tokens_of(second) == tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode"),
+    [
+        ((Layout.SINGLE, 1, 1), (DispatchMode.AUTO, 1, 0)),
+        ((Layout.SPLIT, 2, 2), (DispatchMode.SPARSE, 2, 0)),
+    ],
+    ids=["single", "split"],
+)
+def test_choices_share_their_prompt_and_are_what_their_seeds_give_alone(
+    pool, model_dir, expected, shape, mode
+):
+    """The prompt of 70 tokens takes three steps and is computed once; the choices differ."""
+    prompt, greedy, _ = expected[4]
+    sampled = {"temperature": 1.0, "seed": 3}
+
+    async def run():
+        async with local_cell(pool, deployment(shape, mode), model_dir) as cell:
+
+            async def choices(name, **sampling):
+                asked = request(name, prompt, **sampling)
+                asked = msgspec.structs.replace(asked, num_choices=3)
+                answers = [[], [], []]
+                async for event in cell.client.submit(asked):
+                    answers[event.choice].append(event)
+                return answers
+
+            together = await choices("together", **sampled)
+            loads = (await cell.client.state()).loads.values()
+            alike = await choices("alike")
+            alone = [
+                tokens_of(await cell.generate(request("alone", prompt, **sampled | {"seed": seed})))
+                for seed in (choice_seed(3, index) for index in range(3))
+            ]
+            return together, list(loads), alike, alone
+
+    together, loads, alike, alone = asyncio.run(run())
+    assert [tokens_of(events) for events in together] == alone
+    assert len({tuple(tokens) for tokens in alone}) == 3
+    assert [tokens_of(events) for events in alike] == [greedy] * 3
+    assert [events[0].num_cached_tokens for events in together] == [0, 64, 64]
+    computed = [load.prefix_queries_tokens - load.prefix_hits_tokens for load in loads]
+    assert sum(computed) == 70 + 2 * 6
 
 
 def test_the_router_counts_rows_per_expert(pool, model_dir, expected):

@@ -209,7 +209,7 @@ BAD_INPUT = [
     ({"messages": ask("word " * 40_000)}, "messages"),
     ({"model": "gpt-5"}, "model"),
     ({"top_p": 0}, "top_p"),
-    ({"n": 3}, "n"),
+    ({"n": 300}, "n"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
 ]
 
@@ -284,6 +284,67 @@ def test_a_running_generation_can_be_cancelled_from_another_connection(served, c
     assert answer.status_code == 200
     finishes = [event.finish for event in stream if event.WhichOneof("event") == "finish"]
     assert [finish.reason for finish in finishes] == [generation_pb2.FINISH_REASON_CANCELLED]
+
+
+def test_choices_share_their_prompt_and_the_first_is_the_answer_of_one_alone(served, client):
+    prompt = ask("Count the pebbles on the beach. " * 8)
+    sampled = {"model": "tiny", "messages": prompt, "max_tokens": 8, "temperature": 1, "seed": 5}
+
+    def tokens_found() -> float:
+        text = httpx.get(f"{served.url}/metrics", timeout=30).text
+        hits = re.findall(r"^ostro_prefix_cache_hits_total\{.*\} (\S+)$", text, re.MULTILINE)
+        return sum(map(float, hits))
+
+    found_before = tokens_found()
+    several = client.chat.completions.create(**sampled, n=3, extra_body={"ignore_eos": True})
+    num_prompt_tokens = several.usage.prompt_tokens
+    assert tokens_found() - found_before >= 2 * (num_prompt_tokens - 64) > 0
+    assert several.usage.num_cached_tokens <= num_prompt_tokens - 64
+    assert several.usage.completion_tokens == 3 * 8
+    again = client.chat.completions.create(**sampled, n=3, extra_body={"ignore_eos": True})
+    alone = client.chat.completions.create(**sampled, extra_body={"ignore_eos": True})
+    answers = [choice.message.content for choice in several.choices]
+    assert answers == [choice.message.content for choice in again.choices]
+    assert answers[0] == alone.choices[0].message.content
+    assert len(set(answers)) == 3
+
+
+def test_controls_by_the_callers_id_reach_every_choice(served, channel):
+    """A bias opens the thinking, since a random model does not open it by itself."""
+    stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    settings = options(20_000, choices=2, reasoning=generation_pb2.ReasoningOptions(effort=HIGH))
+    settings.sampling.logit_bias[THINK] = 100
+    request = generation_pb2.StreamChatRequest(
+        conversation=conversation(), options=settings, request_id="both"
+    )
+    stream = stub.StreamChat(request, timeout=120)
+    assert next(stream).WhichOneof("event") == "started"
+    control = generation_pb2.ControlGenerationRequest
+    for action in (control.ACTION_END_THINKING, control.ACTION_CANCEL):
+        assert stub.ControlGeneration(control(request_id="both", action=action)).applied
+        while action == control.ACTION_END_THINKING:
+            event = next(stream)
+            if event.delta.channel == generation_pb2.CHANNEL_ANSWER:
+                break
+    finishes = [event.finish for event in stream if event.WhichOneof("event") == "finish"]
+    assert sorted(finish.choice for finish in finishes) == [0, 1]
+    assert [finish.reason for finish in finishes] == [generation_pb2.FINISH_REASON_CANCELLED] * 2
+    report = generation_pb2.ReasoningReport
+    assert [finish.report.ended_by for finish in finishes] == [report.ENDED_BY_CALLER] * 2
+
+
+def test_prompts_of_one_completion_answer_as_each_alone(client):
+    prompts = ["The sea is", "Two and two"]
+
+    def told(prompt):
+        answer = client.completions.create(
+            model="tiny", prompt=prompt, n=2, max_tokens=6, temperature=1, seed=4, echo=True
+        )
+        return [(choice.index, choice.text) for choice in answer.choices]
+
+    together, first, second = told(prompts), told(prompts[0]), told(prompts[1])
+    assert together == [*first, *((index + 2, text) for index, text in second)]
+    assert [text.startswith(prompts[index // 2]) for index, text in together] == [True] * 4
 
 
 def test_metrics_tell_requests_and_the_cell_and_no_text(served):

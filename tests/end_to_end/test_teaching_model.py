@@ -91,6 +91,25 @@ def test_it_thinks_its_way_to_a_right_sum(client: openai.OpenAI) -> None:
     assert "38+45" in choice.message.model_extra["reasoning_content"]
 
 
+def test_it_gives_several_answers_each_with_its_own_thinking(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="ostro-teaching-7m",
+        messages=[{"role": "user", "content": "What is 38 + 45 + 61?"}],
+        n=3,
+        temperature=1.0,
+        seed=1,
+        stream=True,
+        extra_body={"reasoning_effort": "high"},
+    )
+    answers, thoughts = [""] * 3, [""] * 3
+    for chunk in stream:
+        for choice in chunk.choices:
+            answers[choice.index] += choice.delta.content or ""
+            thoughts[choice.index] += (choice.delta.model_extra or {}).get("reasoning") or ""
+    assert "144" in answers
+    assert all("38" in thought for thought in thoughts)
+
+
 def test_a_budget_cuts_its_thinking_and_it_still_answers(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="ostro-teaching-7m",

@@ -77,9 +77,9 @@ class Answer:
         Raises:
             OstroError: As the code of an ERROR event says.
         """
-        choice = self._choices[event.choice]
-        if choice.is_finished:
+        if self.has_ended(event.choice):
             return []
+        choice = self._choices[event.choice]
         if event.finish_reason is FinishReason.ERROR:
             raise choice.error(event)
         if choice.has_begun:

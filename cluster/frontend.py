@@ -138,12 +138,13 @@ class Frontend:
         answer_by.begin_within(prepared[0].options.queue_timeout_s)
         answer = Answer(prepared, self._prompts, self._card.name, answer_by.arrived_s)
         async with aclosing(tokens):
-            while not answer.is_finished:
+            is_last = False
+            while not is_last:
                 event = await answer_by.wait_for(tokens, has_begun=answer.has_begun)
                 brought = answer.take(event)
-                # Now, not when the caller has read what it brought.
-                if answer.is_finished:
-                    await tokens.aclose()
+                is_last = answer.is_finished
+                if is_last:
+                    await tokens.aclose()  # now, not when the caller has read the last event
                 elif event.finish_reason is None and brought and answer.has_ended(event.choice):
                     self._cell.drop(event.request_id)  # at a stop string, while others go on
                 for item in brought:

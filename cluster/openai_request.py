@@ -243,7 +243,11 @@ def _prompts(
     token_ids = tuple(item for item in prompt if isinstance(item, int))
     if token_ids:
         return (token_ids,)
-    return tuple(tuple(item) if isinstance(item, list) else item for item in prompt)
+    return tuple(
+        tuple(item) if isinstance(item, list) else item
+        for item in prompt
+        if not isinstance(item, int)
+    )
 
 
 def _chat_message(

@@ -129,7 +129,7 @@ class ChatEventWriter(EventWriter):
         self._thinking_open: set[int] = set()  # choices whose last chunk was one of thinking
 
     def _begin(self, event: Started, choice: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
+        delta: Json = {"role": "assistant", "content": ""}
         reasoning = {"effort": event.effort, "budget": event.budget_tokens}
         return self._delta_chunk(choice, delta, reasoning=reasoning)
 
@@ -144,7 +144,7 @@ class ChatEventWriter(EventWriter):
         return self._prefixes[choice] + delta + b',"finish_reason":null}]}\n\n'
 
     def _tool_call(self, event: ToolCallDone) -> bytes:
-        delta = {"tool_calls": [tool_call_fields(event)]}
+        delta: Json = {"tool_calls": [tool_call_fields(event)]}
         return self._before_end(event.choice) + self._delta_chunk(event.choice, delta)
 
     def _before_end(self, choice: int) -> bytes:

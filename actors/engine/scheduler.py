@@ -100,10 +100,8 @@ class Scheduler:
         progress.arrival = self._num_arrivals
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
         self._num_arrivals += 1
-        if progress.request.thinking is not None:
-            progress.thinking = ThinkingTracker(
-                progress.request.thinking, progress.output_token_ids
-            )
+        if (params := progress.request.thinking) is not None:
+            progress.thinking = ThinkingTracker(params, progress.output_token_ids)
         self._requests[progress.request_id] = progress
         self._shares.enter(progress.request.tenant)
         self._waiting.add(progress)

@@ -108,7 +108,7 @@ def test_stream_chat_tells_every_event(frontend, client):
 def test_generate_takes_text_or_token_ids(frontend, client):
     for prompt, sent in (("Once", "Once"), ([1, 2], (1, 2))):
         assert told(list(client.generate(prompt, max_tokens=5))) == "Hello"
-        assert frontend.asked[-1].prompt == sent
+        assert frontend.asked[-1].prompts == (sent,)
 
 
 def test_the_rest_of_the_services_can_be_called(frontend, client):
@@ -398,7 +398,7 @@ def test_raw_token_ids_go_on_with_the_token_ids_that_came():
     frontend = Scripts(broken, REST)
     with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
         assert told(list(client.generate([1, 2]))) == "Hello"
-    assert frontend.asked[1].prompt == (1, 2, 7, 8)
+    assert frontend.asked[1].prompts == ((1, 2, 7, 8),)
 
 
 def test_failures_are_counted_anew_when_something_came():

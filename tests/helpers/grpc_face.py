@@ -11,7 +11,6 @@ from functools import partial
 
 from grpc_thread import serve_in_thread
 
-from ostro.cluster.generation import FrontendLike
 from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.grpc_services import (
     add_cluster_service,
@@ -19,6 +18,7 @@ from ostro.cluster.grpc_services import (
     add_health_service,
 )
 from ostro.cluster.metrics import Metrics
+from ostro.cluster.seams import FrontendLike
 
 SERVICES = (add_generation_service, add_cluster_service, add_health_service)
 

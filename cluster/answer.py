@@ -188,13 +188,11 @@ class ChoiceReader:
         token_ids, logprobs = self._new_tokens(event)
         self.num_thinking_tokens = max(self.num_thinking_tokens, event.num_thinking_tokens)
         self._thinking_ended_by = event.thinking_ended_by or self._thinking_ended_by
-        brought: list[GenerationEvent] = []
+        step = self._parse(event, token_ids)
         if not self.has_begun:
             self.has_begun = True
-            if self._prepared.echo:
-                brought.append(TextDelta(text=self._prepared.echo, choice=self.choice))
-        step = self._parse(event, token_ids)
-        brought += self._deltas(step, token_ids, logprobs)
+            step.answer = self._prepared.echo + step.answer
+        brought: list[GenerationEvent] = [*self._deltas(step, token_ids, logprobs)]
         for call in step.calls:
             brought.append(ToolCallDone(index=self._num_calls, call=call, choice=self.choice))
             self._num_calls += 1

@@ -47,7 +47,7 @@ FindRouter = Callable[[], Awaitable[str]]
 
 
 class CellClient:
-    """Implements `generation.Cell`.
+    """Implements `seams.Cell`.
 
     Args:
         find_router: Gives the router's address; asked again before every dial.
@@ -103,7 +103,7 @@ class CellClient:
         )
 
     async def submit(self, *requests: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        """See `generation.Cell.submit`."""
+        """See `seams.Cell.submit`."""
         callers_name = requests[0].request_id
         self._check_new(callers_name)
         self._running.add(callers_name)
@@ -135,22 +135,22 @@ class CellClient:
                 self._forget(submission_of(choices[0]))
 
     def drop(self, request_id: str) -> None:
-        """See `generation.Cell.drop`."""
+        """See `seams.Cell.drop`."""
         if request_id in self._inboxes:
             self._forget(request_id)
 
     async def cancel(self, request_id: str) -> bool:
-        """See `generation.Cell.cancel`."""
+        """See `seams.Cell.cancel`."""
         done = await self._ask(lambda tag: CancelGeneration(tag, request_id))
         return isinstance(done, ControlDone) and done.applied
 
     async def end_thinking(self, request_id: str) -> bool:
-        """See `generation.Cell.end_thinking`."""
+        """See `seams.Cell.end_thinking`."""
         done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id))
         return isinstance(done, ControlDone) and done.applied
 
     async def state(self) -> State:
-        """See `generation.Cell.state`."""
+        """See `seams.Cell.state`."""
         state = await self._ask(AskState)
         if not isinstance(state, State):
             raise NotReadyError(f"the router answered with {type(state).__name__}")

@@ -177,6 +177,46 @@ def test_it_calls_no_tool_where_none_is_offered(client: openai.OpenAI) -> None:
     assert choice.message.content
 
 
+def test_it_thinks_in_responses_too(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "ostro-teaching-7m",
+        "input": "What is 38 + 45 + 61?",
+        "reasoning": {"effort": "high"},
+    }
+    with client.responses.stream(**asked) as stream:
+        answer = stream.get_final_response()
+    thinking, message = answer.output
+    assert "38+45" in thinking.content[0].text
+    assert message.content[0].text == answer.output_text == "144"
+    assert answer.usage.output_tokens_details.reasoning_tokens > 0
+    assert client.responses.input_tokens.count(**asked).input_tokens == answer.usage.input_tokens
+
+
+def test_it_calls_a_tool_in_responses_and_reads_a_picture(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "ostro-teaching-7m",
+        "tools": [{"type": "function", **WEATHER["function"]}],
+        "reasoning": {"effort": "none"},
+    }
+    question = {"role": "user", "content": "What is the weather in Paris?"}
+    (call,) = client.responses.create(**asked, input=[question]).output
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
+    output = '{"temperature": 18}'
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": output}
+    answer = client.responses.create(**asked, input=[question, call, result])
+    assert "18 degrees" in answer.output_text
+    parts = [
+        {"type": "input_image", "image_url": _picture("407")["image_url"]["url"]},
+        {"type": "input_text", "text": "Read the digits."},
+    ]
+    seen = client.responses.create(
+        model="ostro-teaching-7m",
+        input=[{"role": "user", "content": parts}],
+        reasoning={"effort": "high"},
+    )
+    assert seen.output_text == "407"
+
+
 def test_ostro_chat_answers_from_it(served: Served) -> None:
     arguments = ["chat", "--url", served.grpc_address, "--effort", "high", "What is 9 * 12?"]
     result = CliRunner().invoke(app, arguments)

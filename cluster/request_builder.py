@@ -106,8 +106,7 @@ class RequestBuilder:
         _refuse_unserved(chat)
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
-        # A model that is told to think and may not would think in its answer.
-        prompt = self._prompt(chat.messages, chat.tools, effort if budget != 0 else "none")
+        prompt = self._prompt(chat.messages, chat.tools, effort, budget)
         thinking = self._thinking(chat, effort, budget)
         banned: list[int] = []
         if thinking is not None and budget == 0:
@@ -192,16 +191,23 @@ class RequestBuilder:
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
         """Token ids of the exact prompt that a chat would get."""
-        return self._prompt(messages, tools, self.effort(effort)).token_ids
+        effort = self.effort(effort)
+        budget = self._config.reasoning.efforts[effort].budget_tokens
+        return self._prompt(messages, tools, effort, budget).token_ids
 
     def _prompt(
-        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[Tool],
+        effort: str,
+        budget: int | None,
     ) -> Prompt:
         if not self._card.has_vision:
             for message in messages:
                 if message.images:
                     raise no_vision(message)
-        return self._prompts.chat(messages, tools, effort)
+        # A model that is told to think and may not would think in its answer.
+        return self._prompts.chat(messages, tools, "none" if budget == 0 else effort)
 
     def _prepare(
         self,

@@ -59,8 +59,8 @@ class ResponseWriter:
             growing = self._answer.item_for(event)
             before += self._open(growing)
         growing.add(event)
-        logprobs = b""
-        if not growing.is_thinking:
+        logprobs = b"" if growing.is_thinking else b',"logprobs":[]'
+        if event.logprobs and not growing.is_thinking:
             logprobs = b',"logprobs":' + encode(token_logprobs(event.logprobs))
         number = b'"sequence_number":%d' % self._number()
         delta = b',"delta":' + encode(event.text)

@@ -57,8 +57,10 @@ from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
     EFFORTS,
     DeploymentConfig,
+    EffortConfig,
     ReasoningConfig,
     ServingConfig,
+    default_efforts,
 )
 from ostro.configs.errors import ConfigError
 
@@ -646,6 +648,14 @@ def test_frontend_tokenizes_and_detokenizes(prompts: PromptBuilder) -> None:
     assert frontend.detokenize(ids).endswith("[INST]Hi[/INST]")
     assert frontend.detokenize(frontend.tokenize_text("Hi", add_bos=False)) == "Hi"
     assert tokenized(None) == tokenized("none")
+
+
+def test_frontend_counts_the_prompt_of_an_effort_that_may_not_think(prompts: PromptBuilder) -> None:
+    efforts = default_efforts() | {"high": EffortConfig(prompt_value="high", budget_tokens=0)}
+    config = replace(CONFIG, reasoning=ReasoningConfig(efforts=efforts))
+    frontend = frontend_of(prompts, FakeCell([]), config)
+    counted = asyncio.run(frontend.tokenize_chat(HELLO, (), "high"))
+    assert counted == chat(prompts, effort="high", config=config)[1].prompt_token_ids
 
 
 @pytest.mark.parametrize("token_id", [-1, VOCAB])

@@ -139,6 +139,8 @@ class ResponsesRequest(InputTokensRequest):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
     cache_salt: str | None = None
     priority: int | None = None
     queue_timeout: float | None = None

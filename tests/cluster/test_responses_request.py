@@ -92,6 +92,8 @@ def test_options_are_ours() -> None:
         top_p=0.9,
         top_k=-1,
         stop="\n",
+        min_tokens=2,
+        ignore_eos=True,
         seed=7,
         prompt_cache_key="key",
         include=["message.output_text.logprobs"],
@@ -100,7 +102,7 @@ def test_options_are_ours() -> None:
     assert (options.effort, options.max_tokens, options.thinking_token_budget) == ("high", 5, 3)
     assert (options.temperature, options.top_p, options.top_k) == (0.5, 0.9, 0)
     assert (options.stop, options.seed, options.cache_key) == (("\n",), 7, "key")
-    assert options.num_logprobs == 0
+    assert (options.num_logprobs, options.min_tokens, options.ignore_eos) == (0, 2, True)
 
 
 @pytest.mark.parametrize(

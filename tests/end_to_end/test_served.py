@@ -286,6 +286,17 @@ def test_a_running_generation_can_be_cancelled_from_another_connection(served, c
     assert [finish.reason for finish in finishes] == [generation_pb2.FINISH_REASON_CANCELLED]
 
 
+def test_a_running_response_is_cancelled_by_its_id(served, client):
+    stream = client.responses.create(
+        model="tiny", input="What is 2 + 2?", stream=True, extra_body={"ignore_eos": True}
+    )
+    control = {"id": next(stream).response.id, "action": "cancel"}
+    answer = httpx.post(f"{served.url}/v1/chat/completions/control", json=control, timeout=30)
+    assert answer.json()["applied"]
+    last = list(stream)[-1]
+    assert (last.type, last.response.status) == ("response.incomplete", "cancelled")
+
+
 def test_choices_share_their_prompt_and_the_first_is_the_answer_of_one_alone(served, client):
     prompt = ask("Count the pebbles on the beach. " * 8)
     sampled = {"model": "tiny", "messages": prompt, "max_tokens": 8, "temperature": 1, "seed": 5}

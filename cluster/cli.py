@@ -1,4 +1,4 @@
-"""The command line: `ostro serve`, `chat`, `demo`, `status`, `check`, `weights`, `bench`.
+"""The command line: `ostro serve`, `chat`, `run-batch`, `status` and the others.
 
 What a command needs beyond its own talking (torch, Ray) is imported when it runs: `ostro chat`
 starts in half a second because it never sees either.
@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from ostro.cluster.cli_batch import run_batch
 from ostro.cluster.cli_chat import chat
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_demo import demo
@@ -37,6 +38,7 @@ app.command()(serve)
 app.command()(chat)
 app.command()(demo)
 app.command()(status)
+app.command()(run_batch)
 app.add_typer(weights_app)
 
 

@@ -23,8 +23,15 @@ _RETRIES = Retries(most=2, first_delay_s=0.2)
 
 
 def api_key() -> str | None:
-    """The caller's key, if the environment has one."""
-    return os.environ.get(KEY_VARIABLE, "").strip() or None
+    """The caller's key, if the environment has one.
+
+    Raises:
+        ConfigError: No header can carry it.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY_VARIABLE}: must be printable ASCII")
+    return key or None
 
 
 def open_client(url: str) -> Client:

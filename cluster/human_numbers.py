@@ -26,3 +26,17 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
+
+
+def format_seconds(seconds: float) -> str:
+    """A span of time for people.
+
+    Example:
+        45.4 -> "45 s"; 200 -> "3 min 20 s"; 7500 -> "2 h 5 min"
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -11,7 +11,7 @@ from contextlib import aclosing, closing
 import grpc
 import pytest
 import trustme
-from grpc_face import Wire, grpc_face
+from grpc_face import grpc_face
 from grpc_thread import serve_in_thread
 from scripted_frontend import (
     CALL,
@@ -21,6 +21,7 @@ from scripted_frontend import (
     THOUGHTFUL,
     ScriptedFrontend,
 )
+from wire import Wire
 
 from ostro.actors.errors import (
     DeadlineError,

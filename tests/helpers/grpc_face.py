@@ -1,11 +1,9 @@
-"""The gRPC face over a frontend of the test's, on loopback; and a wire to it that can be cut."""
+"""The gRPC face over a frontend of the test's, on a port of loopback."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import socket
-import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -49,46 +47,3 @@ def grpc_face(frontend: FrontendLike) -> Iterator[str]:
     methods = ByKeyword(GrpcMethods(lambda: frontend, Metrics(frontend.card.name)))
     with serve_in_thread(*(partial(add, methods) for add in SERVICES)) as address:
         yield address
-
-
-class Wire:
-    """Carries connections to `address` and cuts them all when told to; new ones get through."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._target = (host, int(port))
-        self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    def cut(self) -> None:
-        """End every connection there is."""
-        sockets, self._sockets = self._sockets, []
-        for end in sockets:
-            with contextlib.suppress(OSError):  # it may have gone by itself
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def close(self) -> None:
-        """End them, and take no new ones."""
-        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(10)
-        self._listener.close()
-        self.cut()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(self._target)
-                self._sockets += (near, far)
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=_carry, args=pair, daemon=True).start()
-
-
-def _carry(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # cut
-        while data := source.recv(65536):
-            sink.sendall(data)

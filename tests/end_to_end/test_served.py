@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import checkpoints
@@ -12,6 +13,8 @@ import grpc
 import httpx
 import openai
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
@@ -19,6 +22,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from mistralai.client import Mistral
 from served import Served
 
+from ostro.actors.errors import DeadlineError, InvalidRequestError, TooLargeError
+from ostro.cluster.client import Client
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 pytestmark = pytest.mark.cluster
@@ -169,13 +174,47 @@ def test_grpc_describes_model_and_cluster(channel):
     ]
 
 
-def test_grpc_health_and_reflection_answer(channel):
+def test_grpc_health_is_told_per_service(channel):
     health = health_pb2_grpc.HealthStub(channel)
-    assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == (
-        health_pb2.HealthCheckResponse.SERVING
+    for service in ("", "ostro.v1.GenerationService", "ostro.v1.ClusterService"):
+        request = health_pb2.HealthCheckRequest(service=service)
+        serving = health_pb2.HealthCheckResponse.SERVING
+        assert health.Check(request, timeout=30).status == serving
+        watch = health.Watch(request, timeout=30)
+        assert next(watch).status == serving
+        watch.cancel()
+    with pytest.raises(grpc.RpcError) as refused:
+        health.Check(health_pb2.HealthCheckRequest(service="nobody"), timeout=30)
+    assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_grpc_reflection_describes_the_services(channel):
+    """Enough of them for a client that has no protos to call one."""
+    database = ProtoReflectionDescriptorDatabase(channel)
+    assert {"ostro.v1.GenerationService", "ostro.v1.ClusterService"} <= set(database.get_services())
+    pool = DescriptorPool(database)
+    method = pool.FindServiceByName("ostro.v1.GenerationService").FindMethodByName("Tokenize")
+    call = channel.unary_unary(
+        f"/{method.containing_service.full_name}/{method.name}",
+        request_serializer=GetMessageClass(method.input_type).SerializeToString,
+        response_deserializer=GetMessageClass(method.output_type).FromString,
     )
-    services = ProtoReflectionDescriptorDatabase(channel).get_services()
-    assert "ostro.v1.GenerationService" in services
+    answer = call(GetMessageClass(method.input_type)(text="Hello"), timeout=30)
+    assert len(answer.token_ids) > 1
+
+
+def test_grpc_errors_bring_their_details(served):
+    with (
+        Client(served.grpc_address) as client,
+        pytest.raises(InvalidRequestError) as refused,
+    ):
+        list(client.stream_chat("Hi", temperature=-3))
+    assert (refused.value.code, refused.value.param) == ("invalid_value", "temperature")
+
+
+def test_grpc_messages_beyond_the_limit_are_refused_with_a_clear_status(served):
+    with Client(served.grpc_address) as client, pytest.raises(TooLargeError, match="larger than"):
+        client.tokenize("x" * (33 * 2**20))
 
 
 def test_a_thinking_budget_is_enforced_and_echoed(served, channel):
@@ -249,8 +288,14 @@ def test_grpc_bad_input_is_invalid_argument_with_the_fields_name(channel):
     assert "temperature" in refused.value.details()
 
 
-def test_leaving_a_stream_frees_its_pages(served, channel):
-    stub = cluster_pb2_grpc.ClusterServiceStub(channel)
+def wait_idle(client):
+    deadline = time.monotonic() + 60
+    while client.cluster().load.running:
+        assert time.monotonic() < deadline, "the abandoned generation still runs"
+        time.sleep(0.1)
+
+
+def test_leaving_a_stream_frees_its_pages(served):
     body = {
         "model": "tiny",
         "messages": ask(),
@@ -258,18 +303,35 @@ def test_leaving_a_stream_frees_its_pages(served, channel):
         "ignore_eos": True,
         "stream": True,
     }
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, timeout=60) as answer:
-        lines = answer.iter_lines()
-        while not next(lines).startswith("data:"):
-            pass
-        assert stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=30).cluster.load.running
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        load = stub.GetCluster(cluster_pb2.GetClusterRequest(), timeout=30).cluster.load
-        if not load.running:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the abandoned generation still runs")
+    url = f"{served.url}/v1/chat/completions"
+    with Client(served.grpc_address) as client:
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            while not next(lines).startswith("data:"):
+                pass
+            assert client.cluster().load.running
+        wait_idle(client)
+
+
+def test_leaving_a_grpc_stream_frees_its_pages(served):
+    with Client(served.grpc_address) as client:
+        with closing(client.stream_chat("Hi", options=options(20_000))) as events:
+            next(events)
+            assert client.cluster().load.running
+        wait_idle(client)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_the_callers_grpc_deadline_ends_the_generation(served, streams):
+    with Client(served.grpc_address, timeout_s=1.5) as client:
+        settings = {"options": options(20_000)}
+        with pytest.raises(DeadlineError):
+            _ = (
+                list(client.stream_chat("Hi", **settings))
+                if streams
+                else client.chat("Hi", **settings)
+            )
+        wait_idle(client)
 
 
 def test_a_running_generation_can_be_cancelled_from_another_connection(served, channel):

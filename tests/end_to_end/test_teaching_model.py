@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import grpc
@@ -13,8 +14,12 @@ import pytest
 from pictures import digit_picture
 from served import Served
 from typer.testing import CliRunner
+from wire import Wire
 
 from ostro.cluster.cli import app
+from ostro.cluster.client import Client
+from ostro.cluster.client_requests import Asked
+from ostro.cluster.retries import Retries
 from ostro.protos import generation_pb2 as pb
 from ostro.protos import generation_pb2_grpc
 
@@ -133,6 +138,35 @@ def test_it_thinks_as_well_over_grpc(stub: generation_pb2_grpc.GenerationService
     answer = stub.Chat(request, timeout=60).choices[0]
     assert "".join(part.text for part in answer.message.parts) == "144"
     assert answer.reasoning.ended_by == pb.ReasoningReport.ENDED_BY_MODEL
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_stream_that_is_cut_says_what_the_whole_one_says(
+    served: Served, temperature: float
+) -> None:
+    """Cut within the thinking, which has about 130 tokens."""
+
+    def ask(client: Client, cut: Callable[[], None] = lambda: None) -> tuple[list[str], list[str]]:
+        texts, kinds = ["", ""], []
+        settings = Asked(effort="high", temperature=temperature, seed=3)
+        for event in client.stream_chat("What is 847 * 26?", **settings):
+            kinds.append(type(event).__name__)
+            if isinstance(event, pb.Delta):
+                texts[event.channel == pb.CHANNEL_ANSWER] += event.text
+                if kinds.count("Delta") == 20:
+                    cut()
+        return texts, kinds
+
+    with (
+        closing(Wire(served.grpc_address)) as wire,
+        Client(served.grpc_address) as whole,
+        Client(wire.address, retries=Retries(most=20, first_delay_s=0.05)) as broken,
+    ):
+        texts, kinds = ask(whole)
+        assert "Resumed" not in kinds
+        texts_of_both, kinds = ask(broken, wire.cut)
+    assert texts_of_both == texts
+    assert kinds.count("Resumed") == 1
 
 
 def test_it_reads_digits(

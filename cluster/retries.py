@@ -16,7 +16,7 @@ class Retries:
         longest_delay_s: Where the doubling ends.
     """
 
-    most: int = 4
+    most: int = 6
     first_delay_s: float = 0.5
     longest_delay_s: float = 30.0
 

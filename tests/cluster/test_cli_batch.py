@@ -133,6 +133,8 @@ def test_a_batch_is_answered_as_openai_writes_it(face, frontend, tmp_path):
     bodies = {
         "chat": (CHAT, {"messages": messages}),
         "text": ("/v1/completions", {"prompt": "Once"}),
+        "responses": ("/v1/responses", {"input": "Say hello."}),
+        "messages": ("/v1/messages", {"model": MODEL, "messages": messages, "max_tokens": 9}),
         "wrong": (CHAT, {"messages": messages, "temperature": "hot"}),
     }
     lines = [
@@ -143,7 +145,7 @@ def test_a_batch_is_answered_as_openai_writes_it(face, frontend, tmp_path):
     result = invoke(source, target, "--url", face, "--effort", "low")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("2 done, 3 failed, ")
+    assert result.stderr.startswith("4 done, 3 failed, ")
     assert "--retry-failed asks again" in result.stderr
     lines = [json.loads(line) for line in target.read_text().splitlines()]
     by_id = {
@@ -157,12 +159,14 @@ def test_a_batch_is_answered_as_openai_writes_it(face, frontend, tmp_path):
     assert chat["response"]["request_id"]
     assert chat["response"]["body"]["choices"][0]["message"]["content"] == "Hello"
     assert by_id["text"]["response"]["body"]["object"] == "text_completion"
+    assert by_id["responses"]["response"]["body"]["object"] == "response"
+    assert by_id["messages"]["response"]["body"]["type"] == "message"
     wrong = by_id["wrong"]["response"]
     assert (wrong["status_code"], wrong["body"]["error"]["param"]) == (422, "temperature")
     faults = [line["error"] for line in lines if line["error"]]
     assert [(fault["code"], fault["line"]) for fault in faults] == [
-        ("invalid_json", 4),
-        ("duplicate_custom_id", 5),
+        ("invalid_json", 6),
+        ("duplicate_custom_id", 7),
     ]
     efforts = {asked.options.effort for asked in frontend.asked if hasattr(asked, "messages")}
     assert efforts == {"low"}

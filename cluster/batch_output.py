@@ -32,13 +32,13 @@ class Response(msgspec.Struct):
     body: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Record(msgspec.Struct):
+class Record(msgspec.Struct, kw_only=True):
     """One line of output."""
 
+    id: str = msgspec.field(default_factory=lambda: f"batch_req_{uuid.uuid4().hex}")
     custom_id: str | None
     response: Response | None = None
     error: dict[str, Any] | None = None
-    id: str = msgspec.field(default_factory=lambda: f"batch_req_{uuid.uuid4().hex}")
 
     @property
     def has_failed(self) -> bool:

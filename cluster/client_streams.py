@@ -166,7 +166,8 @@ class TokenStream:
                 return message.tool_call
             case "finish":
                 self._is_finished = True
-                message.finish.report.thinking_tokens += self._num_thinking_before
+                if self._num_thinking_before:
+                    message.finish.report.thinking_tokens += self._num_thinking_before
                 return message.finish
             case "ended":
                 self._is_ended = True

@@ -154,7 +154,7 @@ def test_a_batch_is_answered_as_openai_writes_it(face, frontend, tmp_path):
         if not line["error"] or "line" not in line["error"]
     }
     chat = by_id["chat"]
-    assert list(chat) == ["custom_id", "response", "error", "id"]
+    assert list(chat) == ["id", "custom_id", "response", "error"]
     assert (chat["response"]["status_code"], chat["error"]) == (200, None)
     assert chat["response"]["request_id"]
     assert chat["response"]["body"]["choices"][0]["message"]["content"] == "Hello"

@@ -24,6 +24,7 @@ from ostro.cluster.batch_output import BatchIndex, Record, Response
 from ostro.cluster.retries import Retries
 
 _CONNECT_TIMEOUT_S = 10.0
+_KNOCK_TIMEOUT_S = 30.0
 _RETRIED = frozenset({429, 502, 503})  # nothing was done yet, or not by the server itself
 _LONGEST_ASKED_DELAY_S = 600.0
 _NOT_LET_IN = frozenset({401, 403})
@@ -154,8 +155,14 @@ class BatchRun:
     async def _knock(self, session: aiohttp.ClientSession) -> None:
         """Find out before the first line whether anybody is there and takes our key."""
         try:
-            async with session.get(f"{self._server.url}/v1/models") as answer:
+            models, timeout = (
+                f"{self._server.url}/v1/models",
+                aiohttp.ClientTimeout(_KNOCK_TIMEOUT_S),
+            )
+            async with session.get(models, timeout=timeout) as answer:
                 status = answer.status
+        except aiohttp.ClientSSLError as error:
+            raise OstroError(f"no TLS connection to {self._server.url}: {error}") from None
         except (aiohttp.ClientError, TimeoutError):
             raise self._server.unreachable() from None
         if status in _NOT_LET_IN:

@@ -298,6 +298,14 @@ def test_nobody_there_is_said_at_once(tmp_path, free_port):
     assert "ostro serve" in result.stderr
 
 
+def test_a_plain_server_asked_for_tls_is_told_apart_from_none(tmp_path):
+    source = write(tmp_path / "in", "a")
+    with served(FakeServer(fine).app) as url:
+        result = invoke(source, tmp_path / "out", "--url", url.replace("http:", "https:"))
+    assert result.exit_code == 1
+    assert "no TLS connection" in result.stderr
+
+
 def test_the_key_of_the_environment_is_sent(tmp_path, monkeypatch):
     monkeypatch.setenv("OSTRO_API_KEY", " s3cret\n")
     server, source = FakeServer(fine), write(tmp_path / "in", "a")

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ostro.cluster.tls_certificate import with_absolute_files
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment, preset_names, read_model_defaults
@@ -58,6 +59,7 @@ def read_deployment(
     defaults = read_model_defaults(resolve_model(model))
     deployment = load_deployment(source, overrides or (), defaults)
     serving = deployment.serving
+    tls = None if serving.tls is None else with_absolute_files(serving.tls)
     return replace(
         deployment,
         model=model,
@@ -65,6 +67,7 @@ def read_deployment(
             serving,
             http_port=serving.http_port if http_port is None else http_port,
             grpc_port=serving.grpc_port if grpc_port is None else grpc_port,
+            tls=tls,
         ),
     )
 

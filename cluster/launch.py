@@ -30,17 +30,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ostro.actors.errors import OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
-from ostro.actors.model.device import (
-    choose_dtype,
-    choose_precision,
-    num_threads,
-    weight_dtype,
-)
+from ostro.actors.model.device import choose_dtype, choose_precision, weight_dtype
 from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
-from ostro.cluster.node_placement import Node, request_group, resolve_device
+from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
 from ostro.cluster.peers import RayPeer, with_place
-from ostro.cluster.placed_shard import PlacedAttentionShard, PlacedExpertShard, listen_address
+from ostro.cluster.placed_shard import (
+    PlacedAttentionShard,
+    PlacedExpertShard,
+    listen_address,
+    thread_environment,
+)
 from ostro.cluster.serve_ingress import (
     clear_ingress,
     reachable_host,
@@ -48,9 +48,11 @@ from ostro.cluster.serve_ingress import (
     stop_ingress,
     wait_ready,
 )
+from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
 from ostro.configs.deployment import DeploymentConfig, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
+from ostro.configs.tls import TlsConfig
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +86,7 @@ class RunningCluster:
     Attributes:
         ending: Ends all that the launch started, the last first.
         stage_seconds: How long each stage of the launch took.
+        certificate: What the faces showed at the launch; None if they speak clear text.
     """
 
     deployment: DeploymentConfig
@@ -91,6 +94,7 @@ class RunningCluster:
     secret: bytes
     ending: ExitStack
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    certificate: FaceCertificate | None = None
     ended: bool = False
 
     def state(self) -> State:
@@ -151,7 +155,7 @@ def launch(
                 undo.callback(ray.shutdown)
         nodes = _nodes()
         _refuse_second_cell()
-        host = _prepare_ingress(deployment, nodes) if with_ingress else ""
+        host, certificate = _prepare_ingress(deployment, nodes) if with_ingress else ("", None)
         device = resolve_device(deployment.layout.device, nodes)
         dtype = choose_dtype(deployment.engine.dtype, device, config)
         spec = IngressSpec(
@@ -174,8 +178,8 @@ def launch(
         if with_ingress:
             with _stage("answer", seconds, on_progress):
                 opened.result()
-                wait_ready(host, deployment.serving.http_port)
-        return RunningCluster(deployment, router, spec.secret, undo.pop_all(), seconds)
+                wait_ready(host, deployment.serving.http_port, certificate)
+        return RunningCluster(deployment, router, spec.secret, undo.pop_all(), seconds, certificate)
 
 
 @contextmanager
@@ -224,12 +228,29 @@ def _nodes() -> list[Node]:
     ]
 
 
-def _prepare_ingress(deployment: DeploymentConfig, nodes: list[Node]) -> str:
+def _prepare_ingress(
+    deployment: DeploymentConfig, nodes: list[Node]
+) -> tuple[str, FaceCertificate | None]:
     """Make way for HTTP and gRPC; the host at which this process will reach them."""
     clear_ingress()
-    here = ray.get_runtime_context().get_node_id()
     head = next(node for node in nodes if node.is_head())
-    return reachable_host(deployment.serving, None if head.node_id == here else head.address)
+    is_here = head.node_id == ray.get_runtime_context().get_node_id()
+    host = reachable_host(deployment.serving, None if is_here else head.address)
+    tls = deployment.serving.tls
+    return host, None if tls is None else _read_certificate(tls, is_here=is_here)
+
+
+def _read_certificate(tls: TlsConfig, *, is_here: bool) -> FaceCertificate:
+    """The certificate as the head reads it, which may be another machine."""
+    if is_here:
+        return read_certificate(tls)
+    there = ray.remote(num_cpus=0, resources={HEAD_RESOURCE: 0.001})(read_certificate)
+    try:
+        return ray.get(there.remote(tls), timeout=_CALL_TIMEOUT_S)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise ConfigError(f"{error.cause} (on the head node, {error.ip})") from None
+        raise
 
 
 def _make_actors(
@@ -294,18 +315,11 @@ def _make_rank(
         "max_restarts": -1,
         "max_task_retries": 0,
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, rank),
-        "runtime_env": {"env_vars": _thread_environment(deployment)},
+        "runtime_env": {"env_vars": thread_environment(deployment)},
     }
     # Ray's stubs do not know this argument.
     make: Any = ray.remote(concurrency_groups={"control": 2})  # type: ignore[call-overload]
     return make(kind.of).options(**options).remote(name, socket_dir, *kind.arguments)
-
-
-def _thread_environment(deployment: DeploymentConfig) -> dict[str, str]:
-    """OpenMP threads pinned to cores: unpinned, one busy neighbour cost a factor of 33."""
-    threads = num_threads(deployment)
-    pinned = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores"} if threads > 1 else {}
-    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **pinned}
 
 
 def _make_group(layout: LayoutConfig, device: str, nodes: list[Node]) -> PlacementGroup:

@@ -54,6 +54,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # Ray on one machine alone, as it is by default on macOS: its ports open on loopback.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     elif _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     # HAProxy by way of `ostro.cluster.haproxy`, which says why.

@@ -15,6 +15,8 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 
 from ostro.actors.errors import NotReadyError
 from ostro.cluster.app import SERVICERS, IngressSpec, build_app
+from ostro.cluster.face_listeners import FaceListeners, bracketed
+from ostro.cluster.tls_certificate import FaceCertificate, trust_only
 from ostro.configs.deployment import ServingConfig
 from ostro.configs.errors import ConfigError
 
@@ -65,33 +67,46 @@ def start_ingress(spec: IngressSpec) -> None:
     """Serve a cell over HTTP and gRPC; returns once the replicas run.
 
     On any address: from the head and from every node with a replica. One address is one machine's,
-    and replicas listen where the faces do; then all of it is on the head.
+    and replicas listen where the faces do; then all of it is on the head. So it is with TLS: what
+    leaves a host is encrypted.
 
     Raises:
         NotReadyError: Ray Serve did not come up.
     """
     serving = spec.deployment.serving
-    on_head = serving.host not in _ANY
+    listeners = FaceListeners.of(serving)
+    on_head = listeners.on_head()
     with _named_failure():
         serve.start(
             proxy_location="HeadOnly" if on_head else "EveryNode",
-            http_options=HTTPOptions(host=serving.host, port=serving.http_port),
+            http_options=HTTPOptions(host=listeners.serve_host(), port=serving.http_port),
             grpc_options=gRPCOptions(
                 port=serving.grpc_port, grpc_servicer_functions=list(SERVICERS)
             ),
+            controller_options={"runtime_env": {"env_vars": listeners.to_environment()}},
         )
         serve.run(build_app(spec, on_head=on_head), name=_APP_NAME, route_prefix="/")
 
 
-def wait_ready(host: str, http_port: int) -> None:
+def wait_ready(host: str, http_port: int, certificate: FaceCertificate | None) -> None:
     """Wait until the ingress says that the cell takes requests.
+
+    Args:
+        host: Where this process reaches it.
+        http_port: Likewise.
+        certificate: What it shows; None if it speaks clear text.
 
     Raises:
         NotReadyError: It did not in time.
     """
-    url = f"http://{f'[{host}]' if ':' in host else host}:{http_port}/ready"
-    # Never by way of a proxy that the environment names for the outside.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    trust = None if certificate is None else trust_only(certificate)
+    scheme = "http" if certificate is None else "https"
+    url = f"{scheme}://{bracketed(host)}:{http_port}/ready"
+    opener = urllib.request.build_opener(
+        # Never by way of a proxy that the environment names for the outside.
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=trust),
+    )
     deadline_s = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:

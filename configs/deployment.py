@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ostro.configs.errors import ConfigError
+from ostro.configs.tls import TlsConfig
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -284,6 +285,7 @@ class ServingConfig:
         request_timeout_s: How long one generation may take altogether.
         drain_timeout_s: How long running generations may finish after a stop was asked for.
         keep_alive_s: Pause after which an idle SSE stream gets a comment line.
+        tls: Both faces speak TLS with it; None leaves them in clear text.
     """
 
     host: str = "127.0.0.1"
@@ -302,6 +304,7 @@ class ServingConfig:
     request_timeout_s: float = 3600.0
     drain_timeout_s: float = 20.0
     keep_alive_s: float = 15.0
+    tls: TlsConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (

@@ -171,7 +171,7 @@ def _build(wanted: Any, value: Any, default: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         (inner,) = (argument for argument in arguments if argument is not type(None))
-        return _build(inner, value, default, path)
+        return _build(inner, value, MISSING if default is None else default, path)
     if origin is tuple:
         if not isinstance(value, list):
             raise ConfigError(f"{path}={value!r}: must be a list")

@@ -1,0 +1,48 @@
+"""How the faces speak TLS."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ostro.configs.errors import ConfigError
+
+
+class TlsVersion(StrEnum):
+    """The oldest protocol that a client may speak."""
+
+    TLS_1_2 = "1.2"
+    TLS_1_3 = "1.3"
+
+    @classmethod
+    def _missing_(cls, value: object) -> TlsVersion | None:
+        # YAML reads a version without quotes as a number.
+        return cls(str(value)) if isinstance(value, float) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsConfig:
+    """Certificate of both faces; the files are read on the head node, again when they change.
+
+    Attributes:
+        cert_file: The server's certificate in PEM, then the intermediate ones.
+        key_file: Its private key in PEM, not encrypted.
+        client_ca_file: Certificates in PEM that sign those of clients. Where it is set, a client
+            without a certificate is refused everything but the health checks.
+        min_version: The oldest protocol that a client may speak.
+    """
+
+    cert_file: str
+    key_file: str
+    client_ca_file: str | None = None
+    min_version: TlsVersion = TlsVersion.TLS_1_2
+
+    def __post_init__(self) -> None:
+        for name, file in self.files().items():
+            if not file.strip():
+                raise ConfigError(f"{name}: must name a file")
+
+    def files(self) -> dict[str, str]:
+        """The files that are set, by their fields' names."""
+        clients = {} if self.client_ca_file is None else {"client_ca_file": self.client_ca_file}
+        return {"cert_file": self.cert_file, "key_file": self.key_file, **clients}

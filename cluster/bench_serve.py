@@ -7,6 +7,7 @@ meanwhile hits both.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -79,8 +80,16 @@ _SETTLE_S = 2.0
 Runs = dict[tuple[str, Load], list[LoadRun]]
 
 
-async def run_plan(targets: Sequence[Target], plan: LoadPlan, progress: Progress) -> Runs:
+async def run_plan(
+    targets: Sequence[Target], plan: LoadPlan, progress: Progress, trust: ssl.SSLContext
+) -> Runs:
     """Load every server in turns.
+
+    Args:
+        targets: The servers.
+        plan: What is done to each.
+        progress: Told what goes on.
+        trust: For those with https.
 
     Returns:
         The runs of each server and load, one a round.
@@ -90,7 +99,7 @@ async def run_plan(targets: Sequence[Target], plan: LoadPlan, progress: Progress
     """
     taken: Runs = {}
     # As many connections as requests are in flight; each request has its own timeout.
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, ssl=trust)
     no_timeout = aiohttp.ClientTimeout(total=None, sock_connect=30.0)
     async with aiohttp.ClientSession(connector=connector, timeout=no_timeout) as session:
         for target in targets:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ostro.actors.model.device import choose_dtype, torch_dtype
 from ostro.actors.model.inspection import Inspection, inspect_checkpoint
+from ostro.cluster.announced_faces import AnnouncedFaces
 from ostro.cluster.cli_console import make_console
 from ostro.cluster.cli_deployment import describe_layout, resolve_model, taken_ports
 from ostro.cluster.deployment_plan import (
@@ -24,7 +25,8 @@ from ostro.cluster.deployment_plan import (
 from ostro.cluster.human_numbers import format_bytes, format_count
 from ostro.cluster.machine import local_device, this_machine
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import DeploymentConfig
+from ostro.cluster.tls_certificate import read_certificate
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.configs.quantization import WeightFormat
@@ -60,6 +62,7 @@ def run(deployment: DeploymentConfig) -> None:
         *_tokenizer_problems(deployment, model_dir, config),
         *plan.problems,
         *_port_problems(deployment),
+        *_print_certificate(deployment.serving, console),
     ]
     _print_verdict(plan, problems, console)
     if problems:
@@ -85,6 +88,18 @@ def _port_problems(deployment: DeploymentConfig) -> list[str]:
 
 
 # ---- what is said
+
+
+def _print_certificate(serving: ServingConfig, console: Console) -> list[str]:
+    """Write whom the certificate is for; the problem if there is one."""
+    if serving.tls is None:
+        return []
+    try:
+        certificate = read_certificate(serving.tls)
+    except ConfigError as error:
+        return [str(error)]
+    _say(console, "TLS", "\n".join(AnnouncedFaces(serving, certificate).tls_lines()))
+    return []
 
 
 def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
+from ostro.cluster.announced_faces import AnnouncedFaces
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_deployment import (
     GrpcPort,
@@ -34,7 +34,8 @@ from ostro.cluster.cli_deployment import (
     read_deployment,
     resolve_model,
 )
-from ostro.configs.deployment import DeploymentConfig, ServingConfig
+from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
+from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import ModelConfig
 
 _POLL_S = 3.0
@@ -42,7 +43,6 @@ _HURRIED_DRAIN_S = 0.1
 _RAY_CHARS = 400  # of an error of Ray's
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_DEFAULT_GRPC = ("127.0.0.1", 9000)  # where `ostro chat` looks by itself
 
 
 class Cell(Protocol):
@@ -50,6 +50,7 @@ class Cell(Protocol):
 
     deployment: DeploymentConfig
     stage_seconds: dict[str, float]
+    certificate: FaceCertificate | None
 
     def state(self) -> State:
         """The cell at this moment."""
@@ -90,6 +91,8 @@ def serve(
         source, overrides, model=model, http_port=http_port, grpc_port=grpc_port
     )
     check_ports_free(deployment.serving)
+    if deployment.serving.tls is not None and "RAY_ADDRESS" not in os.environ:
+        read_certificate(deployment.serving.tls)  # a mistake is told before anything starts
     model_dir = resolve_model(deployment.model)
     logging.basicConfig(
         level=logging.WARNING,
@@ -222,36 +225,23 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
     name = make_card(model_dir, config, deployment, weight_dtype=config.dtype).name
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in cell.stage_seconds.items())
     total_s = sum(cell.stage_seconds.values())
-    lines = {
-        "model": name,
-        **({"note": deployment.notice} if deployment.notice else {}),
-        "layout": describe_layout(deployment),
-        "HTTP": f"http://{_reachable(serving)}:{serving.http_port}/v1",
-        "gRPC": f"{_reachable(serving)}:{serving.grpc_port}",
-        "try": _curl_line(serving, name),
-        "or": _chat_line(serving),
-    }
+    faces = AnnouncedFaces(serving, cell.certificate)
+    lines = [
+        ("model", name),
+        *([("note", deployment.notice)] if deployment.notice else []),
+        ("layout", describe_layout(deployment)),
+        ("HTTP", faces.http_url()),
+        ("gRPC", faces.grpc_address()),
+        *(("TLS", line) for line in faces.tls_lines()),
+        ("try", faces.curl_line(name)),
+        ("or", faces.chat_line()),
+    ]
     console.print()
     console.print(Text(f"Ostro is ready after {total_s:.1f} s", "bold green"), end="")
     console.print(Text(f"  ({stages})", "dim"))
-    for title, text in lines.items():
+    for title, text in lines:
         console.print(Text.assemble((f"  {title:<8}", "bold"), text), soft_wrap=True)
     console.print(Text("Ctrl-C stops it.", "dim"))
-
-
-def _reachable(serving: ServingConfig) -> str:
-    return "127.0.0.1" if serving.host in ("0.0.0.0", "::") else serving.host
-
-
-def _curl_line(serving: ServingConfig, name: str) -> str:
-    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
-    url = f"http://{_reachable(serving)}:{serving.http_port}/v1/chat/completions"
-    return f"curl {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
-
-
-def _chat_line(serving: ServingConfig) -> str:
-    address = (_reachable(serving), serving.grpc_port)
-    return "ostro chat" + ("" if address == _DEFAULT_GRPC else f" --url {address[0]}:{address[1]}")
 
 
 # ---- watching

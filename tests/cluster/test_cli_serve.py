@@ -21,6 +21,7 @@ from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.cli import app
 from ostro.cluster.cli_loading import LiveLoading, PlainLoading
 from ostro.cluster.cli_serve import run
+from ostro.cluster.tls_certificate import FaceCertificate
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.load import load_deployment
 
@@ -70,8 +71,10 @@ class FakeCell:
         deployment: DeploymentConfig,
         story: Sequence[State | Callable[[], None]],
         on_stop: Sequence[Callable[[], None]] = (),
+        certificate: FaceCertificate | None = None,
     ) -> None:
         self.deployment = deployment
+        self.certificate = certificate
         self.stage_seconds = {"ray": 3.25, "load": 0.5}
         self.drains_s: list[float] = []
         self._story = list(story)

@@ -213,13 +213,17 @@ def _write_program(path: Path, body: str) -> None:
 
 def _product_environment(monkeypatch) -> dict[str, str]:
     """What `ostro serve` wants to find; ports are chosen and paths found by each process."""
-    wanted: dict[str, str] = {"RAY_AUTH_TOKEN": "elsewhere"}
+    elsewhere = {"RAY_AUTH_TOKEN": "elsewhere", "RAY_ADDRESS": "10.0.0.1:6379"}
+    wanted = dict(elsewhere)
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", wanted)
         prepare_environment()
-    del wanted["RAY_AUTH_TOKEN"]
     own = ("_PORT", "_PATH")
-    return {name: value for name, value in wanted.items() if not name.endswith(own)}
+    return {
+        name: value
+        for name, value in wanted.items()
+        if name not in elsewhere and not name.endswith(own)
+    }
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])

@@ -1,0 +1,146 @@
+"""What is said of a certificate before anything is served with it."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from certificates import Authority, tls_config
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from ostro.cluster.tls_certificate import FaceCertificate, read_certificate, with_absolute_files
+from ostro.configs.errors import ConfigError
+from ostro.configs.tls import TlsConfig
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def pair(authority):
+    return authority.issue("server", "llm.example.com", "*.inner.example.com", "127.0.0.1")
+
+
+def test_a_good_certificate_says_whom_it_is_for(authority, pair):
+    certificate = read_certificate(tls_config(pair, authority.ca))
+    assert certificate.names == ("llm.example.com", "*.inner.example.com", "127.0.0.1")
+    assert timedelta(days=29) < certificate.not_after - datetime.now(UTC) < timedelta(days=31)
+    assert certificate.notes("127.0.0.1") == []
+
+
+@pytest.mark.parametrize(
+    ("host", "covered"),
+    [
+        ("llm.example.com", True),
+        ("LLM.example.com.", True),
+        ("a.inner.example.com", True),
+        ("a.b.inner.example.com", False),
+        ("example.com", False),
+        ("127.0.0.1", True),
+        ("127.0.0.2", False),
+        ("::1", False),
+    ],
+)
+def test_covers(pair, host, covered):
+    assert read_certificate(tls_config(pair)).covers(host) is covered
+
+
+def test_an_address_is_covered_however_it_is_written(authority):
+    certificate = read_certificate(tls_config(authority.issue("six", "2001:db8::1")))
+    assert certificate.covers("2001:0db8:0:0::1")
+
+
+def test_a_host_that_it_misses_is_called_by_one_of_its_names(pair):
+    certificate = read_certificate(tls_config(pair))
+    assert certificate.name_for("10.0.0.7") == "llm.example.com"
+    assert certificate.name_for("127.0.0.1") == "127.0.0.1"
+    (note,) = certificate.notes("10.0.0.7")
+    assert "llm.example.com" in note
+    assert "10.0.0.7" in note
+
+
+def test_a_near_end_is_told(authority):
+    certificate = read_certificate(tls_config(authority.issue("short", "box", days=3)))
+    (note,) = certificate.notes("box")
+    assert "expires" in note
+
+
+def test_a_certificate_without_names_is_called_by_the_host():
+    nameless = FaceCertificate(leaf_pem="", names=(), not_after=datetime.now(UTC))
+    assert nameless.name_for("box") == "box"
+
+
+def refuse(tls: TlsConfig, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_certificate(tls)
+
+
+@pytest.mark.parametrize("field", ["cert_file", "key_file", "client_ca_file"])
+def test_a_missing_file_is_named(authority, pair, field):
+    tls = replace(tls_config(pair, authority.ca), **{field: "/no/such.pem"})
+    refuse(tls, rf"serving\.tls\.{field}=/no/such\.pem: cannot be read: No such file")
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("cert_file", "holds no certificate"),
+        ("key_file", "holds no private key"),
+        ("client_ca_file", "holds no certificate"),
+    ],
+)
+def test_a_file_of_something_else_is_named(authority, pair, tmp_path, field, told):
+    (tmp_path / "note.txt").write_text("hello")
+    tls = replace(tls_config(pair, authority.ca), **{field: str(tmp_path / "note.txt")})
+    refuse(tls, rf"{field}=.*note\.txt: {told}")
+
+
+def test_anothers_key_is_refused(authority, pair):
+    other = authority.issue("other", "other.example.com")
+    refuse(replace(tls_config(pair), key_file=str(other.key)), r"is not the key of .*server\.pem")
+
+
+def test_an_encrypted_key_is_refused(pair):
+    key = load_pem_private_key(pair.key.read_bytes(), None)
+    locked = BestAvailableEncryption(b"secret")
+    pair.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
+    refuse(tls_config(pair), "key_file=.*is encrypted")
+
+
+def test_an_expired_certificate_is_refused(authority):
+    refuse(tls_config(authority.issue("old", "box", days=-1)), "cert_file=.*expired on")
+
+
+def test_a_certificate_of_the_future_is_refused(pair):
+    then = datetime.now(UTC) - timedelta(days=90)
+    with pytest.raises(ConfigError, match="is not valid before"):
+        read_certificate(tls_config(pair), now=then)
+
+
+def test_one_file_may_hold_certificate_and_key(pair):
+    pair.cert.write_bytes(pair.cert.read_bytes() + pair.key.read_bytes())
+    both = str(pair.cert)
+    assert read_certificate(TlsConfig(cert_file=both, key_file=both)).covers("127.0.0.1")
+
+
+def test_keys_that_openssl_makes_are_understood(tmp_path):
+    cert, key = tmp_path / "c.pem", tmp_path / "k.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-subj", "/CN=box", "-addext", "subjectAltName=DNS:box"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    assert read_certificate(TlsConfig(cert_file=str(cert), key_file=str(key))).names == ("box",)
+
+
+def test_relative_files_are_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    absolute = with_absolute_files(TlsConfig(cert_file="c.pem", key_file="/k.pem"))
+    assert absolute == TlsConfig(cert_file=f"{tmp_path}/c.pem", key_file="/k.pem")

@@ -17,7 +17,7 @@ from ostro.cluster.face_listeners import CLIENT_SUBJECT_HEADER, FaceListeners, b
 from ostro.configs.tls import TlsConfig
 
 _RELOAD_SCRIPT = Path(__file__).with_name("haproxy_reload.lua")
-_RELOAD_PERIOD_S = 5
+_RELOAD_PERIOD_S = 2
 # Mozilla's "intermediate" list without DHE; TLS 1.3 has its own.
 _CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"

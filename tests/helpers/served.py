@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -18,11 +19,18 @@ START_TIMEOUT_S = 240
 
 
 class Served:
-    """A running `ostro serve`; `arguments` are those of the command, ports excepted."""
+    """A running `ostro serve`.
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    Args:
+        log: Where it writes.
+        arguments: Of the command, ports excepted.
+        trust: Whom to trust if it speaks TLS.
+    """
+
+    def __init__(self, log: Path, *arguments: str, trust: ssl.SSLContext | None = None) -> None:
         self.http_port, self.grpc_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.url = f"{'http' if trust is None else 'https'}://127.0.0.1:{self.http_port}"
+        self.trust = trust
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         self.log = log
         with log.open("wb") as output:
@@ -51,7 +59,8 @@ class Served:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()
             try:
-                if httpx.get(f"{self.url}/ready", timeout=2).status_code == 200:
+                ready = httpx.get(f"{self.url}/ready", timeout=2, verify=self.trust or True)
+                if ready.status_code == 200:
                     return
             except httpx.HTTPError:
                 time.sleep(0.2)

@@ -241,6 +241,7 @@ def test_a_stop_lets_streams_end(tmp_path):
     secured = Secured(tmp_path)
     try:
         secured.served.wait_ready()
+        secured.served.wait_announced()
         with secured.channel(secured.alice) as channel:
             stub = generation_pb2_grpc.GenerationServiceStub(channel)
             request = long_request("draining")
@@ -253,6 +254,7 @@ def test_a_stop_lets_streams_end(tmp_path):
         assert secured.served.process.wait(120) == 0
     finally:
         secured.served.process.kill()
+        secured.served.process.wait(WAIT_S)
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ostro.cluster.face_listeners import bracketed
-from ostro.cluster.tls_certificate import FaceCertificate
 from ostro.configs.deployment import ServingConfig
+
+if TYPE_CHECKING:
+    from ostro.cluster.tls_certificate import FaceCertificate
 
 _DEFAULT_GRPC = ("127.0.0.1", 9000)  # where `ostro chat` looks by itself
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from ostro.cluster.tls_certificate import with_absolute_files
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment, preset_names, read_model_defaults
@@ -59,7 +58,7 @@ def read_deployment(
     defaults = read_model_defaults(resolve_model(model))
     deployment = load_deployment(source, overrides or (), defaults)
     serving = deployment.serving
-    tls = None if serving.tls is None else with_absolute_files(serving.tls)
+    tls = None if serving.tls is None else serving.tls.absolute()
     return replace(
         deployment,
         model=model,

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 from rich.console import Console
@@ -34,9 +34,11 @@ from ostro.cluster.cli_deployment import (
     read_deployment,
     resolve_model,
 )
-from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
-from ostro.configs.deployment import DeploymentConfig
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.model import ModelConfig
+
+if TYPE_CHECKING:
+    from ostro.cluster.tls_certificate import FaceCertificate
 
 _POLL_S = 3.0
 _HURRIED_DRAIN_S = 0.1
@@ -91,8 +93,7 @@ def serve(
         source, overrides, model=model, http_port=http_port, grpc_port=grpc_port
     )
     check_ports_free(deployment.serving)
-    if deployment.serving.tls is not None and "RAY_ADDRESS" not in os.environ:
-        read_certificate(deployment.serving.tls)  # a mistake is told before anything starts
+    _check_certificate(deployment.serving)
     model_dir = resolve_model(deployment.model)
     logging.basicConfig(
         level=logging.WARNING,
@@ -139,6 +140,14 @@ def run(
         finally:
             _stop(cell)
             console.print("stopped")
+
+
+def _check_certificate(serving: ServingConfig) -> None:
+    """Refuse a bad one before anything starts; on a cluster the head has it, and reads it later."""
+    from ostro.cluster.tls_certificate import read_certificate
+
+    if serving.tls is not None and "RAY_ADDRESS" not in os.environ:
+        read_certificate(serving.tls)
 
 
 def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:

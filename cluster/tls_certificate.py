@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -57,12 +57,6 @@ class FaceCertificate:
         if self.not_after - now < _SOON:
             told.append(f"the certificate expires on {self.not_after:%Y-%m-%d %H:%M} UTC")
         return told
-
-
-def with_absolute_files(tls: TlsConfig) -> TlsConfig:
-    """The same, its files named from the root: who reads them may stand elsewhere."""
-    named = tls.files().items()
-    return replace(tls, **{name: str(Path(file).expanduser().absolute()) for name, file in named})
 
 
 def read_certificate(tls: TlsConfig, now: datetime | None = None) -> FaceCertificate:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import Path
 
 from ostro.configs.errors import ConfigError
 
@@ -46,3 +47,10 @@ class TlsConfig:
         """The files that are set, by their fields' names."""
         clients = {} if self.client_ca_file is None else {"client_ca_file": self.client_ca_file}
         return {"cert_file": self.cert_file, "key_file": self.key_file, **clients}
+
+    def absolute(self) -> TlsConfig:
+        """The same, its files named from the root: who reads them may stand elsewhere."""
+        named = {
+            name: str(Path(file).expanduser().absolute()) for name, file in self.files().items()
+        }
+        return replace(self, **named)  # type: ignore[arg-type]

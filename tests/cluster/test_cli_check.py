@@ -7,6 +7,7 @@ from pathlib import Path
 
 import checkpoint_variants
 import pytest
+from certificates import Authority
 from checkpoints import make_tiny_checkpoint
 from typer.testing import CliRunner
 
@@ -107,3 +108,24 @@ def test_check_tells_bad_options_in_one_line(arguments, told):
     assert result.stderr.startswith("error: ")
     assert told in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def tls_options(tmp_path):
+    pair = Authority(tmp_path).issue("server", "llm.example.com")
+    files = {"cert_file": pair.cert, "key_file": pair.key}
+    return [f"--set=serving.tls.{name}={file}" for name, file in files.items()]
+
+
+def test_check_tells_whom_the_certificate_is_for_and_whom_not(model_dir, ports, tls_options):
+    result = check(model_dir, *ports, *tls_options)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "certificate for llm.example.com, valid until" in told
+    assert "clients that call 127.0.0.1 refuse it" in told
+
+
+def test_check_fails_for_a_certificate_that_cannot_be_read(model_dir, ports, tls_options):
+    result = check(model_dir, *ports, *tls_options, "--set=serving.tls.key_file=/no/such.key")
+    assert result.exit_code == 1
+    assert "serving.tls.key_file=/no/such.key: cannot be read" in " ".join(result.stdout.split())

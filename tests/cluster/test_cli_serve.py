@@ -217,6 +217,16 @@ def test_serve_refuses_a_taken_port(free_port):
     assert "--grpc-port" in result.stderr
 
 
+def test_serve_refuses_a_bad_certificate(monkeypatch, free_port):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = ["--http-port", str(free_port()), "--grpc-port", str(free_port())]
+    options += ["--set", "serving.tls.cert_file=/no/such.pem"]
+    options += ["--set", "serving.tls.key_file=/no/such.key"]
+    result = CliRunner().invoke(app, ["serve", *options])
+    assert result.exit_code == 2
+    assert "serving.tls.cert_file=/no/such.pem: cannot be read" in result.stderr
+
+
 def test_serve_refuses_a_broken_checkpoint(tmp_path, free_port):
     directory = make_tiny_checkpoint(tmp_path)
     (directory / "model.safetensors").unlink()

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from ostro.cluster.tls_certificate import FaceCertificate, read_certificate, with_absolute_files
+from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
 from ostro.configs.errors import ConfigError
 from ostro.configs.tls import TlsConfig
 
@@ -138,9 +138,3 @@ def test_keys_that_openssl_makes_are_understood(tmp_path):
     command += ["-nodes", "-subj", "/CN=box", "-addext", "subjectAltName=DNS:box"]
     subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
     assert read_certificate(TlsConfig(cert_file=str(cert), key_file=str(key))).names == ("box",)
-
-
-def test_relative_files_are_named_from_the_root(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    absolute = with_absolute_files(TlsConfig(cert_file="c.pem", key_file="/k.pem"))
-    assert absolute == TlsConfig(cert_file=f"{tmp_path}/c.pem", key_file="/k.pem")

@@ -38,3 +38,12 @@ def test_a_version_needs_no_quotes(text):
 def test_wrong_section_is_told_by_its_field(overrides, told):
     with pytest.raises(ConfigError, match=told):
         load_deployment("laptop", overrides)
+
+
+def test_relative_files_are_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    relative = TlsConfig(cert_file="c.pem", key_file="~/k.pem", client_ca_file="/ca.pem")
+    assert relative.absolute() == TlsConfig(
+        cert_file=f"{tmp_path}/c.pem", key_file="/home/someone/k.pem", client_ca_file="/ca.pem"
+    )

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -16,6 +17,7 @@ import grpc
 import httpx
 import pytest
 import ray
+from certificates import Authority, tls_config
 from free_port import free_port
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import (
@@ -199,6 +201,15 @@ def test_the_end_leaves_the_ray_cluster_as_it_was(cluster, served):
 
 def reserved_groups():
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+def test_a_certificate_is_read_on_the_head(cluster, tmp_path):
+    authority = Authority(tmp_path)
+    tls = tls_config(authority.issue("server", "llm.example.com"))
+    certificate = launching._read_certificate(tls, is_here=False)
+    assert certificate.names == ("llm.example.com",)
+    with pytest.raises(ConfigError, match="cannot be read.*on the head node"):
+        launching._read_certificate(replace(tls, key_file="/no/such.key"), is_here=False)
 
 
 def test_a_layout_that_is_too_large_is_refused_at_once(cluster, model_dir):

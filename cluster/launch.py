@@ -34,7 +34,7 @@ from ostro.actors.model.device import choose_dtype, choose_precision, weight_dty
 from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
-from ostro.cluster.peers import RayPeer, with_place
+from ostro.cluster.peers import RayPeer, address_in, with_place
 from ostro.cluster.placed_shard import (
     PlacedAttentionShard,
     PlacedExpertShard,
@@ -249,7 +249,7 @@ def _read_certificate(tls: TlsConfig, *, is_here: bool) -> FaceCertificate:
         return ray.get(there.remote(tls), timeout=_CALL_TIMEOUT_S)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ConfigError):
-            raise ConfigError(f"{error.cause} (on the head node, {error.ip})") from None
+            raise ConfigError(f"{error.cause} (on the head node, {address_in(error)})") from None
         raise
 
 
@@ -385,7 +385,7 @@ def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, OstroError | ConfigError):
-            raise with_place(cause, ROUTER_NAME, error.ip) from None
+            raise with_place(cause, ROUTER_NAME, address_in(error)) from None
         raise
     except ray.exceptions.RayActorError:
         raise ShardLostError("the router died while it started; see Ray's logs") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import ray
@@ -50,7 +51,7 @@ class RayPeer:
         except TimeoutError:
             raise ShardLostError(f"{self.name} did not answer within {timeout_s:.0f} s") from None
         except RayTaskError as error:
-            raise _named(error.cause, self.name, error.ip) from None
+            raise _named(error.cause, self.name, address_in(error)) from None
         except RayError as error:
             raise ShardLostError(f"{self.name} is not running ({type(error).__name__})") from None
 
@@ -66,6 +67,15 @@ def with_place(
     if isinstance(error, CheckpointError):
         error.message = told
     return error
+
+
+def address_in(error: RayTaskError) -> str:
+    """The node where a task failed.
+
+    Ray says it in the text alone: an error of the cause's class too has the cause's attributes.
+    """
+    found = re.search(r"\bip=([^\s,)]+)", str(error))
+    return found[1] if found else "an unknown node"
 
 
 async def _result(reference: Any) -> Any:

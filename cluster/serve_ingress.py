@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,14 +106,18 @@ def wait_ready(host: str, http_port: int, certificate: FaceCertificate | None) -
         urllib.request.ProxyHandler({}),
         urllib.request.HTTPSHandler(context=trust),
     )
+    last: OSError | None = None
     deadline_s = time.monotonic() + _READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
             with opener.open(url, timeout=2.0):
                 return
-        except (urllib.error.URLError, OSError):
+        except OSError as error:  # every failure of urllib's is one
+            last = error
             time.sleep(_POLL_S)
-    raise NotReadyError(f"the ingress did not answer on {url} within {_READY_TIMEOUT_S:.0f} s")
+    raise NotReadyError(
+        f"the ingress did not answer on {url} within {_READY_TIMEOUT_S:.0f} s: {last}"
+    )
 
 
 def stop_ingress() -> None:

@@ -30,7 +30,7 @@ from ostro.cluster.bench_serve import (
 from ostro.cluster.bench_statistics import Slo
 from ostro.cluster.bench_stream import Target
 from ostro.cluster.cli_console import make_console, plain_errors, print_error
-from ostro.cluster.tls_client import Ca, Cert, ClientTls, Key
+from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 
 _DEFAULT_CONCURRENCY = "1,16"
 
@@ -153,7 +153,9 @@ def serve(  # noqa: PLR0913  each is an option
             raise typer.BadParameter("both servers have one name: give --name and --beside-name")
         targets.append(second)
     with shown_progress(plan.total_requests(len(targets))) as progress:
-        runs = asyncio.run(run_plan(targets, plan, progress, ClientTls(ca, cert, key).context()))
+        runs = asyncio.run(
+            run_plan(targets, plan, progress, https_context(read_tls(ca, cert, key)))
+        )
     report(runs, plan, targets, json)
 
 

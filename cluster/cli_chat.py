@@ -17,6 +17,7 @@ from rich.style import Style
 from ostro.actors.errors import OstroError
 from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors, print_error, printable
+from ostro.cluster.cli_tls import Ca, Cert, Key, read_tls
 from ostro.cluster.client import Client
 from ostro.cluster.client_requests import effort_name
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn
@@ -35,7 +36,7 @@ _MAX_IMAGE_BYTES = ServingConfig().max_image_bytes
 
 
 @plain_errors()
-def chat(
+def chat(  # noqa: PLR0913  each is an option
     prompt: Annotated[
         list[str] | None,
         typer.Argument(metavar="PROMPT", help="One question; without it, a conversation."),
@@ -59,6 +60,9 @@ def chat(
             help="Shown in a terminal unless hidden; into a pipe only if asked for, on stderr.",
         ),
     ] = None,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
     """Talk to a running cluster.
 
@@ -82,7 +86,7 @@ def chat(
     question = question.encode(errors="replace").decode()
     if not question and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ConfigError("no question: give a PROMPT, or write it to stdin")
-    with open_client(url) as client:
+    with open_client(url, read_tls(ca, cert, key)) as client:
         conversation = Conversation(client, options)
         for data in images:
             conversation.attach(data)

@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 from ostro.cluster.client import Client
-from ostro.cluster.client_channel import DEFAULT_ADDRESS
+from ostro.cluster.client_channel import DEFAULT_ADDRESS, Tls
 from ostro.cluster.retries import Retries
 from ostro.configs.errors import ConfigError
 
 Url = Annotated[
-    str, typer.Option("--url", metavar="HOST:PORT", help="The gRPC face of the cluster.")
+    str,
+    typer.Option(
+        "--url", metavar="HOST:PORT", help="The gRPC face of the cluster; https:// for TLS."
+    ),
 ]
 DEFAULT_URL = DEFAULT_ADDRESS
+_CLEAR_SCHEME = "grpc://"
 KEY_VARIABLE = "OSTRO_API_KEY"
 
 # Somebody waits: where nothing answers, that is to be said at once.
@@ -34,13 +38,16 @@ def api_key() -> str | None:
     return key or None
 
 
-def open_client(url: str) -> Client:
+def open_client(url: str, tls: Tls | None = None) -> Client:
     """A client of the gRPC face, with the key of OSTRO_API_KEY; connects at the first call.
+
+    Over TLS where the URL says `https://`, or says nothing and there are options for it.
 
     Raises:
         ConfigError: This is no such address.
     """
     try:
-        return Client(url, api_key=api_key(), retries=_RETRIES)
+        tls = None if url.startswith(_CLEAR_SCHEME) else tls
+        return Client(url, api_key=api_key(), tls=tls, retries=_RETRIES)
     except ConfigError as error:
         raise ConfigError(f"--url {error}") from None

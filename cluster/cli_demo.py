@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors, printable
+from ostro.cluster.cli_tls import Ca, Cert, Key, read_tls
 from ostro.cluster.client_requests import tool
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn
 from ostro.protos import generation_pb2
@@ -71,14 +72,14 @@ TOUR = (
 
 
 @plain_errors()
-def demo(url: Url = DEFAULT_URL) -> None:
+def demo(url: Url = DEFAULT_URL, ca: Ca = None, cert: Cert = None, key: Key = None) -> None:
     """Ask a running cluster one question of every kind that the embedded model knows.
 
     Each is asked twice, to be answered at once (effort none) and with thinking (effort high).
     Ctrl-C ends the tour.
     """
     console = make_console()
-    with open_client(url) as client:
+    with open_client(url, read_tls(ca, cert, key)) as client:
         for stop in TOUR:
             _show_question(stop, console)
             for effort in _EFFORTS:

@@ -20,6 +20,8 @@ from ostro.actors.errors import OstroError
 from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_loading import STATE_STYLES
+from ostro.cluster.cli_tls import Ca, Cert, Key, read_tls
+from ostro.cluster.client_channel import Tls
 from ostro.cluster.human_numbers import format_bytes
 from ostro.protos import cluster_pb2
 
@@ -34,12 +36,15 @@ _HEAT = ("blue", "blue", "cyan", "cyan", "green", "yellow", "dark_orange", "red"
 def status(
     url: Url = DEFAULT_URL,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object.")] = False,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
     """Show a running cluster: actors, load, experts.
 
     Exit code 0 if something answers, ready or not; 1 if nothing does.
     """
-    picture = _look(url)
+    picture = _look(url, read_tls(ca, cert, key))
     console = make_console()
     if as_json:
         console.print_json(data=picture.to_dict(), indent=2)
@@ -101,8 +106,8 @@ def heat_strip(values: Sequence[float], highest: float, width: int) -> Text:
     return strip
 
 
-def _look(url: str) -> Picture:
-    with open_client(url) as client:
+def _look(url: str, tls: Tls | None) -> Picture:
+    with open_client(url, tls) as client:
         model, cluster = client.model(), client.cluster()
         try:
             placements: Sequence[cluster_pb2.ExpertPlacement] = client.experts().placements

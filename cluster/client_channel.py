@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Tls:
             ConfigError: One cannot be read.
         """
         return grpc.ssl_channel_credentials(
-            root_certificates=_read("ca_file", self.ca_file),
+            root_certificates=_read("ca_file", self.ca_file or _system_authorities()),
             private_key=_read("key_file", self.key_file),
             certificate_chain=_read("certificate_file", self.certificate_file),
         )
@@ -161,6 +162,11 @@ def _key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
     if not api_key.isascii() or not api_key.isprintable():
         raise ConfigError("api_key: must be printable ASCII")
     return (("authorization", f"Bearer {api_key}"),)
+
+
+def _system_authorities() -> str | None:
+    """The file of `SSL_CERT_FILE`, else OpenSSL's; grpc knows neither, and has its own list."""
+    return ssl.get_default_verify_paths().cafile
 
 
 def _read(name: str, path: str | Path | None) -> bytes | None:

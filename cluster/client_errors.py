@@ -43,7 +43,13 @@ _HANDSHAKES = {
     "Hostname Verification": "its certificate is for other names; call it by one of them",
     "WRONG_VERSION_NUMBER": "it speaks plain text",
 }
-_UNREACHABLE = ("Failed to connect to remote host", "resolution failed")
+_NOBODY = "nothing answers at {}; start a cluster with `ostro serve`"
+_UNREACHABLE = {
+    "Failed to connect to remote host": _NOBODY,
+    "resolution failed": _NOBODY,
+    "failed to connect to all": "{} hangs up; it may speak TLS where you do not (write https:// "
+    "before the address), or ask for a certificate that you did not show",
+}
 # How a connection that was cut shows itself; no server of ours says any of it.
 _CUT = ("RST_STREAM", "Stream removed", "GOAWAY", "Socket closed", "Connection reset")
 
@@ -72,15 +78,8 @@ def error_of_call(error: grpc.RpcError, address: str) -> OstroError:
     # The server may see the caller's deadline pass first, and then cuts the stream.
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or "Deadline Exceeded" in text:
         return DeadlineError(f"{address} did not answer in time")
-    for mark, why in _HANDSHAKES.items():
-        if code is grpc.StatusCode.UNAVAILABLE and mark in text:
-            return OstroError(f"no TLS connection to {address}: {why}", code="tls_failed")
-    if code is grpc.StatusCode.UNAVAILABLE and any(mark in text for mark in _UNREACHABLE):
-        return ConnectionLostError(
-            f"nothing answers at {address}; start a cluster with `ostro serve`", code="unreachable"
-        )
     if code is grpc.StatusCode.UNAVAILABLE or any(mark in text for mark in _CUT):
-        return ConnectionLostError(f"the connection to {address} was lost: {text}")
+        return _lost(code, text, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and told.retry_after_s is None:
         return TooLargeError(f"{address} takes no message that large: {text}")
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -90,6 +89,18 @@ def error_of_call(error: grpc.RpcError, address: str) -> OstroError:
     if code in _BY_CODE:
         return _make(code, told, text)
     return OstroError(f"{address} failed: {code.name}: {text}", code=code.name.lower())
+
+
+def _lost(code: grpc.StatusCode, text: str, address: str) -> OstroError:
+    """A connection that did not come about, or broke."""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        for mark, why in _HANDSHAKES.items():
+            if mark in text:
+                return OstroError(f"no TLS connection to {address}: {why}", code="tls_failed")
+        for mark, told in _UNREACHABLE.items():
+            if mark in text:
+                return ConnectionLostError(told.format(address), code="unreachable")
+    return ConnectionLostError(f"the connection to {address} was lost: {text}")
 
 
 def error_of_failure(failure: pb.Failure) -> OstroError:

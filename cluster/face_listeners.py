@@ -84,7 +84,8 @@ def listen_where_http_does() -> list[Any]:
     if listeners is None:
         return []
     host = listeners.serve_host()
-    default_impl.add_grpc_address = _listening_on(host, default_impl.add_grpc_address)
+    faces = _listening_on(host, default_impl.add_grpc_address)
+    default_impl.add_grpc_address = faces  # type: ignore[assignment]  # its names are its own
     # What replicas ask each other asks for Ray's token, and comes in by the node's own address.
     if replica := sys.modules.get("ray.serve._private.replica"):
         own = _listening_on(get_node_ip_address(), replica.add_port_to_grpc_server)

@@ -547,7 +547,7 @@ def test_tls_takes_the_authorities_and_the_certificate_it_is_given(tmp_path):
         with Client(address, tls=by_name) as client:
             assert client.detokenize([1]) == "no key"
         for stranger, why in (
-            (Tls(ca_file=tmp_path / "ca.pem"), "lost"),
+            (Tls(ca_file=tmp_path / "ca.pem"), "did not show"),
             (Tls(**own), "nobody we trust"),
             (Tls(ca_file=tmp_path / "ca.pem", server_name="other", **own), "other names"),
         ):

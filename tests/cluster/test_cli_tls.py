@@ -21,7 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
 from typer.testing import CliRunner
 
 from ostro.cluster.cli import app
-from ostro.cluster.tls_client import ClientTls
+from ostro.cluster.cli_tls import https_context, read_tls
+from ostro.cluster.client_channel import Tls
 from ostro.configs.errors import ConfigError
 
 
@@ -40,7 +41,7 @@ def client(authority):
     return authority.issue("client", common_name="alice")
 
 
-def handshake(server, tls: ClientTls) -> dict:
+def handshake(server, tls: Tls | None) -> dict:
     """The subject of the client's certificate as a TLS server sees it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(server.cert, server.key)
@@ -57,7 +58,7 @@ def handshake(server, tls: ClientTls) -> dict:
     thread = threading.Thread(target=accept)
     thread.start()
     try:
-        with tls.context().wrap_socket(ours, server_hostname="localhost") as connection:
+        with https_context(tls).wrap_socket(ours, server_hostname="localhost") as connection:
             assert connection.recv(5) == b"hello"
     finally:
         ours.close()
@@ -65,35 +66,39 @@ def handshake(server, tls: ClientTls) -> dict:
     return seen
 
 
+def test_without_options_the_address_decides():
+    assert read_tls(None, None, None) is None
+
+
 def test_an_authority_is_trusted_and_a_certificate_shown(authority, server, client):
-    seen = handshake(server, ClientTls(authority.ca, client.cert, client.key))
+    seen = handshake(server, read_tls(authority.ca, client.cert, client.key))
     assert ("commonName", "alice") in [pair for part in seen["subject"] for pair in part]
 
 
 def test_a_servers_own_certificate_is_enough(server):
-    assert handshake(server, ClientTls(server.cert)) == {}
+    assert handshake(server, read_tls(server.cert, None, None)) == {}
 
 
 def test_the_environment_names_whom_to_trust(authority, server, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.ca))
-    handshake(server, ClientTls())
+    handshake(server, None)
 
 
 def test_certificate_and_key_may_share_a_file(authority, server, client):
     client.cert.write_bytes(client.cert.read_bytes() + client.key.read_bytes())
-    assert handshake(server, ClientTls(authority.ca, client.cert))["subject"]
+    assert handshake(server, read_tls(authority.ca, client.cert, None))["subject"]
 
 
 def test_a_key_alone_is_refused(client):
     with pytest.raises(ConfigError, match=r"--key .*--cert"):
-        ClientTls(key=client.key)
+        read_tls(None, None, client.key)
 
 
 def test_what_cannot_be_used_is_named(authority, client):
     with pytest.raises(ConfigError, match=r"--ca /no/such: cannot be used: .*No such file"):
-        ClientTls(Path("/no/such")).context()
+        read_tls(Path("/no/such"), None, None)
     with pytest.raises(ConfigError, match=r"--cert .*client\.pem: cannot be used"):
-        ClientTls(authority.ca, client.cert).credentials()
+        read_tls(authority.ca, client.cert, None)
 
 
 def test_an_encrypted_key_is_refused_and_not_asked_about(authority, client):
@@ -101,7 +106,7 @@ def test_an_encrypted_key_is_refused_and_not_asked_about(authority, client):
     locked = BestAvailableEncryption(b"secret")
     client.key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, locked))
     with pytest.raises(ConfigError, match="the key is encrypted"):
-        ClientTls(authority.ca, client.cert, client.key).context()
+        read_tls(authority.ca, client.cert, client.key)
 
 
 # ---- what a command says where no connection comes about
@@ -141,7 +146,9 @@ def test_an_address_is_called_over_tls_where_somebody_is_trusted(server, authori
 
 def test_a_certificate_of_nobody_known_is_told(server):
     with listening(server) as port:
-        assert "name who signs it with --ca" in status("--url", f"https://localhost:{port}")
+        assert "nobody we trust has signed its certificate" in status(
+            "--url", f"https://localhost:{port}"
+        )
 
 
 def test_a_certificate_for_another_name_is_told(authority):
@@ -157,4 +164,4 @@ def test_tls_where_clear_text_was_meant_is_told(server):
 
 def test_clear_text_where_tls_was_meant_is_told():
     with listening() as port:
-        assert "it speaks clear text" in status("--url", f"https://localhost:{port}")
+        assert "it speaks plain text" in status("--url", f"https://localhost:{port}")

@@ -3,6 +3,7 @@
 -- old certificate in use, and is tried again once the files have changed again.
 
 local admin_socket, period_s, pem, client_ca = ...
+local key = pem .. ".key"
 local TIMEOUT_S = 5
 
 local function read(path)
@@ -15,61 +16,86 @@ local function read(path)
   return text
 end
 
-local function read_pair()
-  local certificate, key = read(pem), read(pem .. ".key")
-  if not certificate or not key then
-    return nil
-  end
-  -- One file may hold both.
-  return certificate == key and certificate or certificate .. "\n" .. key
-end
-
-local function ask(command)
+-- Whether a command of the admin socket did what it should, and what it answered.
+local function ask(command, success)
   local socket = core.tcp()
   socket:settimeout(TIMEOUT_S)
   if not socket:connect("unix@" .. admin_socket) then
-    return "the admin socket does not answer"
+    return false, "the admin socket does not answer"
   end
   socket:send(command .. "\n")
-  local answer = socket:receive("*a")
+  local answer = socket:receive("*a") or ""
   socket:close()
-  return answer or "no answer"
+  return answer:find(success, 1, true) ~= nil, answer
 end
 
-local function put(kind, name, text)
-  -- An empty line ends what is sent.
-  local lines = text:gsub("\r", ""):gsub("\n\n+", "\n"):gsub("^\n", "")
-  local answer = ask("set ssl " .. kind .. " " .. name .. " <<\n" .. lines .. "\n")
-  if answer:find("created", 1, true) then
-    answer = ask("commit ssl " .. kind .. " " .. name)
+-- All parts are taken, or none. Each is a command and its PEM, of 16 KiB at most; an empty line
+-- would end it.
+local function transact(what, parts)
+  local done, answer = false, "holds nothing in PEM"
+  for _, part in ipairs(parts) do
+    local text = part.text:gsub("\r", ""):gsub("\n\n+", "\n"):gsub("^\n", "")
+    done, answer = ask(part.command .. " <<\n" .. text .. "\n", "ransaction")
+    if not done then
+      break
+    end
   end
-  if answer:find("Success", 1, true) then
-    core.Info("read again: " .. name)
+  if done then
+    done, answer = ask("commit " .. what, "Success")
+  end
+  if done then
+    core.Info("read again: " .. what)
   else
-    ask("abort ssl " .. kind .. " " .. name)
-    core.Warning("kept as it was: " .. name .. ": " .. answer)
+    ask("abort " .. what, "")
+    core.Warning("kept as it was: " .. what .. ": " .. answer)
   end
 end
 
-local watched = { { kind = "cert", name = pem, read = read_pair } }
-if client_ca then
-  local function read_ca()
-    return read(client_ca)
+-- In this order: a certificate that is set forgets its key.
+local function pair()
+  local certificate_text, key_text = read(pem), read(key)
+  if certificate_text and key_text then
+    return {
+      { command = "set ssl cert " .. pem, text = certificate_text },
+      { command = "set ssl cert " .. key, text = key_text },
+    }
   end
-  table.insert(watched, { kind = "ca-file", name = client_ca, read = read_ca })
 end
-for _, file in ipairs(watched) do
-  file.text = file.read()
+
+local function authorities()
+  local parts, command = {}, "set"
+  for certificate in (read(client_ca) or ""):gmatch("%-%-%-%-%-BEGIN.-%-%-%-%-%-END[^\n]*") do
+    table.insert(parts, { command = command .. " ssl ca-file " .. client_ca, text = certificate })
+    command = "add"
+  end
+  return parts
+end
+
+local function joined(parts)
+  local texts = {}
+  for _, part in ipairs(parts or {}) do
+    table.insert(texts, part.text)
+  end
+  return table.concat(texts, "\n")
+end
+
+local watched = { { what = "ssl cert " .. pem, read = pair } }
+if client_ca then
+  table.insert(watched, { what = "ssl ca-file " .. client_ca, read = authorities })
+end
+for _, files in ipairs(watched) do
+  files.before = joined(files.read())
 end
 
 core.register_task(function()
   while true do
     core.sleep(tonumber(period_s))
-    for _, file in ipairs(watched) do
-      local text = file.read()
-      if text and text ~= file.text then
-        file.text = text
-        put(file.kind, file.name, text)
+    for _, files in ipairs(watched) do
+      local parts = files.read()
+      local now = joined(parts)
+      if parts and now ~= files.before then
+        files.before = now
+        transact(files.what, parts)
       end
     end
   end

@@ -304,7 +304,11 @@ def test_new_certificates_are_shown_and_streams_go_on(tmp_path, authority, clien
         server.key.write_bytes(new_key)
         wait_for(lambda: proxy.shown() != first)
         other = Authority(tmp_path / "other")
-        client_ca.write_bytes(other.ca.read_bytes())
+        # More than HAProxy takes at a time: 16 KiB.
+        many = [Authority(tmp_path / f"ca-{i}").ca.read_bytes() for i in range(30)]
+        bundle = b"\n".join([*many, other.ca.read_bytes()])
+        assert len(bundle) > 2**14
+        client_ca.write_bytes(bundle)
         bob = other.issue("bob", common_name="bob")
         wait_for(lambda: accepts(proxy, bob))
         assert not accepts(proxy, alice)

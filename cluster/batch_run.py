@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class BatchServer:
         concurrency: Requests at a time.
         retries: Of a request that the server could not take or whose connection broke.
         timeout_s: Of one request.
+        trust: For a URL with https; None trusts whom the system trusts.
     """
 
     url: str
@@ -89,13 +91,14 @@ class BatchServer:
     concurrency: int = 32
     retries: Retries = field(default_factory=Retries)
     timeout_s: float = 3600.0
+    trust: ssl.SSLContext | None = None
 
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[aiohttp.ClientSession]:
         """Connections to it."""
         timeout = aiohttp.ClientTimeout(total=self.timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency),
+            connector=aiohttp.TCPConnector(limit=self.concurrency, ssl=self.trust or True),
             timeout=timeout,
             headers={"authorization": f"Bearer {self.api_key}"} if self.api_key else {},
             # A proxy of the environment is not asked for this machine's own addresses.

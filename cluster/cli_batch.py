@@ -12,6 +12,7 @@ import typer
 from ostro.actors.errors import OstroError
 from ostro.cluster.cli_connection import api_key
 from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 from ostro.cluster.human_numbers import format_seconds
 from ostro.cluster.retries import Retries
 from ostro.configs.deployment import EFFORTS
@@ -58,6 +59,9 @@ def run_batch(  # noqa: PLR0913  each is an option
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=1.0, metavar="SECONDS", help="Of one request.")
     ] = 3600.0,
+    ca: Ca = None,
+    cert: Cert = None,
+    key: Key = None,
 ) -> None:
     """Ask a file of requests, in the format of OpenAI's Batch API.
 
@@ -99,6 +103,7 @@ def run_batch(  # noqa: PLR0913  each is an option
         concurrency=concurrency,
         retries=Retries(most=retries),
         timeout_s=timeout_s,
+        trust=https_context(read_tls(ca, cert, key)),
     )
     raise typer.Exit(_ask(batch, server))
 

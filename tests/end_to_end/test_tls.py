@@ -229,7 +229,14 @@ def test_a_renewed_certificate_is_shown_while_a_stream_goes_on(secured, channel)
 
 
 @pytest.mark.slow
-def test_a_bench_of_the_http_face_trusts_the_authority(secured):
+def test_a_batch_and_a_bench_of_the_http_face_trust_the_authority(secured, tmp_path):
+    questions, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    line = {"custom_id": "1", "url": "/v1/chat/completions", "body": {"messages": NORWAY}}
+    questions.write_text(json.dumps(line))
+    command = ["run-batch", str(questions), str(answers), "--url", secured.served.url]
+    done = CliRunner().invoke(app, [*command, *secured.options()])
+    assert done.exit_code == 0, done.output
+    assert "Oslo" in answers.read_text()
     command = ["bench", "serve", secured.served.url, "--model", MODEL, "--concurrency", "1"]
     command += ["--requests", "2", "--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "4"]
     done = CliRunner().invoke(app, [*command, "--token-ids", "100:200", *secured.options()])

@@ -19,6 +19,7 @@ from ostro.cluster.http_routes import HttpRoutes, json_response
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.openai_request import chat_messages, tools_on_offer
 from ostro.cluster.openai_schema import DetokenizeBody, TokenizeBody
+from ostro.cluster.openapi import document
 from ostro.cluster.request_id import RequestIds
 from ostro.cluster.seams import FrontendLike
 from ostro.configs.deployment import ServingConfig
@@ -57,6 +58,7 @@ class _OwnRoutes(HttpRoutes):
         app.add_api_route("/ready", self.ready, methods=["GET", "HEAD"])
         app.add_api_route("/live", self.live, methods=["GET", "HEAD"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        app.add_api_route("/openapi.json", self.openapi, methods=["GET"])
 
     async def tokenize(self, request: Request) -> Response:
         body, headers = await self.read(request, TokenizeBody)
@@ -92,3 +94,6 @@ class _OwnRoutes(HttpRoutes):
         except NotReadyError:
             cell = None
         return Response(await self._metrics.render(cell), media_type=CONTENT_TYPE_LATEST)
+
+    async def openapi(self) -> Response:
+        return Response(await to_thread(document), media_type="application/json")

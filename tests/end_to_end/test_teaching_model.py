@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
+import anthropic
 import grpc
 import openai
 import pytest
@@ -203,6 +204,41 @@ def test_it_calls_a_tool_and_tells_its_result(client: openai.OpenAI, effort: str
         extra_body={"reasoning_effort": "none"},
     )
     assert "18 degrees" in answer.choices[0].message.content
+
+
+def test_the_anthropic_client_gets_thinking_tools_and_exact_counts(served: Served) -> None:
+    function = WEATHER["function"]
+    settings: dict[str, Any] = {
+        "model": "ostro-teaching-7m",
+        "tools": [
+            {
+                "name": function["name"],
+                "description": function["description"],
+                "input_schema": function["parameters"],
+            }
+        ],
+        "thinking": {"type": "adaptive"},
+    }
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Paris?"}]
+    with anthropic.Anthropic(
+        base_url=served.url, api_key="none", _strict_response_validation=True
+    ) as client:
+        counted = client.messages.count_tokens(messages=messages, **settings)
+        with client.messages.stream(messages=messages, max_tokens=512, **settings) as stream:
+            asked = stream.get_final_message()
+        assert [block.type for block in asked.content] == ["thinking", "tool_use"]
+        assert asked.stop_reason == "tool_use"
+        assert asked.content[-1].input == {"city": "Paris"}
+        usage = asked.usage
+        assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+        assert usage.output_tokens_details.thinking_tokens > 0
+        call_id = asked.content[-1].id
+        told = {"type": "tool_result", "tool_use_id": call_id, "content": '{"temperature": 18}'}
+        messages += [asked.to_param(), {"role": "user", "content": [told]}]
+        settings["thinking"] = {"type": "disabled"}
+        answer = client.messages.create(messages=messages, max_tokens=512, **settings)
+    assert "18 degrees" in answer.content[-1].text
+    assert answer.stop_reason == "end_turn"
 
 
 def test_it_calls_no_tool_where_none_is_offered(client: openai.OpenAI) -> None:

@@ -7,7 +7,7 @@ the log, the caller sees only that something broke.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -109,6 +109,24 @@ def retry_after_s(error: OstroError) -> float | None:
     if not answer_for(error).retryable:
         return None
     return _DEFAULT_RETRY_S if error.retry_after_s is None else error.retry_after_s
+
+
+def in_words_of(error: OstroError, names: Mapping[str, str]) -> OstroError:
+    """A refusal of the shared request model, with the names that a dialect's callers know.
+
+    Args:
+        error: As it was raised; its text may begin with the name of the field.
+        names: The dialect's own name by that of the request model.
+    """
+    name = error.param or ""
+    if name not in names:
+        return error
+    message = error.message
+    if message.startswith(name):
+        message = names[name] + message.removeprefix(name)
+    return type(error)(
+        message, code=error.code, param=names[name], retry_after_s=error.retry_after_s
+    )
 
 
 def error_fields(error: OstroError) -> dict[str, object]:

@@ -17,6 +17,7 @@ from ostro.cluster.messages_request import (
 )
 from ostro.cluster.messages_schema import CountTokensRequest, MessagesRequest
 from ostro.cluster.messages_stream import MessageEventWriter
+from ostro.cluster.model_card import check_model_name
 from ostro.cluster.request_id import request_id_of
 
 
@@ -43,7 +44,9 @@ class MessagesRoutes(HttpRoutes):
     async def count_tokens(self, request: Request) -> Response:
         """How long the prompt of a message would be."""
         body, headers = await self.read(request, CountTokensRequest)
-        tokens = await self.frontend.tokenize_chat(
+        frontend = self.frontend
+        check_model_name(frontend.card, body.model)
+        tokens = await frontend.tokenize_chat(
             conversation(body), tools_on_offer(body.tools or ()), reasoning(body).effort
         )
         headers["request-id"] = request_id_of(request.scope)

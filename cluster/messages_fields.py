@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.error_table import answer_for, public_message
+from ostro.cluster.error_table import answer_for, in_words_of, public_message
 from ostro.cluster.generation import Finished, Started
 from ostro.cluster.messages_request import CALL_ID_PREFIX
 
@@ -31,7 +31,7 @@ _ERROR_TYPES = {
     504: "timeout_error",
 }
 # Names that the one request model has from the other dialect.
-_FIELD_NAMES = {
+_OWN_NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
@@ -81,16 +81,13 @@ def tool_use_fields(call_id: str, name: str) -> Json:
 
 def message_error(error: OstroError, request_id: str) -> Json:
     """The error body of this dialect; `details` has what its four words cannot say."""
-    message, param = public_message(error), error.param
-    if param in _FIELD_NAMES:
-        message = message.replace(param, _FIELD_NAMES[param], 1)
-        param = _FIELD_NAMES[param]
+    told = in_words_of(error, _OWN_NAMES)
     return {
         "type": "error",
         "error": {
-            "type": _ERROR_TYPES.get(answer_for(error).http_status, "api_error"),
-            "message": message,
-            "details": {"error_code": error.code, "param": param},
+            "type": _ERROR_TYPES.get(answer_for(told).http_status, "api_error"),
+            "message": public_message(told),
+            "details": {"error_code": told.code, "param": told.param},
         },
         "request_id": request_id,
     }

@@ -110,7 +110,14 @@ def tools_on_offer(tools: Sequence[CustomTool]) -> tuple[Tool, ...]:
             kind = str(tool.type)[:40]
             _refuse(where, f"{kind!r} is a tool of Anthropic's: only custom tools are served")
         schema = _present(tool.input_schema, f"{where}.input_schema")
-        offered.append(Tool(name=tool.name, description=tool.description or "", parameters=schema))
+        offered.append(
+            Tool(
+                name=tool.name,
+                description=tool.description or "",
+                parameters=schema,
+                strict=bool(tool.strict),
+            )
+        )
     return tuple(offered)
 
 

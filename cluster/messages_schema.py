@@ -6,6 +6,7 @@ which values make no sense or are not served. Unknown fields are kept, so that t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -55,6 +56,7 @@ class CustomTool(Wire):
     type: str | None = None
     description: str | None = None
     input_schema: dict[str, object] | None = None
+    strict: bool | None = None
     # Accepted and without effect: prefixes are cached by themselves, and calls come whole.
     cache_control: dict[str, object] | None = None
     eager_input_streaming: bool | None = None
@@ -109,6 +111,14 @@ class CountTokensRequest(Wire):
     strict: bool | None = None
     # Accepted and without effect.
     cache_control: dict[str, object] | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """Thinking that another server has sealed, and that nobody here can read."""
+        for i, message in enumerate(self.messages):
+            blocks = message.content if isinstance(message.content, list) else ()
+            for j, block in enumerate(blocks):
+                if message.role == "assistant" and block.type == "redacted_thinking":
+                    yield f"messages[{i}].content[{j}]"
 
 
 class MessagesRequest(CountTokensRequest):

@@ -1,34 +1,22 @@
 """The OpenAPI document of the HTTP face.
 
-Routes take raw requests, so nothing of it can be read off their signatures: `_OPERATIONS` says
-what goes in and out of each. The shapes come from the models that requests are checked with, and
-from those of `openapi_answers`.
+`openapi_operations` says what goes in and out of each route; the shapes come from the models that
+requests are checked with, and from those that describe answers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import msgspec
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from ostro.cluster import openapi_answers as answers
-from ostro.cluster.messages_schema import CountTokensRequest, MessagesRequest
-from ostro.cluster.openai_schema import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    ControlBody,
-    DetokenizeBody,
-    TokenizeBody,
-    Wire,
-)
+from ostro.cluster.openapi_operations import OPERATIONS, Json, Operation
 
-Json = dict[str, object]
-
+_COMPONENTS = "#/components/schemas/"
 _REFUSALS = {
     400: "The request makes no sense or is not served; the error names the field",
     404: "There is no such model",
@@ -40,118 +28,21 @@ _REFUSALS = {
     504: "A deadline passed",
 }
 _WORTH_A_RETRY = (429, 503)
-_READING = (400, 413, 422, 500, 503)
-_GENERATING = (400, 404, 413, 422, 429, 500, 503, 504)
-_ASKING = (500, 503)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operation:
-    """What goes in and out of one route.
-
-    Attributes:
-        event: One event of the answer as a stream, where there is such a form.
-        media_type: Of an answer that is not JSON; it has no model.
-        refusals: Statuses that errors have.
-    """
-
-    summary: str
-    answer: type[BaseModel] | None = None
-    body: type[Wire] | None = None
-    event: type[BaseModel] | None = None
-    media_type: str = "application/json"
-    refusals: tuple[int, ...] = _ASKING
-    error: type[BaseModel] = answers.Error
+def _header(description: str, kind: str = "string") -> Json:
+    return {"description": description, "schema": {"type": kind}}
 
 
-_CHAT = Operation(
-    summary="One assistant turn of a conversation",
-    body=ChatCompletionRequest,
-    answer=answers.ChatCompletion,
-    event=answers.ChatCompletionChunk,
-    refusals=_GENERATING,
-)
-_COMPLETION = Operation(
-    summary="A raw continuation of a text or of token ids",
-    body=CompletionRequest,
-    answer=answers.Completion,
-    event=answers.Completion,
-    refusals=_GENERATING,
-)
-_CONTROL = Operation(
-    summary="End the thinking of a running generation, or cancel it",
-    body=ControlBody,
-    answer=answers.ControlResult,
-    refusals=_READING,
-)
-_MODELS = Operation(summary="The served models", answer=answers.ModelList)
-_MODEL = Operation(
-    summary="A served model by its name", answer=answers.Model, refusals=(404, *_ASKING)
-)
-_OPERATIONS: dict[tuple[str, str], Operation] = {
-    **{
-        (method, prefix + path): operation
-        for prefix in ("/v1", "/mistral/v1")
-        for method, path, operation in (
-            ("post", "/chat/completions", _CHAT),
-            ("post", "/completions", _COMPLETION),
-            ("post", "/chat/completions/control", _CONTROL),
-            ("get", "/models", _MODELS),
-            ("get", "/models/{name}", _MODEL),
-        )
-    },
-    ("post", "/v1/messages"): Operation(
-        summary="One assistant turn, in the Anthropic dialect",
-        body=MessagesRequest,
-        answer=answers.MessageAnswer,
-        event=answers.MessageEvent,
-        refusals=_GENERATING,
-        error=answers.MessageError,
-    ),
-    ("post", "/v1/messages/count_tokens"): Operation(
-        summary="How long the prompt of a message would be",
-        body=CountTokensRequest,
-        answer=answers.TokenCount,
-        refusals=(404, *_READING),
-        error=answers.MessageError,
-    ),
-    ("post", "/tokenize"): Operation(
-        summary="Token ids of a text, or of a conversation as it would be prompted",
-        body=TokenizeBody,
-        answer=answers.Tokens,
-        refusals=_READING,
-    ),
-    ("post", "/detokenize"): Operation(
-        summary="The text of token ids",
-        body=DetokenizeBody,
-        answer=answers.Text,
-        refusals=_READING,
-    ),
-    **{
-        (method, path): Operation(
-            summary=summary, answer=answers.Health if method == "get" else None, refusals=refusals
-        )
-        for method in ("get", "head")
-        for path, summary, refusals in (
-            ("/health", "Whether requests are taken", _ASKING),
-            ("/ready", "Whether requests are taken", _ASKING),
-            ("/live", "Whether the server runs", ()),
-        )
-    },
-    ("get", "/metrics"): Operation(
-        summary="Counters and times, for Prometheus", media_type="text/plain", refusals=(500,)
-    ),
-    ("get", "/openapi.json"): Operation(summary="This document", refusals=(500,)),
-}
+_REQUEST_ID: Json = {"x-request-id": _header("The caller's id of this request, or one made up")}
 
 
 @functools.cache
 def document() -> bytes:
     """The document, as JSON."""
-    schemas = _schemas()
     paths: dict[str, Json] = {}
-    for (method, path), operation in _OPERATIONS.items():
-        paths.setdefault(path, {})[method] = _operation_fields(method, path, operation, schemas)
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method] = _operation_fields(method, path, operation)
     return msgspec.json.encode(
         {
             "openapi": "3.2.0",  # the first that can describe the events of a stream
@@ -162,85 +53,89 @@ def document() -> bytes:
                 "are named in `x-ignored-fields`, or refused where `strict` is true.",
             },
             "paths": paths,
-            "components": {"schemas": schemas.definitions},
+            "components": {"schemas": _definitions()},
         }
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Schemas:
-    """Every model's schema, and how to name it."""
-
-    references: Mapping[type[BaseModel], Json]
-    definitions: Json
-
-    def content(self, model: type[BaseModel]) -> Json:
-        return {"application/json": {"schema": self.references[model]}}
-
-    def events(self, model: type[BaseModel]) -> Json:
-        data = {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": self.references[model],
-        }
-        properties = {"event": {"type": "string"}, "data": data}
-        item = {"type": "object", "required": ["data"], "properties": properties}
-        return {"text/event-stream": {"itemSchema": item}}
-
-
-def _schemas() -> _Schemas:
-    bodies = {op.body for op in _OPERATIONS.values() if op.body is not None}
-    models = sorted({*bodies, *_answer_models()}, key=lambda model: model.__name__)
-    schemas, definitions = models_json_schema(
-        [(model, "validation") for model in models], ref_template="#/components/schemas/{model}"
+def _definitions() -> Json:
+    """The schema of every model by its name; no two models have the same."""
+    models = sorted(set(_models()), key=lambda model: model.__name__)
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in models], ref_template=_COMPONENTS + "{model}"
     )
-    references = {model: schemas[(model, "validation")] for model in models}
-    return _Schemas(references, definitions["$defs"])
+    schemas: Json = definitions["$defs"]
+    return schemas
 
 
-def _answer_models() -> Iterator[type[BaseModel]]:
-    for operation in _OPERATIONS.values():
-        yield from filter(None, (operation.answer, operation.event, operation.error))
+def _models() -> Iterator[type[BaseModel]]:
+    for op in OPERATIONS.values():
+        yield from (model for model in (op.body, op.answer, op.event, op.error) if model)
 
 
-def _operation_fields(method: str, path: str, operation: Operation, schemas: _Schemas) -> Json:
+def _operation_fields(method: str, path: str, operation: Operation) -> Json:
+    words = path.strip("/").replace(".", "/").replace("{", "").replace("}", "").split("/")
     fields: Json = {
         "summary": operation.summary,
-        "operationId": "_".join([method, *path.strip("/").replace(".", "/").split("/")]),
-        "responses": _responses(operation, schemas, has_body=method != "head"),
+        "operationId": "_".join([method, *words]),
+        "responses": {
+            "200": _answer(operation, has_body=method != "head"),
+            **{
+                str(status): _refusal(status, operation, has_body=method != "head")
+                for status in operation.refusals
+            },
+        },
     }
     if "{name}" in path:
         place = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         fields["parameters"] = [place]
     if operation.body is not None:
-        fields["requestBody"] = {"required": True, "content": schemas.content(operation.body)}
+        fields["requestBody"] = {"required": True, "content": _body(operation.body, operation)}
     return fields
 
 
-def _responses(operation: Operation, schemas: _Schemas, *, has_body: bool) -> Json:
-    headers: Json = {"x-request-id": _header("The caller's id of this request, or one made up")}
-    answer: Json = {"description": "The answer", "headers": dict(headers)}
+def _body(model: type[BaseModel], operation: Operation) -> Json:
+    examples = {"whole": {"value": operation.example}}
+    if operation.event is not None:
+        examples["stream"] = {"value": {**operation.example, "stream": True}}
+    return {"application/json": {"schema": _reference(model), "examples": examples}}
+
+
+def _answer(operation: Operation, *, has_body: bool) -> Json:
+    headers = dict(_REQUEST_ID)
     if operation.body is not None:
-        answer["headers"] = {
-            **headers,
-            "x-ignored-fields": _header("Fields of the body that were not heeded"),
-        }
-    if operation.answer is not None:
-        events = {} if operation.event is None else schemas.events(operation.event)
-        answer["content"] = {**schemas.content(operation.answer), **events}
-    elif has_body:
-        answer["content"] = {operation.media_type: {}}
-    responses: Json = {"200": answer}
-    for status in operation.refusals:
-        refusal: Json = {"description": _REFUSALS[status], "headers": dict(headers)}
-        if status in _WORTH_A_RETRY:
-            after = _header("Seconds after which a retry is worth its while", "integer")
-            refusal["headers"] = {**headers, "retry-after": after}
-        if has_body:
-            refusal["content"] = schemas.content(operation.error)
-        responses[str(status)] = refusal
-    return responses
+        headers["x-ignored-fields"] = _header("Fields of the body that were not heeded")
+    answer: Json = {"description": "The answer", "headers": headers}
+    if has_body:
+        schema = {} if operation.answer is None else {"schema": _reference(operation.answer)}
+        answer["content"] = {operation.media_type: schema, **_events(operation)}
+    return answer
 
 
-def _header(description: str, kind: str = "string") -> Json:
-    return {"description": description, "schema": {"type": kind}}
+def _events(operation: Operation) -> Json:
+    if operation.event is None:
+        return {}
+    data: Json = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": _reference(operation.event),
+    }
+    if operation.ends_in_done:
+        data = {"anyOf": [{"const": "[DONE]"}, data]}
+    properties = {"event": {"type": "string"}, "data": data}
+    item = {"type": "object", "required": ["data"], "properties": properties}
+    return {"text/event-stream": {"itemSchema": item}}
+
+
+def _refusal(status: int, operation: Operation, *, has_body: bool) -> Json:
+    headers = dict(_REQUEST_ID)
+    if status in _WORTH_A_RETRY:
+        headers["retry-after"] = _header("Seconds after which a retry is worth it", "integer")
+    refusal: Json = {"description": _REFUSALS[status], "headers": headers}
+    if has_body:
+        refusal["content"] = {"application/json": {"schema": _reference(operation.error)}}
+    return refusal
+
+
+def _reference(model: type[BaseModel]) -> Json:
+    return {"$ref": _COMPONENTS + model.__name__}

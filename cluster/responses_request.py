@@ -11,7 +11,8 @@ import uuid
 from dataclasses import replace
 from typing import NoReturn
 
-from ostro.actors.errors import InvalidRequestError
+from ostro.actors.errors import InvalidRequestError, OstroError
+from ostro.cluster.error_table import in_words_of
 from ostro.cluster.generation import (
     AnswerFormat,
     ChatGeneration,
@@ -99,16 +100,9 @@ def prompted_chat(body: InputTokensRequest) -> ChatGeneration:
     )
 
 
-def in_own_words(error: InvalidRequestError) -> InvalidRequestError:
+def in_own_words(error: InvalidRequestError) -> OstroError:
     """A refusal of the shared request model, with the names that this dialect's callers know."""
-    theirs = error.param or ""
-    if theirs not in _OWN_NAMES:
-        return error
-    ours = _OWN_NAMES[theirs]
-    message = error.message
-    if message.startswith(theirs):
-        message = ours + message.removeprefix(theirs)
-    return InvalidRequestError(message, code=error.code, param=ours)
+    return in_words_of(error, _OWN_NAMES)
 
 
 def _refuse(param: str, why: str) -> NoReturn:

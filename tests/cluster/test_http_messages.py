@@ -7,10 +7,10 @@ import dataclasses
 import json
 
 import anthropic
-import httpx
 import pydantic
 import pytest
-from scripted_frontend import CALL, FINISHED, MODEL, STARTED, THOUGHTFUL, ScriptedFrontend, served
+from http_face import HELLO, face
+from scripted_frontend import CALL, FINISHED, MODEL, STARTED, THOUGHTFUL, ScriptedFrontend
 
 from ostro.actors.errors import (
     CheckpointError,
@@ -21,11 +21,7 @@ from ostro.actors.errors import (
     ShardLostError,
 )
 from ostro.cluster.generation import TextDelta, ToolCall, ToolCallDone
-from ostro.cluster.http_ingress import build_http_app
-from ostro.cluster.metrics import Metrics
-from ostro.configs.deployment import ServingConfig
 
-HELLO = [{"role": "user", "content": "Say hello."}]
 ASKED = {"model": MODEL, "max_tokens": 64, "messages": HELLO}
 TOOL = {"name": "weather", "input_schema": {"type": "object", "properties": {"city": {}}}}
 WITH_CALLS = (
@@ -40,18 +36,11 @@ def finished(reason="stop", **fields):
 
 
 @contextlib.contextmanager
-def face(frontend, **serving):
-    app = build_http_app(lambda: frontend, ServingConfig(**serving), Metrics(MODEL))
-    with served(app) as url:
-        yield url
-
-
-@contextlib.contextmanager
 def client_of(frontend, *, max_retries=0, **serving):
     with (
-        face(frontend, **serving) as url,
+        face(frontend, **serving) as http,
         anthropic.Anthropic(
-            base_url=url,
+            base_url=http.base_url,
             api_key="none",
             max_retries=max_retries,
             _strict_response_validation=True,
@@ -199,6 +188,8 @@ def test_tokens_are_counted():
             model=MODEL, messages=HELLO, system="Be kind.", tools=[TOOL]
         )
         assert counted._request_id
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.count_tokens(model="gpt", messages=HELLO)
     assert counted.input_tokens == 3
 
 
@@ -215,29 +206,37 @@ def test_comments_of_a_silent_stream_do_not_disturb_the_client():
 
 def test_both_headers_for_keys_and_the_headers_of_the_dialect_are_taken():
     frontend = ScriptedFrontend()
-    with face(frontend) as url:
+    with face(frontend) as http:
         for headers in ({"x-api-key": "k"}, {"authorization": "Bearer k"}):
             headers |= {"anthropic-version": "2023-06-01", "anthropic-beta": "a,b"}
-            answer = httpx.post(f"{url}/v1/messages?beta=true", json=ASKED, headers=headers)
+            answer = http.post("/v1/messages?beta=true", json=ASKED, headers=headers)
             assert answer.status_code == 200
     assert len(frontend.asked) == 2
 
 
 def test_the_request_id_is_told_under_both_names():
-    with face(ScriptedFrontend()) as url:
+    with face(ScriptedFrontend()) as http:
         for body in (ASKED, ASKED | {"stream": True}, {}):
-            answer = httpx.post(f"{url}/v1/messages", json=body, headers={"x-request-id": "mine"})
+            answer = http.post("/v1/messages", json=body, headers={"x-request-id": "mine"})
             assert answer.headers["request-id"] == answer.headers["x-request-id"] == "mine"
 
 
 def test_unknown_fields_are_named_or_refused():
     body = ASKED | {"context_management": {"edits": []}}
-    with face(ScriptedFrontend()) as url:
-        answer = httpx.post(f"{url}/v1/messages", json=body)
+    with face(ScriptedFrontend()) as http:
+        answer = http.post("/v1/messages", json=body)
         assert answer.headers["x-ignored-fields"] == "context_management"
-        refused = httpx.post(f"{url}/v1/messages", json=body | {"strict": True})
+        refused = http.post("/v1/messages", json=body | {"strict": True})
     assert refused.status_code == 422
     assert refused.json()["error"]["details"]["param"] == "context_management"
+
+
+def test_sealed_thinking_is_named_as_of_no_effect():
+    sealed = {"type": "redacted_thinking", "data": "EqQB"}
+    turn = {"role": "assistant", "content": [sealed, {"type": "text", "text": "Hi."}]}
+    with face(ScriptedFrontend()) as http:
+        answer = http.post("/v1/messages", json=ASKED | {"messages": [*HELLO, turn, *HELLO]})
+    assert answer.headers["x-ignored-fields"] == "messages[1].content[0]"
 
 
 # ---- errors
@@ -314,9 +313,9 @@ REFUSED = {
 
 @pytest.mark.parametrize(("body", "status", "word", "param"), REFUSED.values(), ids=REFUSED)
 def test_bad_input_is_refused_in_the_dialects_form(body, status, word, param):
-    with face(ScriptedFrontend(), max_body_bytes=8192) as url:
+    with face(ScriptedFrontend(), max_body_bytes=8192) as http:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer = httpx.post(f"{url}/v1/messages", content=data)
+        answer = http.post("/v1/messages", content=data)
     told = answer.json()
     assert (answer.status_code, told["error"]["type"]) == (status, word)
     assert told["error"]["details"]["param"] == param
@@ -327,8 +326,8 @@ def test_bad_input_is_refused_in_the_dialects_form(body, status, word, param):
 )
 def test_refusals_name_a_field_as_its_caller_knows_it(param, name):
     error = InvalidRequestError(f"{param} is no good", param=param)
-    with face(ScriptedFrontend(error)) as url:
-        told = httpx.post(f"{url}/v1/messages", json=ASKED).json()["error"]
+    with face(ScriptedFrontend(error)) as http:
+        told = http.post("/v1/messages", json=ASKED).json()["error"]
     assert (told["details"]["param"], told["message"]) == (name, f"{name} is no good")
 
 
@@ -336,6 +335,6 @@ def test_refusals_name_a_field_as_its_caller_knows_it(param, name):
     ("method", "path", "status"), [("GET", "/v1/messages", 405), ("POST", "/v1/messages/a", 404)]
 )
 def test_unknown_routes_and_methods_have_the_dialects_form(method, path, status):
-    with face(ScriptedFrontend()) as url:
-        answer = httpx.request(method, url + path)
+    with face(ScriptedFrontend()) as http:
+        answer = http.request(method, path)
     assert (answer.status_code, answer.json()["type"]) == (status, "error")

@@ -158,8 +158,9 @@ def test_a_last_assistant_message_is_continued():
 
 
 def test_custom_tools_are_offered():
-    tools = generation(tools=[TOOL, TOOL | {"type": "custom"}]).tools
+    tools = generation(tools=[TOOL, TOOL | {"type": "custom", "strict": True}]).tools
     assert [(tool.name, tool.description) for tool in tools] == [("weather", "Of a city")] * 2
+    assert [tool.strict for tool in tools] == [False, True]
     assert tools[0].parameters == SCHEMA
 
 

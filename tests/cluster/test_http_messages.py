@@ -40,7 +40,7 @@ def client_of(frontend, *, max_retries=0, **serving):
     with (
         face(frontend, **serving) as http,
         anthropic.Anthropic(
-            base_url=http.base_url,
+            base_url=str(http.base_url),
             api_key="none",
             max_retries=max_retries,
             _strict_response_validation=True,

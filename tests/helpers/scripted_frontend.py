@@ -216,7 +216,7 @@ class ScriptedFrontend:
         return [1, len(messages), len(tools)]
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
-        if max(token_ids, default=0) >= self.card.vocab_size:
+        if not all(0 <= token_id < self.card.vocab_size for token_id in token_ids):
             raise InvalidRequestError("tokens takes token ids from 0 to 999", param="tokens")
         return "".join(chr(token_id) for token_id in token_ids)
 

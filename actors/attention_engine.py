@@ -18,6 +18,9 @@ from typing import Protocol
 import torch
 
 from ostro.actors.engine.choices import each_choice
+from ostro.actors.engine.grammar import GrammarCompiler
+from ostro.actors.engine.grammar_masks import MaskMaker
+from ostro.actors.engine.grammar_queue import GrammarQueue
 from ostro.actors.engine.images import check_images
 from ostro.actors.engine.request import (
     FinishReason,
@@ -26,7 +29,7 @@ from ostro.actors.engine.request import (
     TokenEvent,
 )
 from ostro.actors.engine.scheduler import Scheduler
-from ostro.actors.engine.step import SampledToken, ScheduledStep
+from ostro.actors.engine.step import SampledToken, ScheduledStep, error_event, token_event
 from ostro.actors.errors import OstroError, TransportError
 from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection, SyncServer
 from ostro.actors.fabric.local_exchange import ExchangeCounters
@@ -50,6 +53,7 @@ from ostro.configs.vision import VisionConfig
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.5
+_GRAMMAR_WAIT_S = 0.001  # while a grammar is being compiled
 _REPORT_EVERY_S = 1.0
 
 
@@ -97,6 +101,8 @@ class AttentionParts:
 
     Attributes:
         conducted: Whether the router plans the steps (a cell of several ranks).
+        grammars: Compiles grammars; outlives the epoch, as `masks` does.
+        max_waiting_requests: How many requests may wait for their grammars.
         take_counts: Rows per layer and local physical expert since last asked, or None if the rank
             holds no experts.
     """
@@ -107,10 +113,13 @@ class AttentionParts:
     scheduler: Scheduler
     decoder: StepDecoder
     sampler: StepSampler
+    grammars: GrammarCompiler
+    masks: MaskMaker
     exchange: StepExchange
     connection: SyncConnection
     tokens: SyncServer
     page_size: int
+    max_waiting_requests: int
     vision: VisionConfig | None
     num_layers: int
     device: str
@@ -123,6 +132,7 @@ class AttentionEngine:
     def __init__(self, parts: AttentionParts) -> None:
         self._parts = parts
         self._scheduler = parts.scheduler
+        self._grammars = GrammarQueue(parts.grammars, parts.max_waiting_requests)
         self._ingress_of: dict[str, str] = {}
         self._plans: deque[StepPlan] = deque()
         self._proposed: ScheduledStep | None = None
@@ -135,13 +145,15 @@ class AttentionEngine:
     def turn(self) -> None:
         """See `rank_loop.Engine`."""
         connection, has_work = self._parts.connection, self._has_work()
-        message = connection.receive(timeout_s=0.0 if has_work else _IDLE_WAIT_S)
+        message = connection.receive(timeout_s=0.0 if has_work else self._idle_wait_s())
         if message is None and not has_work and self._was_busy and self._scheduler.is_idle():
             self._was_busy = False
             self._scheduler.check_integrity()
         while message is not None:
             self._absorb(message)
             message = connection.receive(timeout_s=0.0)
+        if self._grammars:
+            self._add_ready()
         self._deliver(self._scheduler.take_events(), step=None)
         if not self._parts.conducted:
             self._run_own_step()
@@ -158,6 +170,9 @@ class AttentionEngine:
             return bool(self._plans) or may_propose
         return self._scheduler.has_work()
 
+    def _idle_wait_s(self) -> float:
+        return _GRAMMAR_WAIT_S if self._grammars else _IDLE_WAIT_S
+
     def _absorb(self, message: Message) -> None:
         if getattr(message, "epoch", self._parts.epoch) != self._parts.epoch:
             logger.warning("rank %d: dropped a message of another epoch", self._parts.rank)
@@ -168,9 +183,10 @@ class AttentionEngine:
             case Assign(request=request, ingress_id=ingress_id):
                 self._add(request, ingress_id)
             case Cancel(request_id=request_id):
-                self._scheduler.cancel(request_id)
+                self._cancel(request_id)
             case EndThinking(request_id=request_id):
-                self._scheduler.end_thinking(request_id)
+                if not self._grammars.end_thinking(request_id):
+                    self._scheduler.end_thinking(request_id)
             case AbortEpoch():
                 raise ChannelClosedError(message.reason)
             case _:
@@ -181,9 +197,34 @@ class AttentionEngine:
         self._ingress_of.update((choice.request_id, ingress_id) for choice in choices)
         try:
             check_images(request, self._parts.vision)
-            self._scheduler.add(*(RequestProgress(choice, arrived_s=now_s) for choice in choices))
+            waiting = [RequestProgress(choice, arrived_s=now_s) for choice in choices]
+            if request.grammar is None:
+                self._scheduler.add(*waiting)
+            else:
+                self._grammars.add(waiting, request.grammar)
         except OstroError as error:
-            self._deliver([_refusal(choice, error) for choice in choices], step=None)
+            self._deliver([error_event(choice, error) for choice in choices], step=None)
+
+    def _add_ready(self) -> None:
+        """Hand over to the scheduler the requests whose grammars are compiled by now."""
+        for ready in self._grammars.take_ready():
+            try:
+                if ready.error is not None:
+                    raise ready.error
+                self._scheduler.add(*ready.choices)
+            except OstroError as error:
+                refusals = [error_event(choice.request, error) for choice in ready.choices]
+                self._deliver(refusals, step=None)
+            for request_id in ready.unthinking:
+                self._scheduler.end_thinking(request_id)
+
+    def _cancel(self, request_id: str) -> None:
+        progress = self._grammars.cancel(request_id)
+        if progress is None:
+            self._scheduler.cancel(request_id)
+        else:
+            cancelled = token_event(progress, 0, [], None, FinishReason.CANCELLED)
+            self._deliver([cancelled], step=None)
 
     def _propose(self, *, owed: bool) -> None:
         began_s = time.perf_counter()
@@ -224,6 +265,7 @@ class AttentionEngine:
             num_micro_batches=len(plan.tokens_AM[parts.rank]),
             device=parts.device,
         )
+        parts.masks.start(entry.progress for entry in step.entries if entry.samples)
         parts.exchange.begin_step(plan)
         logits = parts.decoder.forward(batches, parts.exchange)
         parts.exchange.end_step()
@@ -245,9 +287,10 @@ class AttentionEngine:
         entries = [entry for entry in step.entries if entry.samples]
         if not entries:
             return {}
+        self._parts.masks.wait()
         rows = []
         for entry in entries:
-            forced, bias, banned = self._scheduler.sampling_state(entry.progress)
+            forced, bias, banned, allowed = self._scheduler.sampling_state(entry.progress)
             rows.append(
                 SamplingRow(
                     progress=entry.progress,
@@ -255,6 +298,7 @@ class AttentionEngine:
                     forced_token_id=forced,
                     bias=bias,
                     banned_token_ids=banned,
+                    allowed=allowed,
                 )
             )
         tokens = self._parts.sampler.sample(logits, rows)
@@ -308,15 +352,3 @@ class AttentionEngine:
 
     def _send(self, message: Message) -> None:
         self._parts.connection.send(message)
-
-
-def _refusal(request: GenerationRequest, error: OstroError) -> TokenEvent:
-    return TokenEvent(
-        request.request_id,
-        0,
-        [],
-        finish_reason=FinishReason.ERROR,
-        error_code=error.code,
-        error_message=error.message,
-        choice=request.choice,
-    )

@@ -15,6 +15,8 @@ from ostro.actors.attention_engine import (
     StepExchange,
     StepSampler,
 )
+from ostro.actors.engine.grammar import GrammarCompiler
+from ostro.actors.engine.grammar_masks import MaskMaker
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.fabric.channel import SyncConnection, SyncServer
 from ostro.actors.fabric.colocated_exchange import ColocatedExchange
@@ -59,6 +61,8 @@ class AttentionShard(RankActor):
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
+        self._grammars = GrammarCompiler(Path(spec.model_dir), config.vocab_size)
+        self._grammars.warm_up()  # beside the weights
         status, precision = self._status, choose_precision(spec.device, config)
         status.bytes_to_load = attention_bytes(config, dtype, precision)
         status.bytes_to_load += expert_bytes(config, len(local), dtype, precision)
@@ -104,6 +108,7 @@ class AttentionShard(RankActor):
         )
         self._decoder: StepDecoder = self._graphed(spec, decoder)
         self._sampler: StepSampler = Sampler(config.vocab_size)
+        self._masks = MaskMaker(config.vocab_size)
 
     def _make_engine(
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
@@ -118,10 +123,13 @@ class AttentionShard(RankActor):
             scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
             decoder=self._decoder,
             sampler=self._sampler,
+            grammars=self._grammars,
+            masks=self._masks,
             exchange=self._make_exchange(spec),
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,
+            max_waiting_requests=engine.max_waiting_requests,
             vision=self._config.vision,
             num_layers=self._config.num_layers,
             device=spec.device,

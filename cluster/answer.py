@@ -9,7 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from ostro.actors.engine.request import FinishReason, TokenEvent, TokenLogprob
+from ostro.actors.engine.request import (
+    GRAMMAR_FAILED,
+    FinishReason,
+    TokenEvent,
+    TokenLogprob,
+)
 from ostro.actors.errors import InvalidRequestError, OstroError, OverloadedError
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import (
@@ -32,6 +37,7 @@ _ERRORS: dict[str, type[OstroError]] = {
     OverloadedError.code: OverloadedError,
     InvalidRequestError.code: InvalidRequestError,
     "context_length_exceeded": InvalidRequestError,  # more than the shard's cache holds
+    GRAMMAR_FAILED: InvalidRequestError,
 }
 
 
@@ -216,8 +222,14 @@ class ChoiceReader:
         return kind(
             event.error_message or "the generation failed",
             code=code,
-            param=self._prepared.prompt_field if kind is InvalidRequestError else None,
+            param=self._field_at_fault(code) if kind is InvalidRequestError else None,
         )
+
+    def _field_at_fault(self, code: str) -> str:
+        if code != GRAMMAR_FAILED:
+            return self._prepared.prompt_field
+        answer_format = self._prepared.options.answer_format
+        return "tools" if answer_format is None else answer_format.where
 
     def _new_tokens(self, event: TokenEvent) -> tuple[list[int], list[TokenLogprob]]:
         num_repeated = self._num_received - event.first_index

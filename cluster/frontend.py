@@ -47,6 +47,12 @@ def _has_images(messages: Sequence[ChatMessage]) -> bool:
     return any(message.images for message in messages)
 
 
+def _has_schemas(request: ChatGeneration | TextGeneration) -> bool:
+    """Whether there are schemas, expressions or grammars, which are slow to check."""
+    has_tools = isinstance(request, ChatGeneration) and bool(request.tools)
+    return has_tools or request.options.answer_format is not None
+
+
 class Frontend:
     """Serves requests of one model; the real `FrontendLike`.
 
@@ -88,13 +94,13 @@ class Frontend:
             OstroError: What the cell raised or reported.
         """
         num_characters = sum(map(_num_characters, request.messages))
-        is_long = num_characters > _LONG_PROMPT or bool(request.tools)  # schemas are slow to check
+        is_long = num_characters > _LONG_PROMPT or _has_schemas(request)
         build = partial(self._builder.chat, request)
         return self._serve(build, is_long=is_long, has_images=_has_images(request.messages))
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """Raw continuations; closing the iterator cancels them. Raises what `chat` raises."""
-        is_long = sum(map(len, request.prompts)) > _LONG_PROMPT
+        is_long = sum(map(len, request.prompts)) > _LONG_PROMPT or _has_schemas(request)
         return self._serve(partial(self._builder.text, request), is_long=is_long)
 
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:

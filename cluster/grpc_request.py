@@ -13,8 +13,10 @@ import msgspec
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import (
+    AnswerFormat,
     ChatGeneration,
     ChatMessage,
+    Constraint,
     GenerationOptions,
     ImageFile,
     TextGeneration,
@@ -32,6 +34,12 @@ _ROLES = {
     pb.ROLE_USER: "user",
     pb.ROLE_ASSISTANT: "assistant",
     pb.ROLE_TOOL: "tool",
+}
+_TOOL_MODES: dict[int, str] = {
+    pb.ToolChoice.MODE_UNSPECIFIED: "auto",
+    pb.ToolChoice.MODE_AUTO: "auto",
+    pb.ToolChoice.MODE_NONE: "none",
+    pb.ToolChoice.MODE_REQUIRED: "required",
 }
 _EFFORTS: dict[int, str] = {number: name for name, number in EFFORT_NUMBERS.items()}
 
@@ -163,28 +171,37 @@ def _image(image: pb.Image, where: str, at: int) -> ImageFile:
 
 
 def _tool(tool: pb.Tool, path: str) -> Tool:
-    if tool.strict:
-        _refuse(f"{path}.strict", "arguments cannot be constrained yet")
     try:
         parameters = msgspec.json.decode(tool.parameters or "{}", type=dict[str, object])
     except (msgspec.MsgspecError, RecursionError):
         where = f"{path}.parameters"
         raise InvalidRequestError(f"{where}: must be a JSON object", param=where) from None
-    return Tool(name=tool.name, description=tool.description, parameters=parameters)
+    return Tool(
+        name=tool.name, description=tool.description, parameters=parameters, strict=tool.strict
+    )
 
 
 def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
-    path = "conversation.tool_choice"
-    if choice.forbid_parallel:
-        _refuse(f"{path}.forbid_parallel", "the number of tool calls cannot be limited yet")
-    if choice.name or choice.mode == pb.ToolChoice.MODE_REQUIRED:
-        _refuse(path, "a call cannot be forced yet; use MODE_AUTO or MODE_NONE")
-    return ToolChoice(mode="none" if choice.mode == pb.ToolChoice.MODE_NONE else "auto")
+    if choice.mode not in _TOOL_MODES:
+        _refuse("conversation.tool_choice.mode", f"no mode has the number {choice.mode}")
+    name = choice.name or None
+    return ToolChoice(
+        mode="required" if name else _TOOL_MODES[choice.mode],
+        name=name,
+        parallel=not choice.forbid_parallel,
+    )
+
+
+def _answer_format(output: pb.OutputFormat) -> AnswerFormat | None:
+    which = output.WhichOneof("format")
+    if which is None or (which == "json_object" and not output.json_object):
+        return None
+    text = "" if which == "json_object" else getattr(output, which)
+    where = f"options.output_format.{which}"
+    return AnswerFormat(constraint=Constraint(which), text=text, where=where)
 
 
 def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOptions:
-    if options.output_format.WhichOneof("format") is not None:
-        _refuse("options.output_format", "answers cannot be constrained yet")
     if options.logprobs.prompt:
         _refuse("options.logprobs.prompt", "logprobs of prompt tokens are not served")
     reasoning, sampling, stopping = options.reasoning, options.sampling, options.stopping
@@ -213,6 +230,7 @@ def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOption
         priority=options.priority,
         queue_timeout_s=_queue_timeout_s(options),
         return_token_ids=options.return_token_ids,
+        answer_format=_answer_format(options.output_format),
         num_choices=options.choices or 1,
     )
 

@@ -21,9 +21,9 @@ from ostro.cluster.generation import (
     TextGeneration,
     Tool,
     ToolCall,
-    ToolChoice,
 )
 from ostro.cluster.images import image_of_uri
+from ostro.cluster.openai_constraints import allowed_tools, answer_format, tool_choice
 from ostro.cluster.openai_schema import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -50,8 +50,8 @@ def chat_generation(body: ChatCompletionRequest) -> ChatGeneration:
     return ChatGeneration(
         model=body.model,
         messages=chat_messages(body.messages, continue_final=bool(body.continue_final_message)),
-        tools=tools_on_offer(body.tools or ()),
-        tool_choice=_tool_choice(body),
+        tools=allowed_tools(body, tools_on_offer(body.tools or ())),
+        tool_choice=tool_choice(body),
         options=_options(
             body,
             max_tokens=_one_of(body, "max_completion_tokens", "max_tokens"),
@@ -113,6 +113,7 @@ def tools_on_offer(tools: Sequence[ToolIn]) -> tuple[Tool, ...]:
                 name=function.name,
                 description=function.description or "",
                 parameters=function.parameters or {},
+                strict=bool(function.strict),
             )
         )
     return tuple(offered)
@@ -132,8 +133,6 @@ def _refuse(param: str, why: str) -> NoReturn:
 def _refuse_unserved(body: SamplingFields) -> None:
     if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
         _refuse("best_of", "every sampled answer is returned; leave it out, or let it equal n")
-    if body.response_format is not None and body.response_format.type != "text":
-        _refuse("response_format", "only type 'text' is served; the answer is not constrained")
     if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
         _refuse("prompt_logprobs", "logprobs of prompt tokens are not served")
     if body.top_prompt_logprobs:
@@ -153,8 +152,6 @@ def _refuse_unserved_chat(body: ChatCompletionRequest) -> None:
         _refuse("prediction", "not served")
     if body.modalities is not None and body.modalities != ["text"]:
         _refuse("modalities", "only ['text'] is served")
-    if body.parallel_tool_calls is False and body.tools:
-        _refuse("parallel_tool_calls", "the number of tool calls cannot be limited yet")
 
 
 def _options(
@@ -191,6 +188,7 @@ def _options(
         priority=body.priority or 0,
         queue_timeout_s=body.queue_timeout,
         return_token_ids=bool(body.return_token_ids),
+        answer_format=answer_format(body),
         num_choices=1 if body.n is None else body.n,
     )
 
@@ -221,17 +219,6 @@ def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
         raise InvalidRequestError(
             "logit_bias: every key must be a token id in decimal digits", param="logit_bias"
         ) from None
-
-
-def _tool_choice(body: ChatCompletionRequest) -> ToolChoice:
-    choice = "auto" if body.tool_choice is None else body.tool_choice
-    if isinstance(choice, str) and choice in ("auto", "none"):
-        return ToolChoice(mode=choice)
-    if isinstance(choice, dict) or choice in ("any", "required"):
-        _refuse("tool_choice", "a call cannot be forced yet; use 'auto' or 'none'")
-    raise InvalidRequestError(
-        f"tool_choice={choice[:100]!r} must be 'auto' or 'none'", param="tool_choice"
-    )
 
 
 def _prompts(

@@ -76,6 +76,7 @@ class FunctionIn(Wire):
     name: str
     description: str | None = None
     parameters: dict[str, object] | None = None
+    strict: bool | None = None
 
 
 class ToolIn(Wire):
@@ -91,10 +92,31 @@ class StreamOptions(Wire):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(Wire):
+    """A schema for the answer; it is held to it whatever `strict` says."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, object] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
 class ResponseFormat(Wire):
-    """Only `text` is served."""
+    """The form of the answer: `text`, `json_object` or `json_schema`."""
 
     type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Wire):
+    """vLLM's forms of the answer; one of them."""
+
+    # `json` is a name that pydantic's models have already.
+    json_: Annotated[str | dict[str, object] | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class SamplingFields(Wire):
@@ -128,6 +150,7 @@ class SamplingFields(Wire):
     n: int | None = None
     best_of: int | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: bool | int | None = None
     top_prompt_logprobs: int | None = None
     # Accepted and without effect on the answer.

@@ -32,6 +32,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from PIL import Image
 
 from ostro.actors.engine.request import ImageInput
+from ostro.actors.engine.vocabulary import FILE_NAME
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import ChatMessage, Tool
@@ -42,7 +43,6 @@ from ostro.configs.deployment import ReasoningConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.vision import VisionConfig
 
-FILE_NAME = "tekken.json"
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 _IMAGES_IN_TOOL_RESULTS = TokenizerVersion.v15
@@ -81,6 +81,7 @@ class PromptBuilder:
     """The tokenizer of one checkpoint. Thread-safe.
 
     Attributes:
+        model_dir: Holds its file.
         special: Ids of control tokens.
         table: Bytes of every token.
         closing_token_ids: What is forced when a thinking budget ends: the configured phrase and
@@ -101,7 +102,8 @@ class PromptBuilder:
             ConfigError: The file is missing, broken or older than v13, or it declares none of the
                 prompt values that the effort table asks for.
         """
-        self._path = Path(model_dir) / FILE_NAME
+        self.model_dir = Path(model_dir)
+        self._path = self.model_dir / FILE_NAME
         self._tokenizer = _load(self._path)
         self._tekken = _tekkenizer(self._tokenizer, self._path)
         self._serving = ServingConfig() if serving is None else serving

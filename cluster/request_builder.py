@@ -1,7 +1,7 @@
 """What a caller asked for -> what a shard is told: options checked, defaults and efforts filled in.
 
 Every refusal is an InvalidRequestError whose `param` is the name the caller knows the field by.
-Nothing here waits or talks to the cell.
+Nothing here talks to the cell; only a grammar that is not known yet is waited for.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import secrets
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from ostro.actors.engine.request import (
     GenerationRequest,
+    GrammarParams,
     SamplingParams,
     StopParams,
     ThinkingParams,
 )
 from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.answer_grammar import AnswerGrammars
 from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
@@ -76,6 +78,14 @@ class Prepared:
         return replace(self, request=msgspec.structs.replace(self.request, images=()))
 
 
+class _TokenRules(NamedTuple):
+    """What a request's tokens must keep to."""
+
+    thinking: ThinkingParams | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    grammar: GrammarParams | None = None
+
+
 class RequestBuilder:
     """Makes `GenerationRequest`s for one served model. Thread-safe."""
 
@@ -93,6 +103,7 @@ class RequestBuilder:
         self._prompts = prompts
         self._card = card
         self._config = config
+        self._grammars = AnswerGrammars(prompts, card)
 
     def chat(self, chat: ChatGeneration) -> list[Prepared]:
         """Check and translate one assistant turn, which has one prompt.
@@ -103,7 +114,6 @@ class RequestBuilder:
         """
         check_model_name(self._card, chat.model)
         check_options(chat.options, self._card, self._config.serving)
-        _refuse_unserved(chat)
         effort = self.effort(chat.options.effort)
         budget = self._budget(chat.options, self._config.reasoning.efforts[effort])
         prompt = self._prompt(chat.messages, chat.tools, effort, budget)
@@ -113,14 +123,13 @@ class RequestBuilder:
             banned.append(thinking.begin_token_id)
         if chat.tools and chat.tool_choice.mode == "none":
             banned.append(self._prompts.special.tool_calls)
-        takes_tools = bool(chat.tools) and chat.tool_choice.mode == "auto"
+        takes_tools = bool(chat.tools) and chat.tool_choice.mode != "none"
         prepared = self._prepare(
             chat.options,
             prompt,
             "messages",
+            _TokenRules(thinking, tuple(banned), self._grammars.chat(chat)),
             effort=effort,
-            thinking=thinking,
-            banned=tuple(banned),
             output_format=OutputFormat.TOOLS if takes_tools else OutputFormat.CHAT,
         )
         return [prepared]
@@ -144,6 +153,7 @@ class RequestBuilder:
         request_id = text.options.request_id or uuid.uuid4().hex
         options = replace(text.options, request_id=request_id)
         effort = self.effort(options.effort)
+        rules = _TokenRules(grammar=self._grammars.text(options.answer_format))
         prepared = []
         for index, prompt in enumerate(text.prompts):
             field = "prompt" if len(text.prompts) == 1 else f"prompt[{index}]"
@@ -151,9 +161,8 @@ class RequestBuilder:
                 options,
                 Prompt(self._raw_token_ids(prompt, field)),
                 field,
+                rules,
                 effort=effort,
-                thinking=None,
-                banned=(),
                 output_format=OutputFormat.RAW,
                 first_choice=index * options.num_choices,
             )
@@ -214,10 +223,9 @@ class RequestBuilder:
         options: GenerationOptions,
         prompt: Prompt,
         field: str,
+        rules: _TokenRules,
         *,
         effort: str,
-        thinking: ThinkingParams | None,
-        banned: tuple[int, ...],
         output_format: OutputFormat,
         first_choice: int = 0,
     ) -> Prepared:
@@ -228,13 +236,14 @@ class RequestBuilder:
             request=GenerationRequest(
                 request_id=options.request_id or uuid.uuid4().hex,
                 prompt_token_ids=prompt.token_ids,
-                sampling=self._sampling(options, row, banned),
+                sampling=self._sampling(options, row, rules.banned_token_ids),
                 stop=self._stop(options, context_left),
-                thinking=thinking,
+                thinking=rules.thinking,
                 cache_salt=options.cache_key,
                 scheduling_class=row.scheduling_class + options.priority,
                 tenant=options.tenant,
                 images=prompt.images,
+                grammar=rules.grammar,
                 choice=first_choice,
                 num_choices=options.num_choices,
             ),
@@ -242,7 +251,7 @@ class RequestBuilder:
             output_format=output_format,
             prompt_field=field,
             effort=effort,
-            budget_tokens=thinking.budget_tokens if thinking is not None else 0,
+            budget_tokens=rules.thinking.budget_tokens if rules.thinking is not None else 0,
             length_is_context=asked_tokens > context_left,
             num_image_tokens=sum(image.num_tokens for image in prompt.images),
         )
@@ -311,17 +320,6 @@ class RequestBuilder:
                 param=field,
             )
         return left
-
-
-def _refuse_unserved(chat: ChatGeneration) -> None:
-    code = "unsupported_value"
-    if chat.options.answer_format is not None:
-        where = chat.options.answer_format.where
-        raise refused(where, "is not served yet: answers are not constrained", code=code)
-    if chat.tool_choice.mode not in ("auto", "none"):
-        raise refused("tool_choice", "must be 'auto' or 'none'", code=code)
-    if chat.tools and not chat.tool_choice.parallel:
-        raise refused("tool_choice", "cannot limit the number of calls yet", code=code)
 
 
 def _either(asked: _T | None, default: _T) -> _T:

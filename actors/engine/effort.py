@@ -7,7 +7,6 @@ token to take, which to favour and which to leave.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from ostro.actors.engine.request import ThinkingParams
@@ -30,8 +29,8 @@ class ThinkingTracker:
         banned_token_ids: The begin mark, where thinking must not begin (again).
     """
 
-    def __init__(self, params: ThinkingParams, output_token_ids: Sequence[int] = ()) -> None:
-        self._params = params
+    def __init__(self, params: ThinkingParams) -> None:
+        self.begin_token_id = params.begin_token_id
         self.end_token_id = params.end_token_id
         end_mark = (params.end_token_id,)
         closing = params.closing_token_ids
@@ -42,6 +41,7 @@ class ThinkingTracker:
         self._closing = closing
         # The phrase counts as thinking, and a budget is never overrun.
         self._limit = None if budget is None else budget - (len(closing) - 1)
+        self._soft_zone_tokens = params.soft_zone_tokens
         self._num_forced = 0
         self._cause: EndedBy | None = None
         self.is_open = False
@@ -52,16 +52,14 @@ class ThinkingTracker:
             self._open()
         elif self._is_spent():
             self._forbid()
-        for token_id in output_token_ids:
-            self.observe(token_id)
 
     def observe(self, token_id: int) -> None:
         """Take note of the next output token."""
         if not self.is_open:
-            if token_id == self._params.begin_token_id:
+            if token_id == self.begin_token_id:
                 self._open()
             return
-        if token_id == self._params.end_token_id:
+        if token_id == self.end_token_id:
             self._close()
             return
         self.num_thinking_tokens += 1
@@ -77,7 +75,7 @@ class ThinkingTracker:
 
     def end_bias(self) -> float:
         """What to add to the end mark's logit: 0 outside the soft zone, rising linearly within."""
-        limit, zone = self._limit, self._params.soft_zone_tokens
+        limit, zone = self._limit, self._soft_zone_tokens
         if not self.is_open or self._cause is not None or limit is None or zone == 0:
             return 0.0
         num_into_zone = zone - (limit - self.num_thinking_tokens)
@@ -114,4 +112,4 @@ class ThinkingTracker:
         return self._limit is not None and self.num_thinking_tokens >= self._limit
 
     def _forbid(self) -> None:
-        self.banned_token_ids = (self._params.begin_token_id,)
+        self.banned_token_ids = (self.begin_token_id,)

@@ -14,7 +14,11 @@ import msgspec
 from ostro.actors.errors import InvalidTransitionError
 
 if TYPE_CHECKING:
+    from ostro.actors.engine.answer_grammar import AnswerGrammar
     from ostro.actors.engine.effort import ThinkingTracker
+
+
+GRAMMAR_FAILED = "grammar_failed"  # error code of an answer that its grammar brought to a stop
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -88,6 +92,20 @@ class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     starts_open: bool = False
 
 
+class GrammarParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The form that an answer must have. Thinking is no part of the answer and stays free.
+
+    Attributes:
+        text: The grammar as llguidance takes it: Lark, or its JSON.
+        prefix_token_ids: The part of the answer that the prompt ends with.
+        held_token_ids: Not chosen while thinking is open: they would end it without an answer.
+    """
+
+    text: str
+    prefix_token_ids: tuple[int, ...] = ()
+    held_token_ids: tuple[int, ...] = ()
+
+
 class ImageInput(msgspec.Struct, frozen=True, kw_only=True):
     """One image of a prompt, made ready for the vision tower.
 
@@ -119,6 +137,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         scheduling_class: Lower runs earlier when requests wait.
         tenant: Whose request it is; tenants share a shard fairly. "" for nobody.
         images: In the order of their places in the prompt.
+        grammar: What the answer is held to, if to anything.
         choice: Which of its caller's answers this is; of several choices, the first.
         num_choices: Answers to sample from the prompt; `choices.each_choice` takes them apart.
         prompt_shared_by: How many choices, each now a request, were made of the one prompt.
@@ -133,6 +152,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     scheduling_class: int = 0
     tenant: str = ""
     images: tuple[ImageInput, ...] = ()
+    grammar: GrammarParams | None = None
     choice: int = 0
     num_choices: int = 1
     prompt_shared_by: int = 1
@@ -245,6 +265,8 @@ class RequestProgress:
         max_num_tokens: Prompt plus output is never longer.
         stop_token_ids: Any of them ends the output.
         thinking: The budget's state, if the request has one.
+        grammar: The state of what holds the answer, if the request has one; set before the
+            scheduler takes the request.
         queued_s: Seconds before its first step, until an event has told them; 0 from then on.
         page_hashes: Hash chain of the leading full pages, as far as it was needed yet.
         num_published_pages: Leading pages that were offered to the prefix cache or came from there.
@@ -253,6 +275,7 @@ class RequestProgress:
     __slots__ = (
         "arrival",
         "arrived_s",
+        "grammar",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -292,6 +315,7 @@ class RequestProgress:
         self.max_num_tokens = self.num_prompt_tokens + request.stop.max_tokens
         self.stop_token_ids = _stop_token_ids(request.stop)
         self.thinking: ThinkingTracker | None = None
+        self.grammar: AnswerGrammar | None = None
         self.queued_s = 0.0
         self.pages: list[int] = []
         self.page_hashes: list[int] = []

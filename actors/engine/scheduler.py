@@ -23,7 +23,6 @@ from operator import attrgetter
 
 from ostro.actors.engine import token_rules
 from ostro.actors.engine.admission import AdmissionPolicy, check_servable
-from ostro.actors.engine.effort import ThinkingTracker
 from ostro.actors.engine.fairness import OUTPUT_WEIGHT, TenantShares, WaitingQueue
 from ostro.actors.engine.request import FinishReason, RequestProgress, RequestState, TokenEvent
 from ostro.actors.engine.request_pages import RequestPages
@@ -34,6 +33,7 @@ from ostro.actors.engine.step import (
     ScheduledStep,
     ShardLoad,
     Totals,
+    error_event,
     token_event,
 )
 from ostro.actors.engine.token_rules import SamplingState, reason_to_end
@@ -100,8 +100,7 @@ class Scheduler:
         progress.arrival = self._num_arrivals
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
         self._num_arrivals += 1
-        if (params := progress.request.thinking) is not None:
-            progress.thinking = ThinkingTracker(params, progress.output_token_ids)
+        token_rules.begin(progress)
         self._requests[progress.request_id] = progress
         self._shares.enter(progress.request.tenant)
         self._waiting.add(progress)
@@ -361,16 +360,14 @@ class Scheduler:
     def _append_output(self, progress: RequestProgress, sampled: SampledToken) -> None:
         token_id, output = sampled.token_id, progress.output_token_ids
         first_index = len(output)
+        if (grammar := progress.grammar) is not None and grammar.error is not None:
+            self._events.append(error_event(progress.request, grammar.error, first_index))
+            self._finish(progress)
+            return
         output.append(token_id)
         self._totals.output_tokens += 1
-        if progress.thinking is not None:
-            progress.thinking.observe(token_id)
-        reason = None
-        if (
-            token_id in progress.stop_token_ids
-            or progress.num_prompt_tokens + first_index + 1 >= progress.max_num_tokens
-        ):
-            reason = reason_to_end(progress)
+        token_rules.observe(progress, token_id)
+        reason = reason_to_end(progress)
         logprobs = [sampled.logprob] if sampled.logprob is not None else None
         self._events.append(token_event(progress, first_index, [token_id], logprobs, reason))
         if reason is not None:

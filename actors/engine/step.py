@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from ostro.actors.engine.request import FinishReason, RequestProgress, TokenEvent, TokenLogprob
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    RequestProgress,
+    TokenEvent,
+    TokenLogprob,
+)
+from ostro.actors.errors import OstroError
 
 
 class SampledToken(msgspec.Struct, frozen=True):
@@ -113,6 +120,7 @@ def token_event(
     """What readers are told of new tokens, of an end, or of both; the first tells `queued_s`."""
     thinking = progress.thinking
     queued_s, progress.queued_s = progress.queued_s, 0.0
+    last = token_ids[-1] if token_ids and reason is FinishReason.STOP else None
     return TokenEvent(
         progress.request_id,
         first_index,
@@ -122,7 +130,20 @@ def token_event(
         thinking.num_thinking_tokens if thinking is not None else 0,
         thinking.ended_by if thinking is not None else None,
         reason,
-        token_ids[-1] if reason is FinishReason.STOP and token_ids else None,
+        last if last in progress.stop_token_ids else None,
         queued_s=queued_s,
         choice=progress.request.choice,
+    )
+
+
+def error_event(request: GenerationRequest, error: OstroError, first_index: int = 0) -> TokenEvent:
+    """The last event of a request that cannot be served, or no longer."""
+    return TokenEvent(
+        request.request_id,
+        first_index,
+        [],
+        finish_reason=FinishReason.ERROR,
+        error_code=error.code,
+        error_message=error.message,
+        choice=request.choice,
     )

@@ -3,7 +3,8 @@
 Row by row it chooses as `sampler` does on a CPU. The host sends tables of what the rows ask for,
 and waits once: for the copy that brings tokens and log probabilities back.
 
-Shape letters: B rows, V vocabulary, A rows that ask for log probabilities, C tokens shown for each.
+Shape letters: B rows, V vocabulary, W words of 32 tokens, A rows that ask for log probabilities,
+C tokens shown for each.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class BatchSampler:
     def __init__(
         self,
         vocab_size: int,
-        sample_rows: Callable[[torch.Tensor, Draws], torch.Tensor] = sample_rows,
+        sample_rows: Callable[
+            [torch.Tensor, Draws, torch.Tensor | None], torch.Tensor
+        ] = sample_rows,
         log_normalizer: Callable[[torch.Tensor], torch.Tensor] = log_normalizer,
     ) -> None:
         self._vocab_size = vocab_size
@@ -55,7 +58,8 @@ class BatchSampler:
         if not rows:
             return []
         draws = Draws.of([_draw(row) for row in rows], logits_BV.device)
-        ids_B = self._sample_rows(self._adjusted(logits_BV, rows), draws)
+        allowed_BW = self._allowed(rows, logits_BV.device)
+        ids_B = self._sample_rows(self._adjusted(logits_BV, rows), draws, allowed_BW)
         ids_B = _with_forced(ids_B, rows)
         asked = [b for b, row in enumerate(rows) if row.params.num_logprobs is not None]
         if not asked:
@@ -97,6 +101,17 @@ class BatchSampler:
             torch.tensor(added, dtype=torch.float32),
         )
         return adjust(logits_BV, *(sent(table, logits_BV.device) for table in tables))
+
+    def _allowed(self, rows: Sequence[SamplingRow], device: torch.device) -> torch.Tensor | None:
+        """Bits of the tokens that each row may choose, int32 [B, W]; None if all may choose any."""
+        if all(row.allowed is None for row in rows):
+            return None
+        num_words = (self._vocab_size + 31) // 32
+        allowed_BW = torch.full((len(rows), num_words), -1, dtype=torch.int32)
+        for b, row in enumerate(rows):
+            if row.allowed is not None and row.forced_token_id is None:
+                allowed_BW[b] = torch.frombuffer(row.allowed, dtype=torch.int32, count=num_words)
+        return sent(allowed_BW, device)
 
     def _logprobs(
         self,

@@ -18,6 +18,8 @@ from ostro.actors.engine.step import SampledToken
 from ostro.actors.model.batch_sampler import BatchSampler
 from ostro.kernels.sampling import Draw, greedy, logprobs, penalize, sample, uniform
 
+_BIT = torch.arange(32, dtype=torch.int32)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingRow:
@@ -29,6 +31,8 @@ class SamplingRow:
         forced_token_id: Take this token, whatever the logits say.
         bias: (token id, added to its logit), besides the request's own `logit_bias`.
         banned_token_ids: Never chosen, besides the request's own.
+        allowed: Bits of the only tokens to choose from, as in `token_rules.SamplingState`; None for
+            any.
     """
 
     progress: RequestProgress
@@ -36,6 +40,7 @@ class SamplingRow:
     forced_token_id: int | None = None
     bias: tuple[int, float] | None = None
     banned_token_ids: Sequence[int] = ()
+    allowed: bytearray | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -51,6 +56,7 @@ class SamplingRow:
             or params.banned_token_ids
             or self.bias
             or self.banned_token_ids
+            or self.allowed is not None
         )
 
 
@@ -124,7 +130,7 @@ class Sampler:
         return sample(logits_V, draw)
 
     def _adjusted(self, logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-        """A copy of the row with penalties, then bias, then bans."""
+        """A copy of the row with penalties, then bias, then bans, its grammar's last."""
         logits_V = logits_V.clone()
         if row.params.needs_counts:
             _penalize(logits_V, row.progress)
@@ -134,6 +140,8 @@ class Sampler:
         banned = self._known((*row.params.banned_token_ids, *row.banned_token_ids))
         if banned:
             logits_V[banned] = -torch.inf
+        if row.allowed is not None:
+            logits_V.masked_fill_(~_bits(row.allowed)[: self._vocab_size], -torch.inf)
         return logits_V
 
     def _add_bias(self, logits_V: torch.Tensor, bias: Mapping[int, float]) -> None:
@@ -144,6 +152,12 @@ class Sampler:
     def _known(self, token_ids: Sequence[int] | Mapping[int, float]) -> list[int]:
         """Those that exist: no other is ever chosen, so that bias and bans have no effect on it."""
         return [token_id for token_id in token_ids if 0 <= token_id < self._vocab_size]
+
+
+def _bits(words: bytearray) -> torch.Tensor:
+    """Whether each bit is set, least significant first."""
+    words_W = torch.frombuffer(words, dtype=torch.int32)
+    return ((words_W[:, None] >> _BIT) & 1).view(-1) != 0
 
 
 def _penalize(logits_V: torch.Tensor, progress: RequestProgress) -> None:

@@ -25,6 +25,7 @@ from scripted_cell import (
 from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import (
+    GRAMMAR_FAILED,
     FinishReason,
     GenerationRequest,
     TokenEvent,
@@ -67,6 +68,7 @@ from ostro.configs.errors import ConfigError
 HELLO = (ChatMessage(role="user", text="Hi"),)
 TOOLS = (Tool(name="f"),)
 JSON = AnswerFormat(constraint=Constraint.JSON_OBJECT)
+REGEX = AnswerFormat(constraint=Constraint.REGEX, text="(a", where="structured_outputs.regex")
 
 
 @pytest.fixture(scope="module")
@@ -321,20 +323,42 @@ def test_chat_refuses_options_out_of_range(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"options": GenerationOptions(answer_format=JSON)}, "response_format"),
-        ({"tool_choice": ToolChoice(mode="required")}, "tool_choice"),
-        ({"tool_choice": ToolChoice(parallel=False)}, "tool_choice"),
+        ({"options": GenerationOptions(answer_format=REGEX)}, "structured_outputs.regex"),
+        ({"tool_choice": ToolChoice(mode="required", name="g")}, "tool_choice"),
+        ({"tool_choice": ToolChoice(mode="required"), "tools": ()}, "tool_choice"),
     ],
     ids=str,
 )
-def test_chat_refuses_what_it_cannot_force(
+def test_chat_refuses_what_no_answer_can_satisfy(
     prompts: PromptBuilder, fields: dict[str, Any], param: str
 ) -> None:
     cell = FakeCell([])
-    request = ChatGeneration(messages=HELLO, tools=TOOLS, **fields)
+    request = ChatGeneration(**{"messages": HELLO, "tools": TOOLS, **fields})
     with pytest.raises(InvalidRequestError, match=param) as caught:
         read(frontend_of(prompts, cell).chat(request))
     assert (caught.value.code, caught.value.param) == ("unsupported_value", param)
+    assert not cell.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"answer_format": JSON}, "response_format"), ({"tool_choice": "required"}, "tools")],
+)
+def test_an_answer_that_its_grammar_stops_is_the_requests_fault(
+    prompts: PromptBuilder, script: Script, fields: dict[str, Any], param: str
+) -> None:
+    script.step(finish_reason=FinishReason.ERROR, error_code=GRAMMAR_FAILED, error_message="stuck")
+    with pytest.raises(InvalidRequestError, match="stuck") as caught:
+        chat(prompts, script, tools=TOOLS, **fields)
+    assert (caught.value.code, caught.value.param) == (GRAMMAR_FAILED, param)
+
+
+def test_a_forced_call_comes_out_as_a_call(prompts: PromptBuilder, script: Script) -> None:
+    script.step(TOOL_CALLS, "f", ARGS, "{}").step(finish_reason=FinishReason.STOP)
+    events, request = chat(prompts, script, tools=TOOLS, tool_choice="required")
+    assert request.grammar is not None
+    assert [event.call.name for event in events if isinstance(event, ToolCallDone)] == ["f"]
+    assert finish(events).reason == "tool_calls"
 
 
 def test_chat_names_the_efforts_there_are(prompts: PromptBuilder) -> None:

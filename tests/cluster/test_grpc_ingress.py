@@ -363,13 +363,13 @@ BAD_CHATS = {
         {"conversation": user(prefix=True)},
         "conversation.messages[0].prefix",
     ),
-    "forced tool": (
+    "unknown tool choice": (
         {
             "conversation": pb.Conversation(
-                messages=HELLO.messages, tool_choice=pb.ToolChoice(name="f")
+                messages=HELLO.messages, tool_choice=pb.ToolChoice(mode=99)
             )
         },
-        "conversation.tool_choice",
+        "conversation.tool_choice.mode",
     ),
     "broken schema": (
         {
@@ -379,7 +379,6 @@ BAD_CHATS = {
         },
         "conversation.tools[0].parameters",
     ),
-    "json": (with_options(output_format=pb.OutputFormat(regex="a")), "options.output_format"),
     "prompt logprobs": (
         with_options(logprobs=pb.LogprobOptions(prompt=True)),
         "options.logprobs.prompt",

@@ -329,7 +329,7 @@ def test_a_failure_mid_stream_is_told_to_both_clients():
 @pytest.mark.parametrize("status", [400, 422, 429])
 def test_the_openai_client_reads_error_bodies(status):
     frontend = ScriptedFrontend(OverloadedError("full"))
-    bad = {400: {"tool_choice": "required"}, 422: {"top_p": "high"}, 429: {}}[status]
+    bad = {400: {"tool_choice": "maybe"}, 422: {"top_p": "high"}, 429: {}}[status]
     with face(frontend) as http:
         with openai_client(http) as client, pytest.raises(openai.APIStatusError) as told:
             client.chat.completions.create(model=MODEL, messages=HELLO, extra_body=bad)
@@ -430,9 +430,13 @@ BAD_BODIES = {
         "messages[0].content[0].text",
     ),
     "prefix of a user": (message(content="a", prefix=True), 400, "messages[0].prefix"),
-    "forced tool": (chat(tool_choice="any"), 400, "tool_choice"),
-    "named tool": (chat(tool_choice={"type": "function"}), 400, "tool_choice"),
-    "json answer": (chat(response_format={"type": "json_object"}), 400, "response_format"),
+    "tool choice": (chat(tool_choice="maybe"), 400, "tool_choice"),
+    "nameless tool": (chat(tool_choice={"type": "function"}), 400, "tool_choice"),
+    "form of answer": (
+        chat(response_format={"type": "json_schema"}),
+        400,
+        "response_format.json_schema.schema",
+    ),
     "best of two": (chat(best_of=2), 400, "best_of"),
     "prompt logprobs": (chat(prompt_logprobs=True), 400, "prompt_logprobs"),
     "prompt mode": (chat(prompt_mode="reasoning"), 400, "prompt_mode"),

@@ -11,9 +11,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from llguidance import LLMatcher
+
+from ostro.actors.engine.answer_grammar import AnswerGrammar
+from ostro.actors.engine.grammar import make_tokenizer
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
+    GrammarParams,
     ImageInput,
     RequestProgress,
     SamplingParams,
@@ -22,10 +27,21 @@ from ostro.actors.engine.request import (
 )
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledRequest, ScheduledStep
-from ostro.actors.engine.token_rules import SamplingState, sampling_state
+from ostro.actors.engine.token_rules import SamplingState, begin, observe, sampling_state
+from ostro.actors.engine.vocabulary import Vocabulary
 
 EOS = 2
 VOCABULARY = 12
+_NAMES = [b"<unk>", b"<s>", b"</s>", b"<THINK>", b"</THINK>"]
+_TOKENIZER = make_tokenizer(
+    Vocabulary(
+        pieces=[*_NAMES, *(bytes([letter]) for letter in b"abcdefg")],
+        num_special=len(_NAMES),
+        eos_token_id=EOS,
+        pattern=".",
+    ),
+    VOCABULARY,
+)
 
 
 def make_request(
@@ -41,8 +57,9 @@ def make_request(
     scheduling_class: int = 0,
     tenant: str = "",
     images: tuple[ImageInput, ...] = (),
+    grammar: GrammarParams | None = None,
 ) -> GenerationRequest:
-    """A greedy request."""
+    """A greedy request. To a grammar, tokens from 5 on are the letters from a on."""
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=list(prompt),
@@ -59,7 +76,19 @@ def make_request(
         scheduling_class=scheduling_class,
         tenant=tenant,
         images=images,
+        grammar=grammar,
     )
+
+
+def make_progress(
+    request: GenerationRequest, *output: int, arrived_s: float = 0.0
+) -> RequestProgress:
+    """A request as a shard hands it to the scheduler."""
+    progress = RequestProgress(request, arrived_s=arrived_s, output_token_ids=output)
+    if request.grammar is not None:
+        matcher = LLMatcher(_TOKENIZER, request.grammar.text, log_level=0)
+        progress.grammar = AnswerGrammar(matcher, request.grammar)
+    return progress
 
 
 def make_fake_image(start: int, num_tokens: int, mark: int) -> ImageInput:
@@ -92,6 +121,8 @@ def fake_next_token(tokens: Sequence[int], state: SamplingState) -> int:
     if state.bias is not None and draw % 16 < 2 * state.bias[1]:
         return state.bias[0]
     choices = [token for token in range(VOCABULARY) if token not in state.banned_token_ids]
+    if state.allowed is not None:
+        choices = [token for token in choices if state.allowed[token // 8] >> token % 8 & 1]
     return choices[draw % len(choices)]
 
 
@@ -99,22 +130,21 @@ def expected_generation(
     request: GenerationRequest, *, max_context: int
 ) -> tuple[list[int], FinishReason]:
     """What the model says to a request that is alone in the world, and why it ends."""
-    alone = RequestProgress(request, arrived_s=0.0)
-    if request.thinking is not None:
-        # The tracker has tests of its own; here it only has to be asked at the right moments.
-        from ostro.actors.engine.effort import ThinkingTracker
-
-        alone.thinking = ThinkingTracker(request.thinking)
-    output = alone.output_token_ids
+    alone = make_progress(request)
+    begin(alone)
+    grammar, output = alone.grammar, alone.output_token_ids
     stop_ids = set(request.stop.stop_token_ids)
     if not request.stop.ignore_eos:
         stop_ids.add(EOS)
     while True:
         tokens = request.prompt_token_ids + output
         token = fake_next_token(seen_tokens(request, tokens), sampling_state(alone))
+        if grammar is not None and grammar.error is not None:
+            return output, FinishReason.ERROR
         output.append(token)
-        if alone.thinking is not None:
-            alone.thinking.observe(token)
+        observe(alone, token)
+        if grammar is not None and grammar.is_complete:
+            return output, FinishReason.STOP
         if token in stop_ids and len(output) > request.stop.min_tokens:
             return output, FinishReason.STOP
         if len(output) == request.stop.max_tokens:

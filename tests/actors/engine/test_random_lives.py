@@ -7,7 +7,13 @@ from itertools import count
 
 import msgspec
 import pytest
-from engine_fakes import FakeDevice, expected_generation, make_fake_image, make_request
+from engine_fakes import (
+    FakeDevice,
+    expected_generation,
+    make_fake_image,
+    make_progress,
+    make_request,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +28,7 @@ from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
+    GrammarParams,
     ImageInput,
     RequestProgress,
     ThinkingParams,
@@ -53,6 +60,15 @@ _THINKING = st.builds(
     st.integers(0, 3),
     st.sampled_from([(), (_END,), (5, 6, _END)]),
     st.booleans(),
+)
+# Tokens from 5 on are the letters from a on: 9, which may be a stop token, is e.
+_GRAMMARS = st.builds(
+    GrammarParams,
+    text=st.sampled_from(
+        ["start: /[a-d]{2,4}/", 'start: "ab" /[cd]/* "g"?', "start: /.+/", 'start: "a" /e+/ "g"']
+    ),
+    prefix_token_ids=st.sampled_from([(), (), (5,)]),
+    held_token_ids=st.sampled_from([(), (2,), (2, 7, 8)]),
 )
 
 
@@ -116,6 +132,7 @@ class RandomLives(RuleBasedStateMachine):
         stop_token_ids=st.sampled_from([(), (9,)]),
         ignore_eos=st.booleans(),
         thinking=st.none() | _THINKING,
+        grammar=st.none() | _GRAMMARS,
         salt=st.sampled_from(["", "", "a"]),
         shown=st.none() | st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3)),
         scheduling_class=st.integers(0, 2),
@@ -129,6 +146,7 @@ class RandomLives(RuleBasedStateMachine):
         stop_token_ids: tuple[int, ...],
         ignore_eos: bool,
         thinking: ThinkingParams | None,
+        grammar: GrammarParams | None,
         salt: str,
         shown: tuple[int, int, int] | None,
         scheduling_class: int,
@@ -142,6 +160,7 @@ class RandomLives(RuleBasedStateMachine):
             stop_token_ids=stop_token_ids,
             ignore_eos=ignore_eos,
             thinking=thinking,
+            grammar=grammar,
             cache_salt=salt,
             scheduling_class=scheduling_class,
             images=_images(shown, len(prompt)),
@@ -152,7 +171,7 @@ class RandomLives(RuleBasedStateMachine):
             return
         output, _ = self._expected(request)
         given = output[: int(len(output) * share_given)]
-        progress = RequestProgress(request, arrived_s=0.0, output_token_ids=given)
+        progress = make_progress(request, *given)
         self.lives[request.request_id] = progress
         self.num_given[request.request_id] = len(given)
         self.heard[request.request_id] = []
@@ -170,6 +189,7 @@ class RandomLives(RuleBasedStateMachine):
                 stop_token_ids=(),
                 ignore_eos=True,
                 thinking=None,
+                grammar=None,
                 salt="",
                 shown=(0, 3, 1 + tail % 2),
                 scheduling_class=tail % 2,
@@ -325,9 +345,10 @@ class RandomLives(RuleBasedStateMachine):
         assert heard == output[: len(heard)]
         if end.finish_reason is not FinishReason.CANCELLED:
             assert (heard, end.finish_reason) == (output, reason)
-        assert (end.stop_token_id is not None) == (
-            end.finish_reason is FinishReason.STOP and bool(self.heard[request_id])
-        )
+        if progress.grammar is None:
+            assert (end.stop_token_id is not None) == (
+                end.finish_reason is FinishReason.STOP and bool(self.heard[request_id])
+            )
 
 
 TestRandomLives = RandomLives.TestCase

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
-from engine_fakes import EOS, make_request
+from engine_fakes import EOS, make_progress, make_request
 
 from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.page_pool import PageLeakError
 from ostro.actors.engine.request import (
+    GRAMMAR_FAILED,
     FinishReason,
     GenerationRequest,
+    GrammarParams,
     RequestProgress,
     RequestState,
     ThinkingParams,
@@ -515,6 +519,54 @@ def test_ending_the_thinking_of_a_request_that_does_not_think_does_nothing() -> 
     _add(scheduler, make_request())
     assert not scheduler.end_thinking("r")
     assert not scheduler.end_thinking("unknown")
+
+
+# ---- grammars; tokens from 5 on are the letters from a on
+
+
+def _add_held(scheduler: Scheduler, text: str, *output: int, **fields: Any) -> RequestProgress:
+    request = make_request(max_tokens=9, grammar=GrammarParams(text=text), **fields)
+    progress = make_progress(request, *output)
+    scheduler.add(progress)
+    return progress
+
+
+def test_a_whole_answer_ends_with_its_last_token() -> None:
+    scheduler = _scheduler()
+    _add_held(scheduler, 'start: "a" "b"', min_tokens=4)
+    (first,), (last,) = _turn(scheduler, 5), _turn(scheduler, 6)
+    assert first.finish_reason is None
+    assert (last.token_ids, last.finish_reason) == ([6], FinishReason.STOP)
+    assert last.stop_token_id is None
+    assert scheduler.is_idle()
+
+
+def test_an_answer_that_may_go_on_ends_with_eos() -> None:
+    scheduler = _scheduler()
+    _add_held(scheduler, "start: /a+/", 5)
+    (last,) = _turn(scheduler, EOS)
+    assert (last.finish_reason, last.stop_token_id) == (FinishReason.STOP, EOS)
+
+
+def test_an_answer_that_was_whole_before_a_failure_ends_at_once() -> None:
+    scheduler = _scheduler()
+    _add_held(scheduler, 'start: "a" "b"', 5, 6)
+    (last,) = scheduler.take_events()
+    assert (last.token_ids, last.finish_reason) == ([], FinishReason.STOP)
+
+
+def test_an_answer_that_cannot_go_on_fails_its_request_alone() -> None:
+    scheduler = _scheduler()
+    stuck = _add_held(scheduler, 'start: "a" "e"', 5, stop_token_ids=(9,), min_tokens=3)
+    other = _add(scheduler, make_request("other", max_tokens=9))
+    step = _plan(scheduler)
+    assert scheduler.sampling_state(stuck).forced_token_id == EOS
+    events = {event.request_id: event for event in _complete(scheduler, step)}
+    assert events["r"].finish_reason is FinishReason.ERROR
+    assert events["r"].error_code == GRAMMAR_FAILED
+    assert (events["r"].first_index, events["r"].token_ids) == (1, [])
+    assert events["other"].token_ids == [9]
+    assert other.state is RequestState.RUNNING
 
 
 # ---- the door

@@ -12,7 +12,7 @@ from ostro.actors.engine.request import (
     RequestProgress,
     ThinkingParams,
 )
-from ostro.actors.engine.token_rules import reason_to_end, sampling_state
+from ostro.actors.engine.token_rules import SamplingState, reason_to_end, sampling_state
 
 
 def _after(request: GenerationRequest, *output: int) -> RequestProgress:
@@ -59,7 +59,7 @@ def test_request_ends_at_the_models_limit() -> None:
 
 
 def test_sampler_is_free_when_nothing_is_asked_of_it() -> None:
-    assert sampling_state(_after(make_request())) == (None, None, ())
+    assert sampling_state(_after(make_request())) == SamplingState(None, None, ())
 
 
 def test_sampler_may_not_stop_before_min_tokens() -> None:
@@ -88,9 +88,9 @@ def test_sampler_is_told_of_soft_zone_forced_token_and_ban_in_turn() -> None:
         progress.thinking.observe(token_id)
     states.append(sampling_state(progress))
     assert states == [
-        (None, None, ()),
-        (None, (4, 4.0), ()),
-        (5, None, ()),
-        (4, None, ()),
-        (None, None, (3,)),
+        SamplingState(None, None, ()),
+        SamplingState(None, (4, 4.0), ()),
+        SamplingState(5, None, ()),
+        SamplingState(4, None, ()),
+        SamplingState(None, None, (3,)),
     ]

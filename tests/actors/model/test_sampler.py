@@ -62,6 +62,7 @@ def row(
     forced: int | None = None,
     bias: tuple[int, float] | None = None,
     banned: tuple[int, ...] = (),
+    allowed: Sequence[int] | None = None,
     **params: object,
 ) -> SamplingRow:
     sampling = SamplingParams(**params)
@@ -71,6 +72,14 @@ def row(
         forced_token_id=forced,
         bias=bias,
         banned_token_ids=banned,
+        allowed=None if allowed is None else bits(allowed),
+    )
+
+
+def bits(token_ids: Sequence[int]) -> bytearray:
+    """The mask that allows these tokens, with a word more than the vocabulary needs."""
+    return bytearray(
+        sum(1 << token_id for token_id in token_ids).to_bytes(VOCABULARY // 8 + 4, "little")
     )
 
 
@@ -106,6 +115,15 @@ def test_banned_tokens_are_never_chosen(choose: Choose) -> None:
     best, second, third = logits_BV[0].topk(3).indices.tolist()
     assert choose(logits_BV, row(banned=(best,))) == [second]
     assert choose(logits_BV, row(banned_token_ids=(best,), banned=(second,))) == [third]
+
+
+def test_only_allowed_tokens_are_chosen(choose: Choose) -> None:
+    logits_BV = logits(1)
+    order = logits_BV[0].topk(VOCABULARY).indices.tolist()
+    assert choose(logits_BV, row(allowed=(order[7], order[3]))) == [order[3]]
+    assert choose(logits_BV, row(allowed=order[3:8], banned=(order[3],))) == [order[4]]
+    assert choose(logits_BV, row(allowed=(order[-1],), temperature=1.0, top_k=1)) == [order[-1]]
+    assert choose(logits_BV, row(allowed=(order[5],), forced=order[0])) == [order[0]]
 
 
 def test_bias_of_request_and_row_add_up(choose: Choose) -> None:
@@ -157,11 +175,12 @@ def every_kind_of_row() -> list[SamplingRow]:
         row(9, temperature=0.0, num_logprobs=2, repetition_penalty=1.2),
         row(2, temperature=1.0, seed=5, num_logprobs=0, banned=(0, 1)),
         row(2, forced=6, num_logprobs=1),
+        row(4, temperature=1.0, seed=6, allowed=range(40, 99)),
     ]
 
 
 def test_a_row_does_not_depend_on_its_batch(sample: Sample) -> None:
-    rows, logits_BV = every_kind_of_row(), logits(8, seed=4)
+    rows, logits_BV = every_kind_of_row(), logits(9, seed=4)
     alone = [sample(logits_BV[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
     shuffler = random.Random(0)
     for _ in range(6):
@@ -171,7 +190,7 @@ def test_a_row_does_not_depend_on_its_batch(sample: Sample) -> None:
 
 
 def test_logits_are_left_unchanged(choose: Choose) -> None:
-    logits_BV = logits(8)
+    logits_BV = logits(9)
     before_BV = logits_BV.clone()
     choose(logits_BV, *every_kind_of_row())
     assert torch.equal(logits_BV, before_BV)
@@ -222,6 +241,7 @@ def any_row(shuffler: random.Random) -> SamplingRow:
         forced=shuffler.choice([None] * 7 + [44]),
         bias=shuffler.choice([None, (3, 2.5)]),
         banned=tokens(3),
+        allowed=shuffler.choice([None, None, range(7), tokens(9) + tuple(range(40, 60))]),
         temperature=maybe(1.0, 0.0, 0.4, 1.7),
         top_k=maybe(0, 1, 30),
         top_p=maybe(1.0, 0.9, 0.3),

@@ -200,13 +200,13 @@ def test_unknown_fields_are_found_at_every_depth():
         {
             "mood": 1,
             "messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}],
-            "tools": [{"function": {"name": "f", "strict": True, "parameters": {"free": 1}}}],
+            "tools": [{"function": {"name": "f", "mood": True, "parameters": {"free": 1}}}],
         }
     )
     assert list(unknown_fields(body)) == [
         "mood",
         "messages[0].content[0].x",
-        "tools[0].function.strict",
+        "tools[0].function.mood",
     ]
 
 

@@ -20,7 +20,9 @@ _FIXED = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Our own drain has ended by the time Serve stops; its 30 s of grace would only be waited for.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+    # A replica that comes or goes reloads HAProxy; streams in the old one may go on until then. As
+    # long as a generation may take: less would cut the streams of everybody.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",

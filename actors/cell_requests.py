@@ -13,25 +13,35 @@ from ostro.actors.engine.assignment import Assigner
 from ostro.actors.engine.choices import callers_id, each_choice, submission_of
 from ostro.actors.engine.images import check_image_bytes, image_bytes
 from ostro.actors.engine.journal import Journal
+from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.errors import OverloadedError
+from ostro.actors.errors import OstroError, OverloadedError
 from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRequest:
-    """Where one choice of a request runs and who reads it."""
+    """Where one choice of a request runs, who reads it and whose it is.
+
+    Attributes:
+        charged_tokens: Of the prompt, whose tenant was charged for it with the first choice.
+    """
 
     request_id: str
     rank: int
     ingress_id: str
+    tenant: str
+    charged_tokens: int
 
 
 class CellRequests:
-    """Admits, places and follows requests over the attention ranks of one epoch."""
+    """Admits, places and follows requests over the attention ranks of one epoch.
 
-    def __init__(self, engine: EngineConfig, ranks: Sequence[int]) -> None:
+    `quotas` outlive it: what tenants used in one epoch counts in the next.
+    """
+
+    def __init__(self, engine: EngineConfig, ranks: Sequence[int], quotas: TenantQuotas) -> None:
         self._assigner = Assigner(ranks, page_size=engine.page_size)
         self._admission = {
             rank: AdmissionPolicy(engine.max_waiting_requests, engine.max_waiting_tokens)
@@ -41,9 +51,10 @@ class CellRequests:
         self._num_prompt_tokens = dict.fromkeys(ranks, 0)
         per_rank = engine.max_waiting_requests + engine.max_running_requests
         self._journal = Journal(max_entries=per_rank * len(ranks))
+        self._quotas = quotas
         self._live: dict[str, LiveRequest] = {}
         self._choices: dict[str, list[str]] = {}  # of a submission: ids of those that run
-        self._latest: dict[str, str] = {}  # of a caller's id: the submission
+        self._latest: dict[tuple[str, str], str] = {}  # of a tenant and its id: the submission
 
     def place(self, request: GenerationRequest, ingress_id: str) -> int:
         """Choose the rank that serves all choices of a request, and begin their journals.
@@ -51,17 +62,26 @@ class CellRequests:
         Raises:
             InvalidRequestError: Its images are more than a request may carry.
             OverloadedError: Every shard's queue is full.
+            QuotaError: Its tenant has used up what it may.
         """
         check_image_bytes(request)
-        rank = self._admit(request)
-        self._journal.add(request, rank)
+        tenant, num_prompt_tokens = request.tenant, len(request.prompt_token_ids)
+        self._quotas.begin(tenant, num_prompt_tokens, request.num_choices)
+        try:
+            rank = self._admit(request)
+            self._journal.add(request, rank)
+        except OstroError:
+            self._quotas.undo(tenant, num_prompt_tokens, request.num_choices)
+            raise
         submission = submission_of(request.request_id)
-        self._latest[callers_id(request.request_id)] = submission
+        self._latest[tenant, callers_id(request.request_id)] = submission
         running = self._choices.setdefault(submission, [])
         for choice in each_choice(request):
+            name = choice.request_id
+            charged_tokens = num_prompt_tokens if name == request.request_id else 0
             self._assigner.add(rank, choice)
-            self._live[choice.request_id] = LiveRequest(choice.request_id, rank, ingress_id)
-            running.append(choice.request_id)
+            self._live[name] = LiveRequest(name, rank, ingress_id, tenant, charged_tokens)
+            running.append(name)
         return rank
 
     def _admit(self, request: GenerationRequest) -> int:
@@ -96,12 +116,24 @@ class CellRequests:
         """Requests that live on a rank."""
         return self._assigner.num_live(rank)
 
-    def find(self, name: str) -> list[LiveRequest]:
-        """The running choice of that id, or all of that submission or of that caller's latest."""
+    def find(self, name: str, tenant: str | None = None) -> list[LiveRequest]:
+        """The running choice of that id, or all of that submission or of that caller's latest.
+
+        Of that tenant only, unless it is None; two tenants may use one id.
+        """
         if name in self._live:
-            return [self._live[name]]
-        submission = name if name in self._choices else self._latest.get(name, "")
-        return [self._live[request_id] for request_id in self._choices.get(submission, ())]
+            names = [name]
+        else:
+            submission = name if name in self._choices else self._latest_of(name, tenant)
+            names = self._choices.get(submission, [])
+        found = [self._live[request_id] for request_id in names]
+        return [live for live in found if tenant in (None, live.tenant)]
+
+    def _latest_of(self, name: str, tenant: str | None) -> str:
+        if tenant is not None:
+            return self._latest.get((tenant, name), "")
+        of_all = (at for (_, other), at in reversed(self._latest.items()) if other == name)
+        return next(of_all, "")
 
     def of_ingress(self, ingress_id: str) -> list[LiveRequest]:
         """All requests that an ingress reads."""
@@ -120,16 +152,27 @@ class CellRequests:
             self._journal.record(request_id, token_ids)
             self._assigner.grow(report.rank, request_id, len(token_ids))
         for request_id in report.finished:
-            self._journal.forget(request_id)
+            num_output_tokens = self._journal.forget(request_id)
             self._assigner.remove(report.rank, request_id)
-            if self._live.pop(request_id, None) is not None:
-                self._forget(request_id)
+            live = self._live.pop(request_id, None)
+            if live is not None:
+                self._quotas.end(live.tenant, num_output_tokens)
+                self._forget(live)
         self._assigner.cache_changed(report.rank, report.cached_pages, report.dropped_pages)
 
-    def _forget(self, request_id: str) -> None:
-        submission, name = submission_of(request_id), callers_id(request_id)
+    def give_up(self) -> list[LiveRequest]:
+        """All requests of an epoch that failed; they cost their tenants nothing."""
+        given_up = list(self)
+        for live in given_up:
+            self._quotas.undo(live.tenant, live.charged_tokens)
+        self._live.clear()
+        return given_up
+
+    def _forget(self, live: LiveRequest) -> None:
+        submission = submission_of(live.request_id)
+        name = live.tenant, callers_id(live.request_id)
         running = self._choices[submission]
-        running.remove(request_id)
+        running.remove(live.request_id)
         if not running:
             del self._choices[submission]
             if self._latest.get(name) == submission:

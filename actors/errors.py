@@ -33,6 +33,18 @@ class InvalidRequestError(OstroError, ValueError):
     code = "invalid_value"
 
 
+class UnauthenticatedError(OstroError):
+    """The caller showed no key, or none that is known."""
+
+    code = "invalid_api_key"
+
+
+class ForbiddenError(OstroError):
+    """The caller's key is not good for this."""
+
+    code = "missing_scope"
+
+
 class NotFoundError(OstroError):
     """No such model, route or generation."""
 
@@ -49,6 +61,18 @@ class OverloadedError(OstroError):
     """The caller can wait: queues are full."""
 
     code = "queue_full"
+
+
+class QuotaError(OverloadedError):
+    """The caller can wait: its tenant has used up what it may; `param` names the quota."""
+
+    code = "quota_exceeded"
+
+
+class SlowBodyError(OstroError):
+    """The body did not arrive in time."""
+
+    code = "body_timeout"
 
 
 class NotReadyError(OstroError):

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ostro.actors.cell_requests import CellRequests, LiveRequest
+from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError, TransportError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
@@ -31,19 +32,21 @@ from ostro.actors.fabric.messages import (
     EndThinking,
     EndThinkingGeneration,
     IngressHello,
+    Keys,
     Members,
     RankHello,
-    Rejected,
     State,
     Submit,
 )
 from ostro.actors.fabric.placement import Placement, initial_placement
 from ostro.actors.health_book import HealthBook
+from ostro.actors.ingress_links import IngressLinks
 from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, Peer, RankSpec
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.key_table import KeyTable
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +72,8 @@ class _Ground:
 class Router:
     """Conducts one cell.
 
-    Remote surface: `start`, `address`, `state`, `drain`, `stop`. Everything else arrives on the
-    step listener: ranks and ingress replicas connect there and show the deployment's secret.
+    Remote surface: `start`, `address`, `set_keys`, `state`, `drain`, `stop`. Everything else
+    arrives on the step listener, where ranks and ingress replicas show the deployment's secret.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class Router:
         self._rows_LE: list[list[int]] = []
         self._epoch: RouterEpoch | None = None
         self._epoch_number = -1
+        self._keys: KeyTable | None = None
+        self._quotas = TenantQuotas()
         self._requests = self._no_requests()
-        self._ingresses: dict[str, AsyncConnection] = {}
+        self._ingresses = IngressLinks()
         self._health = HealthBook(deployment.layout, self._peers)
         self._starting = asyncio.Lock()
         self._draining = False
@@ -129,10 +134,16 @@ class Router:
             raise NotReadyError("the router has not been started; call start() first")
         return self._ground.address
 
+    async def set_keys(self, table: KeyTable) -> None:
+        """Put keys and quotas in force, here and at every ingress; what runs goes on."""
+        self._keys = table
+        self._quotas.configure(table.quotas)
+        self._ingresses.tell_all(Keys(table))
+
     async def drain(self, timeout_s: float) -> int:
         """Take no new requests and wait for the running ones; how many were left at the end."""
         self._draining = True
-        self._tell_members()
+        self._ingresses.tell_all(self._members())
         deadline_s = time.monotonic() + timeout_s
         while len(self._requests) and time.monotonic() < deadline_s:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
@@ -217,7 +228,7 @@ class Router:
             self._epoch.close()
             raise
         logger.info("epoch %d serves on %d ranks", self._epoch_number, len(self._peers))
-        self._tell_members()
+        self._ingresses.tell_all(self._members())
 
     def _rank_spec(self, rank: int, ground: _Ground) -> RankSpec:
         return RankSpec(
@@ -235,11 +246,13 @@ class Router:
         names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
         message = f"lost {names}: {reason}; the server is recovering, try again"
         logger.error("%s", message)
-        for live in self._requests:
-            self._reject(live.ingress_id, live.request_id, ShardLostError(message, retry_after_s=5))
+        for live in self._requests.give_up():
+            self._ingresses.reject(
+                live.ingress_id, live.request_id, ShardLostError(message, retry_after_s=5)
+            )
         self._requests = self._no_requests()
         epoch.close()
-        self._tell_members()
+        self._ingresses.tell_all(self._members())
         if not self._draining:
             self._spawn(self._mend())
 
@@ -286,29 +299,27 @@ class Router:
         connection.close()
 
     async def _serve_ingress(self, connection: AsyncConnection, ingress_id: str) -> None:
-        replaced = self._ingresses.get(ingress_id)
-        if replaced is not None:
-            replaced.close()
-        self._ingresses[ingress_id] = connection
+        self._ingresses.add(ingress_id, connection)
+        if self._keys is not None:
+            connection.send(Keys(self._keys))
         connection.send(self._members())
         try:
             while (message := await connection.receive()) is not None:
                 match message:
                     case Submit(request=request):
                         self._submit(ingress_id, request)
-                    case CancelGeneration(tag=tag, request_id=request_id):
-                        found = self._requests.find(request_id)
+                    case CancelGeneration(tag=tag, request_id=request_id, tenant=tenant):
+                        found = self._requests.find(request_id, tenant)
                         connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
-                    case EndThinkingGeneration(tag=tag, request_id=request_id):
-                        found = self._requests.find(request_id)
+                    case EndThinkingGeneration(tag=tag, request_id=request_id, tenant=tenant):
+                        found = self._requests.find(request_id, tenant)
                         connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
                     case AskState(tag=tag):
                         self._spawn(self._send_state(connection, tag))
         except ChannelError:
             logger.info("ingress %s is gone", ingress_id)
         finally:
-            if self._ingresses.get(ingress_id) is connection:
-                del self._ingresses[ingress_id]
+            if self._ingresses.remove(ingress_id, connection):
                 self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
 
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
@@ -321,27 +332,10 @@ class Router:
                 raise NotReadyError(f"the server is {why}; try again", retry_after_s=5)
             rank = self._requests.place(request, ingress_id)
         except OstroError as error:
-            self._reject(ingress_id, request.request_id, error)
+            self._ingresses.reject(ingress_id, request.request_id, error)
             return
         self._epoch.send(rank, Assign(self._epoch.number, request, ingress_id))
-        connection = self._ingresses.get(ingress_id)
-        if connection is not None:
-            connection.send(Accepted(request.request_id, rank))
-
-    def _reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
-        connection = self._ingresses.get(ingress_id)
-        if connection is None:
-            return
-        connection.send(
-            Rejected(
-                request_id=request_id,
-                error=type(error).__name__,
-                code=error.code,
-                message=error.message,
-                param=error.param,
-                retry_after_s=error.retry_after_s,
-            )
-        )
+        self._ingresses.tell(ingress_id, Accepted(request.request_id, rank))
 
     def _tell_ranks(
         self, control: type[Cancel] | type[EndThinking], found: Sequence[LiveRequest]
@@ -357,15 +351,12 @@ class Router:
         addresses = self._epoch.token_addresses if self._epoch and self._epoch.serving else {}
         return Members(max(self._epoch_number, 0), self._ready, dict(addresses))
 
-    def _tell_members(self) -> None:
-        for connection in self._ingresses.values():
-            connection.send(self._members())
-
     # ---- small things
 
     def _no_requests(self) -> CellRequests:
         layout = self._deployment.layout
-        return CellRequests(self._deployment.engine, list(layout.attention_ranks()))
+        ranks = list(layout.attention_ranks())
+        return CellRequests(self._deployment.engine, ranks, self._quotas)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -15,10 +15,13 @@ from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
 
 from ostro.actors.errors import NotReadyError
+from ostro.cluster.audit import AuditLog
 from ostro.cluster.cell_client import CellClient
+from ostro.cluster.door import Door
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
+from ostro.cluster.key_ring import KeyRing
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.model_card import make_card
 from ostro.cluster.node_placement import HEAD_RESOURCE
@@ -76,15 +79,19 @@ class Ingress(GrpcMethods):
             ),
             has_vision=prompts.serves_images(config.vision),
         )
+        security = deployment.security
+        keys = KeyRing(is_open=not security.has_keys)
+        self._door = Door(keys, AuditLog(security), security)
         self._cell = CellClient(
             self._find_router,
             spec.secret,
             ingress_id=uuid.uuid4().hex,
             submit_timeout_s=deployment.serving.submit_timeout_s,
+            on_keys=keys.replace,
         )
         self._frontend = Frontend(self._cell, prompts, card, deployment)
         self._metrics = Metrics(card.name)
-        GrpcMethods.__init__(self, lambda: self._frontend, self._metrics)
+        GrpcMethods.__init__(self, lambda: self._frontend, self._metrics, self._door)
         self._cell.start()
         gc.collect()
         gc.freeze()  # vocabulary and libraries live as long as the replica: never walk them again
@@ -95,6 +102,7 @@ class Ingress(GrpcMethods):
             lambda: self._frontend,
             self._spec.deployment.serving,
             self._metrics,
+            door=self._door,
             adds_request_id=False,
         )
 

@@ -25,6 +25,7 @@ from ostro.actors.fabric.messages import (
     ControlDone,
     EndThinkingGeneration,
     IngressHello,
+    Keys,
     Members,
     Message,
     Rejected,
@@ -33,6 +34,7 @@ from ostro.actors.fabric.messages import (
     Submit,
 )
 from ostro.cluster.cell_inbox import Inbox
+from ostro.configs.key_table import KeyTable
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +56,27 @@ class CellClient:
         secret: The deployment's secret.
         ingress_id: Unique among the replicas.
         submit_timeout_s: How long the router may take to accept a request.
+        on_keys: Told who may call, at first and on change, if the deployment has keys.
     """
 
     def __init__(
-        self, find_router: FindRouter, secret: bytes, *, ingress_id: str, submit_timeout_s: float
+        self,
+        find_router: FindRouter,
+        secret: bytes,
+        *,
+        ingress_id: str,
+        submit_timeout_s: float,
+        on_keys: Callable[[KeyTable], None] = lambda _: None,
     ) -> None:
         self._find_router = find_router
         self._secret = secret
         self._ingress_id = ingress_id
         self._submit_timeout_s = submit_timeout_s
+        self._on_keys = on_keys
         self._router: AsyncConnection | None = None
         self._members = Members(0, False, {})
         self._inboxes: dict[str, Inbox] = {}  # by the id of each choice
-        self._running: set[str] = set()
+        self._running: set[tuple[str, str]] = set()
         self._answers: dict[int, asyncio.Future[State | ControlDone]] = {}
         self._tags = itertools.count(1)
         self._streams: dict[int, asyncio.Task[None]] = {}
@@ -104,7 +114,7 @@ class CellClient:
 
     async def submit(self, *requests: GenerationRequest) -> AsyncIterator[TokenEvent]:
         """See `seams.Cell.submit`."""
-        callers_name = requests[0].request_id
+        callers_name = (requests[0].tenant, requests[0].request_id)
         self._check_new(callers_name)
         self._running.add(callers_name)
         serial = f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}"
@@ -139,14 +149,14 @@ class CellClient:
         if request_id in self._inboxes:
             self._forget(request_id)
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.cancel`."""
-        done = await self._ask(lambda tag: CancelGeneration(tag, request_id))
+        done = await self._ask(lambda tag: CancelGeneration(tag, request_id, tenant))
         return isinstance(done, ControlDone) and done.applied
 
-    async def end_thinking(self, request_id: str) -> bool:
+    async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.end_thinking`."""
-        done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id))
+        done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id, tenant))
         return isinstance(done, ControlDone) and done.applied
 
     async def state(self) -> State:
@@ -175,14 +185,14 @@ class CellClient:
             raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
         self._router.send(message)
 
-    def _check_new(self, callers_name: str) -> None:
+    def _check_new(self, callers_name: tuple[str, str]) -> None:
         if not self.ready:
             raise NotReadyError(
                 "the server is starting, recovering or stopping; try again", retry_after_s=5
             )
         if callers_name in self._running:
             raise errors.InvalidRequestError(
-                f"request_id {callers_name!r} is running already; choose another",
+                f"request_id {callers_name[1]!r} is running already; choose another",
                 param="request_id",
                 code="duplicate_request_id",
             )
@@ -237,6 +247,8 @@ class CellClient:
         match message:
             case Members():
                 self._follow(message)
+            case Keys(table=table):
+                self._on_keys(table)
             case Accepted(request_id=request_id, rank=rank):
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:

@@ -14,13 +14,17 @@ import grpc
 
 from ostro.actors.errors import (
     DeadlineError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
     OstroError,
     OverloadedError,
+    QuotaError,
     ShardLostError,
+    SlowBodyError,
     TooLargeError,
+    UnauthenticatedError,
 )
 
 _MAX_MESSAGE_CHARS = 1000  # gRPC sends it in a trailer, and callers' text may be quoted in it
@@ -48,6 +52,12 @@ _ANSWERS: dict[type[OstroError], Answer] = {
         grpc_code=grpc.StatusCode.INVALID_ARGUMENT,
         type="invalid_request_error",
     ),
+    UnauthenticatedError: Answer(
+        http_status=401, grpc_code=grpc.StatusCode.UNAUTHENTICATED, type="authentication_error"
+    ),
+    ForbiddenError: Answer(
+        http_status=403, grpc_code=grpc.StatusCode.PERMISSION_DENIED, type="permission_error"
+    ),
     NotFoundError: Answer(
         http_status=404, grpc_code=grpc.StatusCode.NOT_FOUND, type="not_found_error"
     ),
@@ -61,6 +71,15 @@ _ANSWERS: dict[type[OstroError], Answer] = {
         grpc_code=grpc.StatusCode.RESOURCE_EXHAUSTED,
         type="overloaded_error",
         retryable=True,
+    ),
+    QuotaError: Answer(
+        http_status=429,
+        grpc_code=grpc.StatusCode.RESOURCE_EXHAUSTED,
+        type="rate_limit_error",
+        retryable=True,
+    ),
+    SlowBodyError: Answer(
+        http_status=408, grpc_code=grpc.StatusCode.DEADLINE_EXCEEDED, type="timeout_error"
     ),
     NotReadyError: Answer(
         http_status=503,
@@ -156,6 +175,11 @@ def error_body(
 
 
 def error_headers(error: OstroError) -> dict[str, str]:
-    """`Retry-After` in whole seconds, at least one, where a retry is worth its while."""
+    """`Retry-After` in whole seconds, at least one, where a retry is worth its while.
+
+    Where a key is wanted, `WWW-Authenticate` says how to show it.
+    """
+    if isinstance(error, UnauthenticatedError):
+        return {"www-authenticate": 'Bearer realm="ostro"'}
     delay_s = retry_after_s(error)
     return {} if delay_s is None else {"retry-after": str(max(1, math.ceil(delay_s)))}

@@ -25,6 +25,7 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
 )
 
 from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError, OstroError
+from ostro.cluster.door import Door
 from ostro.cluster.error_table import public_error
 from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.grpc_answer import WholeChat, chat_messages, failure_message, text_messages
@@ -34,6 +35,7 @@ from ostro.cluster.grpc_cluster import (
     experts_response,
     model_response,
 )
+from ostro.cluster.grpc_gate import gated
 from ostro.cluster.grpc_request import (
     chat_generation,
     conversation_messages,
@@ -43,6 +45,7 @@ from ostro.cluster.grpc_request import (
 )
 from ostro.cluster.grpc_services import UnreadableRequest
 from ostro.cluster.grpc_status import GrpcContext, set_status
+from ostro.cluster.guarded_frontend import GuardedFrontend
 from ostro.cluster.metrics import Metrics, closing_events
 from ostro.cluster.seams import FrontendLike
 from ostro.protos import cluster_pb2 as cluster
@@ -60,11 +63,19 @@ Response = TypeVar("Response", bound=Message)
 Control = generation.ControlGenerationRequest
 
 
+@gated
 class GrpcMethods:
     """Every RPC as a method of its name, over one frontend. Knows nothing of Ray."""
 
-    def __init__(self, get_frontend: Callable[[], FrontendLike], metrics: Metrics) -> None:
-        self._grpc_frontend = get_frontend
+    def __init__(
+        self,
+        get_frontend: Callable[[], FrontendLike],
+        metrics: Metrics,
+        door: Door | None = None,
+    ) -> None:
+        """Take the parts; without a door everybody may come in."""
+        self._grpc_door = door = door or Door.wide_open()
+        self._grpc_frontend = lambda: GuardedFrontend(get_frontend(), door)
         self._grpc_metrics = metrics
         self._grpc_rate = TokenRate()
 

@@ -6,7 +6,7 @@ UTF-8 included. Here the method gets an `UnreadableRequest` instead and can say 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,13 @@ def add_cluster_service(servicer: object, server: grpc.aio.Server) -> None:
 def add_health_service(servicer: object, server: grpc.aio.Server) -> None:
     """Register `grpc.health.v1.Health`, as far as Ray Serve can serve it: Check and Watch."""
     _add(health_pb2.DESCRIPTOR.services_by_name["Health"], servicer, server)
+
+
+def all_methods() -> Iterator[MethodDescriptor]:
+    """Every RPC of the three services; their names differ, as Ray Serve goes by them."""
+    for file in (generation_pb2, cluster_pb2, health_pb2):
+        for service in file.DESCRIPTOR.services_by_name.values():
+            yield from service.methods
 
 
 def _add(service: ServiceDescriptor, servicer: object, server: grpc.aio.Server) -> None:

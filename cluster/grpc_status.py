@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import grpc
@@ -19,6 +19,18 @@ _DETAILS_KEY = "grpc-status-details-bin"
 
 class GrpcContext(Protocol):
     """What is needed of a call's context; Ray Serve's and grpc.aio's both have it."""
+
+    def invocation_metadata(self) -> Iterable[tuple[str, str | bytes]]:
+        """Metadata that the client sent."""
+        ...
+
+    def peer(self) -> str:
+        """Address of the other end of the connection."""
+        ...
+
+    def code(self) -> grpc.StatusCode | int | None:
+        """Status that was set."""
+        ...
 
     def set_code(self, code: grpc.StatusCode) -> None:
         """Status of the call."""

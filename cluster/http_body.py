@@ -1,7 +1,7 @@
 """From the bytes of a request body to a checked object, with every refusal named.
 
-Too large is 413 before anything is parsed, unreadable is 400, wrong types and, if `strict` is
-asked for, fields that are unknown or without effect are 422 with one entry per field.
+Too large is 413 before anything is parsed, too slow is 408, unreadable is 400, wrong types and, if
+`strict` is asked for, fields that are unknown or without effect are 422 with one entry per field.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import msgspec
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from ostro.actors.errors import InvalidRequestError, TooLargeError
+from ostro.actors.errors import InvalidRequestError, SlowBodyError, TooLargeError
 from ostro.cluster.openai_schema import Wire, unknown_fields
+from ostro.configs.deployment import ServingConfig
 
 Body = TypeVar("Body", bound=Wire)
 
@@ -42,16 +43,23 @@ class SchemaError(InvalidRequestError):
 
 
 async def read_body(
-    request: Request, kind: type[Body], *, max_bytes: int
+    request: Request, kind: type[Body], *, limits: ServingConfig
 ) -> tuple[Body, dict[str, str]]:
     """The body as `kind`, and the headers that name its ignored fields.
 
     Raises:
-        TooLargeError: More than `max_bytes`.
+        TooLargeError: More than `max_body_bytes`.
+        SlowBodyError: It took longer than `body_timeout_s`.
         InvalidRequestError: No JSON, or no UTF-8.
         SchemaError: JSON that is no `kind`.
     """
-    data = await _read(request, max_bytes)
+    try:
+        async with asyncio.timeout(limits.body_timeout_s) as timeout:
+            data = await _read(request, limits.max_body_bytes)
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        raise SlowBodyError(f"the body did not arrive within {limits.body_timeout_s:g} s") from None
     if len(data) > _LARGE_BYTES:
         return await asyncio.to_thread(_parse, data, kind)
     return _parse(data, kind)

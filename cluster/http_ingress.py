@@ -11,7 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ostro.actors.errors import InvalidRequestError, NotReadyError
+from ostro.cluster.door import Door
+from ostro.cluster.guarded_frontend import GuardedFrontend
 from ostro.cluster.http_errors import add_error_handlers
+from ostro.cluster.http_gate import HttpGate
 from ostro.cluster.http_messages import MessagesRoutes
 from ostro.cluster.http_openai import OpenAIRoutes
 from ostro.cluster.http_responses import ResponsesRoutes
@@ -30,6 +33,7 @@ def build_http_app(
     serving: ServingConfig,
     metrics: Metrics,
     *,
+    door: Door | None = None,
     adds_request_id: bool = True,
 ) -> FastAPI:
     """The ASGI application of one ingress replica.
@@ -38,12 +42,15 @@ def build_http_app(
         get_frontend: Gives the frontend; raises NotReadyError while there is none.
         serving: Limits of bodies and streams.
         metrics: Where requests are counted.
+        door: Who may come in; None is everybody.
         adds_request_id: Put `x-request-id` on answers; off where the server around this does.
     """
     app = FastAPI(title="Ostro", docs_url=None, redoc_url=None, openapi_url=None)
+    door = door or Door.wide_open()
     for routes in (OpenAIRoutes, ResponsesRoutes, MessagesRoutes, _OwnRoutes):
-        routes(get_frontend, serving, metrics).add_to(app)
+        routes(lambda: GuardedFrontend(get_frontend(), door), serving, metrics).add_to(app)
     add_error_handlers(app)
+    app.add_middleware(HttpGate, door=door, metrics=metrics)
     app.add_middleware(RequestIds, adds_header=adds_request_id)
     return app
 

@@ -44,7 +44,7 @@ class HttpRoutes:
 
     async def read(self, request: Request, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         """The body, and the headers that name its ignored fields. Raises what `read_body` does."""
-        return await read_body(request, kind, max_bytes=self._serving.max_body_bytes)
+        return await read_body(request, kind, limits=self._serving)
 
     def watched(self, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
         """The same events, counted."""

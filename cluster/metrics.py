@@ -48,6 +48,7 @@ class Metrics:
         self._rejected = self._counter(
             "admission_rejections", "Requests refused for want of room", "reason"
         )
+        self._keys_refused = self._counter("api_key_refusals", "Calls without a good key", "code")
         self._thinking = self._counter("thinking_tokens", "Thinking tokens", "effort")
         self._thinking_ended = self._counter(
             "thinking_ended", "What ended a generation's thinking", "by"
@@ -91,6 +92,10 @@ class Metrics:
         finally:
             if not ended:
                 self._finished.labels(self._model_name, "disconnected").inc()
+
+    def count_refused_key(self, error: OstroError) -> None:
+        """A caller was not let in."""
+        self._keys_refused.labels(self._model_name, error.code).inc()
 
     async def render(self, cell: Cell | None) -> bytes:
         """The registry in Prometheus text, without the cell's numbers if it does not answer."""

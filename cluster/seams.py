@@ -42,12 +42,17 @@ class Cell(Protocol):
         """Stop one choice, by the id in its events; others go on. Does not wait for the end."""
         ...
 
-    async def cancel(self, request_id: str) -> bool:
-        """Stop all choices of a caller's request; False if none of that id runs."""
+    async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
+        """Stop all choices of a caller's request; False if none of that id runs.
+
+        Args:
+            request_id: The caller's.
+            tenant: Of its requests only; None is everybody's.
+        """
         ...
 
-    async def end_thinking(self, request_id: str) -> bool:
-        """Close the thinking of all choices at their next step; False if none of that id runs."""
+    async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
+        """Close the thinking of all choices at their next step; otherwise as `cancel`."""
         ...
 
     async def state(self) -> State:

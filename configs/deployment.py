@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ostro.configs.errors import ConfigError
+from ostro.configs.security import SecurityConfig
 from ostro.configs.tls import TlsConfig
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -274,6 +275,7 @@ class ServingConfig:
         num_ingress_replicas: Ray Serve replicas of the ingress.
         max_ongoing_requests: Requests one ingress replica holds at a time.
         max_body_bytes: Largest request body.
+        body_timeout_s: How long a request body may take to arrive.
         max_images: Images per request, at most; 0 takes none.
         max_image_bytes: Largest image file.
         max_image_pixels: Largest image, width times height; each one takes 15 bytes while it is
@@ -294,6 +296,7 @@ class ServingConfig:
     num_ingress_replicas: int = 1
     max_ongoing_requests: int = 1024
     max_body_bytes: int = 32 * 2**20
+    body_timeout_s: float = 60.0
     max_images: int = 8
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 25_000_000
@@ -326,7 +329,13 @@ class ServingConfig:
             raise ConfigError(
                 f"http_port and grpc_port are both {self.http_port}: choose two ports"
             )
-        for name in ("submit_timeout_s", "request_timeout_s", "drain_timeout_s", "keep_alive_s"):
+        for name in (
+            "body_timeout_s",
+            "submit_timeout_s",
+            "request_timeout_s",
+            "drain_timeout_s",
+            "keep_alive_s",
+        ):
             _positive(self, name)
 
 
@@ -343,6 +352,7 @@ class DeploymentConfig:
         engine: Scheduler and cache of each attention shard.
         reasoning: The effort table.
         serving: The faces.
+        security: Keys and the audit log.
     """
 
     model: str
@@ -353,6 +363,7 @@ class DeploymentConfig:
     engine: EngineConfig = EngineConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     serving: ServingConfig = ServingConfig()
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         names = (self.served_name, *self.aliases)

@@ -63,9 +63,10 @@ class Journal:
         """Note that a request goes on at another rank."""
         self._entry(request_id).rank = rank
 
-    def forget(self, request_id: str) -> None:
-        """Drop a request that ended; unknown ids are ignored."""
-        self._entries.pop(request_id, None)
+    def forget(self, request_id: str) -> int:
+        """Drop a request that ended; how many output tokens it had, 0 if the id is unknown."""
+        entry = self._entries.pop(request_id, None)
+        return 0 if entry is None else len(entry.output_token_ids)
 
     def rank_of(self, request_id: str) -> int:
         """The rank that serves a request."""

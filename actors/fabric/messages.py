@@ -12,6 +12,7 @@ import msgspec
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.engine.step import ShardLoad
+from ostro.configs.key_table import KeyTable
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -147,10 +148,14 @@ class Submit(_Message, frozen=True):
 
 
 class CancelGeneration(_Message, frozen=True):
-    """Stop a choice, a submission, or the latest one of a caller's id, whoever submitted it."""
+    """Stop a choice, a submission, or the latest one of a caller's id, whoever submitted it.
+
+    Of `tenant` only, unless that is None.
+    """
 
     tag: int
     request_id: str
+    tenant: str | None = None
 
 
 class EndThinkingGeneration(_Message, frozen=True):
@@ -158,6 +163,7 @@ class EndThinkingGeneration(_Message, frozen=True):
 
     tag: int
     request_id: str
+    tenant: str | None = None
 
 
 class AskState(_Message, frozen=True):
@@ -167,6 +173,12 @@ class AskState(_Message, frozen=True):
 
 
 # ---- the router to an ingress
+
+
+class Keys(_Message, frozen=True):
+    """Who may call; sent at hello, before `Members`, and on change. Never sent without keys."""
+
+    table: KeyTable
 
 
 class Members(_Message, frozen=True):
@@ -265,6 +277,7 @@ Message = (
     | CancelGeneration
     | EndThinkingGeneration
     | AskState
+    | Keys
     | Members
     | Accepted
     | Rejected

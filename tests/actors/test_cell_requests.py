@@ -9,6 +9,7 @@ from engine_fakes import make_fake_image, make_request
 from ostro.actors.cell_requests import CellRequests
 from ostro.actors.engine.choices import unique_id
 from ostro.actors.engine.images import MAX_REQUEST_IMAGE_BYTES
+from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import InvalidRequestError, OverloadedError
@@ -41,7 +42,7 @@ def _finished(request_id: str) -> StepDone:
 
 
 def test_pixels_of_live_requests_are_bounded_by_rank() -> None:
-    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0, 1])
+    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0, 1], TenantQuotas())
     assert {requests.place(_request(name, 60), "i") for name in "ab"} == {0, 1}
     with pytest.raises(OverloadedError, match="images of 60 bytes are being served"):
         requests.place(_request("c", 60), "i")
@@ -51,12 +52,12 @@ def test_pixels_of_live_requests_are_bounded_by_rank() -> None:
 
 
 def test_an_image_beyond_the_bound_is_served_where_there_is_no_other() -> None:
-    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0])
+    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0], TenantQuotas())
     assert requests.place(_request("a", 200), "i") == 0
 
 
 def test_a_request_with_more_pixels_than_travel_is_refused_and_forgotten() -> None:
-    requests = CellRequests(EngineConfig(), [0])
+    requests = CellRequests(EngineConfig(), [0], TenantQuotas())
     with pytest.raises(InvalidRequestError, match="image 0"):
         requests.place(_request("a", MAX_REQUEST_IMAGE_BYTES + 1), "i")
     assert len(requests) == 0
@@ -67,7 +68,7 @@ def _found(requests: CellRequests, name: str) -> list[str]:
 
 
 def test_choices_of_a_prompt_live_on_one_rank_and_are_found_by_each_of_their_names() -> None:
-    requests = CellRequests(EngineConfig(), [0, 1])
+    requests = CellRequests(EngineConfig(), [0, 1], TenantQuotas())
     rank = requests.place(_choices("mine", 2), "i")
     assert requests.place(_choices("mine", 2, first=2), "i") == 1 - rank  # another prompt
     everyone = [f"mine#i-1.{choice}" for choice in range(4)]
@@ -77,7 +78,7 @@ def test_choices_of_a_prompt_live_on_one_rank_and_are_found_by_each_of_their_nam
 
 
 def test_choices_are_forgotten_one_by_one_and_their_name_with_the_last() -> None:
-    requests = CellRequests(EngineConfig(), [0])
+    requests = CellRequests(EngineConfig(), [0], TenantQuotas())
     requests.place(_choices("mine", 2), "i")
     requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
     requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
@@ -87,7 +88,7 @@ def test_choices_are_forgotten_one_by_one_and_their_name_with_the_last() -> None
 
 
 def test_a_callers_id_names_its_latest_submission() -> None:
-    requests = CellRequests(EngineConfig(), [0])
+    requests = CellRequests(EngineConfig(), [0], TenantQuotas())
     older, newer = make_request("mine#i-1.0"), make_request("mine#i-2.0")
     requests.place(older, "i")
     requests.place(newer, "i")
@@ -98,7 +99,7 @@ def test_a_callers_id_names_its_latest_submission() -> None:
 
 def test_choices_that_the_books_have_no_room_for_leave_no_trace() -> None:
     engine = EngineConfig(max_waiting_requests=1, max_running_requests=2)
-    requests = CellRequests(engine, [0])
+    requests = CellRequests(engine, [0], TenantQuotas())
     with pytest.raises(OverloadedError):
         requests.place(_choices("mine", 4), "i")
     assert (len(requests), requests.num_live(0), _found(requests, "mine")) == (0, 0, [])
@@ -106,7 +107,7 @@ def test_choices_that_the_books_have_no_room_for_leave_no_trace() -> None:
 
 
 def test_pixels_of_choices_count_once() -> None:
-    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0])
+    requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0], TenantQuotas())
     request = msgspec.structs.replace(_request("a#i-1.0", 60), num_choices=3)
     requests.place(request, "i")
     requests.place(_request("b", 40), "i")

@@ -333,11 +333,20 @@ class Context:
     """Keeps what a method sets."""
 
     def __init__(self) -> None:
-        self.code: object = None
+        self.status: object = None
         self.details = ""
 
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def code(self) -> object:
+        return self.status
+
     def set_code(self, code: object) -> None:
-        self.code = code
+        self.status = code
 
     def set_details(self, details: str) -> None:
         self.details = details

@@ -116,6 +116,7 @@ class ScriptedCell:
     controls: list[tuple[str, str]] = field(default_factory=list)
     running: set[str] = field(default_factory=lambda: {"gen-1"})
     num_output_tokens: int = 50
+    steered_tenants: list[str | None] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
@@ -128,11 +129,13 @@ class ScriptedCell:
     def drop(self, request_id: str) -> None:
         raise NotImplementedError
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
+        self.steered_tenants.append(tenant)
         self.controls.append(("cancel", request_id))
         return request_id in self.running
 
-    async def end_thinking(self, request_id: str) -> bool:
+    async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
+        self.steered_tenants.append(tenant)
         self.controls.append(("end_thinking", request_id))
         return request_id in self.running
 

@@ -1,0 +1,137 @@
+"""The door of an ingress replica: every call of either face comes in here and goes out again.
+
+A face opens a `Call`, has it let in, and closes it. While it runs it is `current_call()`, by which
+the guarded frontend knows whose generation it serves without any route having to pass it on: a
+route that is written tomorrow cannot forget to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from ostro.actors.errors import OstroError
+from ostro.cluster.access import OPEN, Needs, route_needs
+from ostro.cluster.audit import AuditLog
+from ostro.cluster.generation import Usage
+from ostro.cluster.key_ring import STRANGER, Caller, KeyRing
+from ostro.configs.security import SecurityConfig
+
+_ADDRESS_CHARS = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One request, and what the audit log will say of it.
+
+    Attributes:
+        request_id: `x-request-id`.
+        route: Method and path, or the RPC's name.
+        client: Address, as far as it is known.
+        status: HTTP status, or name of the gRPC status; None if nobody was left to be told.
+        usage: Of a generation that ended.
+        finish_reason: Likewise; None if it was cut off.
+    """
+
+    request_id: str
+    route: str
+    client: str
+    caller: Caller = STRANGER
+    began_s: float = field(default_factory=time.monotonic)
+    status: int | str | None = None
+    generation_id: str | None = None
+    num_prompt_tokens: int | None = None
+    usage: Usage | None = None
+    finish_reason: str | None = None
+
+
+_current: ContextVar[Call] = ContextVar("ostro_call")
+
+
+def current_call() -> Call:
+    """The call that is being served.
+
+    Raises:
+        OstroError: There is none: somebody got past the door, which is a bug.
+    """
+    call = _current.get(None)
+    if call is None:
+        raise OstroError("a generation was asked for by nobody")
+    return call
+
+
+@contextmanager
+def serving(call: Call) -> Iterator[None]:
+    """Make a call the current one."""
+    token = _current.set(call)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class Door:
+    """Lets callers in and writes down what they did."""
+
+    def __init__(self, ring: KeyRing, audit: AuditLog, security: SecurityConfig) -> None:
+        self._ring = ring
+        self._audit = audit
+        self._security = security
+
+    @classmethod
+    def wide_open(cls) -> Door:
+        """Lets everybody in and writes no file."""
+        security = SecurityConfig()
+        return cls(KeyRing(is_open=True), AuditLog(security), security)
+
+    @property
+    def audits(self) -> bool:
+        """Whether anybody reads what the log would say."""
+        return self._audit.is_read
+
+    def route_needs(self, path: str) -> Needs:
+        """What a request to this path needs here."""
+        return OPEN if path == "/metrics" and self._security.open_metrics else route_needs(path)
+
+    def client(self, peer: str, forwarded_for: str | None) -> str:
+        """The client's address: the peer's, or the one that a trusted proxy has seen."""
+        if forwarded_for and self._security.trust_forwarded_for:
+            return forwarded_for.rpartition(",")[2].strip()[:_ADDRESS_CHARS]
+        return peer
+
+    def let_in(self, call: Call, shown: str | None, needs: Needs) -> None:
+        """Find out who calls, and whether they may.
+
+        Raises:
+            UnauthenticatedError: Their key is missing, unknown or has expired.
+            ForbiddenError: It is not good for this.
+            NotReadyError: It is not known yet who may.
+        """
+        call.caller = self._ring.caller(shown)
+        call.caller.check(needs)
+
+    def close(self, call: Call) -> None:
+        """Write down what became of a call; `time` is that of its end."""
+        if not self._audit.is_read:
+            return
+        usage = call.usage
+        self._audit.write(
+            {
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "request_id": call.request_id,
+                "generation_id": call.generation_id,
+                "tenant": call.caller.tenant,
+                "key_id": call.caller.key_id,
+                "route": call.route,
+                "status": call.status,
+                "finish_reason": call.finish_reason,
+                "prompt_tokens": call.num_prompt_tokens,
+                "completion_tokens": None if usage is None else usage.completion_tokens,
+                "duration_s": round(time.monotonic() - call.began_s, 4),
+                "client": call.client,
+            }
+        )

@@ -1,0 +1,148 @@
+"""A frontend that knows who asks: whose generation it is, how long it may be, who may steer it.
+
+The faces see this one and never the one behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+
+import msgspec
+
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.errors import InvalidRequestError
+from ostro.actors.fabric.messages import State
+from ostro.cluster.door import Call, Door, current_call
+from ostro.cluster.generation import (
+    Cell,
+    ChatGeneration,
+    ChatMessage,
+    Finished,
+    FrontendLike,
+    GenerationEvent,
+    GenerationOptions,
+    ModelCard,
+    Started,
+    TextGeneration,
+    Tool,
+)
+from ostro.cluster.key_ring import Caller
+from ostro.cluster.metrics import closing_events
+from ostro.configs.key_table import Scope
+
+
+class GuardedFrontend:
+    """A `FrontendLike` for callers that came in by a door.
+
+    What it adds is the server's word against the caller's: the tenant is always that of the key.
+    """
+
+    def __init__(self, frontend: FrontendLike, door: Door) -> None:
+        self._frontend = frontend
+        self._door = door
+
+    @property
+    def card(self) -> ModelCard:
+        """The served model."""
+        return self._frontend.card
+
+    @property
+    def cell(self) -> Cell:
+        """The cell, in which callers steer their own generations alone."""
+        return _GuardedCell(self._frontend.cell)
+
+    def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
+        """One assistant turn. Raises at once what `_of_caller` does, the rest while iterating."""
+        call = current_call()
+        options = _of_caller(request.options, call.caller)
+        return self._noted(self._frontend.chat(replace(request, options=options)), call)
+
+    def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
+        """A raw continuation. Raises at once what `_of_caller` does, the rest while iterating."""
+        call = current_call()
+        options = _of_caller(request.options, call.caller)
+        return self._noted(self._frontend.generate(replace(request, options=options)), call)
+
+    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of plain text."""
+        return self._frontend.tokenize_text(text, add_bos=add_bos)
+
+    async def tokenize_chat(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
+    ) -> list[int]:
+        """Token ids of the exact prompt that a chat would get."""
+        return await self._frontend.tokenize_chat(messages, tools, effort)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._frontend.detokenize(token_ids)
+
+    def _noted(
+        self, events: AsyncIterator[GenerationEvent], call: Call
+    ) -> AsyncIterator[GenerationEvent]:
+        return _noting(events, call) if self._door.audits else events
+
+
+async def _noting(
+    events: AsyncIterator[GenerationEvent], call: Call
+) -> AsyncGenerator[GenerationEvent, None]:
+    """The same events; what the audit log wants of them stays with the call."""
+    async with closing_events(events) as source:
+        async for event in source:
+            if isinstance(event, Started):
+                call.generation_id = event.request_id
+                call.num_prompt_tokens = event.num_prompt_tokens
+            elif isinstance(event, Finished):
+                call.usage, call.finish_reason = event.usage, event.reason
+            yield event
+
+
+class _GuardedCell:
+    """A `Cell` for one caller."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+
+    @property
+    def ready(self) -> bool:
+        return self._cell.ready
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        tenant = current_call().caller.tenant
+        return self._cell.submit(msgspec.structs.replace(request, tenant=tenant))
+
+    async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
+        return await self._cell.cancel(request_id, tenant=_steered_tenant(tenant))
+
+    async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
+        return await self._cell.end_thinking(request_id, tenant=_steered_tenant(tenant))
+
+    async def state(self) -> State:
+        return await self._cell.state()
+
+
+def _steered_tenant(asked: str | None) -> str | None:
+    """Whose generations the caller may steer; None is everybody's."""
+    caller = current_call().caller
+    return asked if Scope.ADMIN in caller.scopes else caller.tenant
+
+
+def _of_caller(options: GenerationOptions, caller: Caller) -> GenerationOptions:
+    """The options as they hold for this caller.
+
+    Raises:
+        InvalidRequestError: More tokens are asked for than the tenant may have in one request.
+    """
+    most = caller.quota.max_tokens_per_request
+    max_tokens = options.max_tokens
+    if most is not None:
+        if max_tokens is not None and max_tokens > most:
+            raise InvalidRequestError(
+                f"max_tokens={max_tokens}: tenant {caller.tenant} may ask for at most {most}, its "
+                f"max_tokens_per_request",
+                code="quota_exceeded",
+                param="max_tokens",
+            )
+        max_tokens = most if max_tokens is None else max_tokens
+    return replace(options, tenant=caller.tenant, max_tokens=max_tokens)

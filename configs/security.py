@@ -1,0 +1,77 @@
+"""Who may reach a deployment, and what is written down of it."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from ostro.configs.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Keys and the audit log.
+
+    Attributes:
+        key_file: The keys, as `ostro keys` writes them; read where `ostro serve` runs, again
+            whenever it changes, and sent from there to every replica. None lets everybody in.
+        allow_open: Without keys, faces may still open beyond this machine.
+        open_metrics: `/metrics` asks for no key.
+        share_prefix_cache: Tenants find each other's prompts in the prefix cache. It saves work
+            where they have long prompts in common; by the time to a first token they can tell
+            whether somebody else has sent theirs before.
+        trust_forwarded_for: The last address of `x-forwarded-for` is the client's. Only behind a
+            proxy that writes it: anybody else may send that header.
+        audit_file: JSON lines, one a request, by each node for the requests it took; an absolute
+            path. None writes none.
+        audit_file_bytes: Size at which the file is put aside and a new one begun.
+        num_audit_files: Files that are put aside and kept, the oldest as `.N`.
+    """
+
+    key_file: str | None = None
+    allow_open: bool = False
+    open_metrics: bool = False
+    share_prefix_cache: bool = False
+    trust_forwarded_for: bool = False
+    audit_file: str | None = None
+    audit_file_bytes: int = 64 * 2**20
+    num_audit_files: int = 4
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("audit_file_bytes", 4096), ("num_audit_files", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+                raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")
+        if self.audit_file is not None and not PurePath(self.audit_file).is_absolute():
+            raise ConfigError(
+                f"audit_file={self.audit_file!r}: must be an absolute path, as every node with a "
+                f"replica writes there"
+            )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers must show a key."""
+        return self.key_file is not None
+
+    def check_exposure(self, host: str) -> None:
+        """Refuse to open faces without keys beyond this machine.
+
+        Raises:
+            ConfigError: The text names the ways out.
+        """
+        if self.has_keys or self.allow_open or is_loopback(host):
+            return
+        raise ConfigError(
+            f"serving.host={host} lets whoever reaches it use and steer this server: make keys "
+            f"with `ostro keys add --file keys.yaml TENANT` and set security.key_file=keys.yaml, "
+            f"or set security.allow_open=true if all who can reach it may"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address that a server binds to can be reached from its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -246,10 +246,9 @@ class Router:
         names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
         message = f"lost {names}: {reason}; the server is recovering, try again"
         logger.error("%s", message)
+        lost_error = ShardLostError(message, retry_after_s=5)
         for live in self._requests.give_up():
-            self._ingresses.reject(
-                live.ingress_id, live.request_id, ShardLostError(message, retry_after_s=5)
-            )
+            self._ingresses.reject(live.ingress_id, live.request_id, lost_error)
         self._requests = self._no_requests()
         epoch.close()
         self._ingresses.tell_all(self._members())

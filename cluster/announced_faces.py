@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ostro.cluster.cli_connection import KEY_VARIABLE
 from ostro.cluster.face_listeners import bracketed
 from ostro.configs.deployment import ServingConfig
+from ostro.configs.security import SecurityConfig
 
 if TYPE_CHECKING:
     from ostro.cluster.tls_certificate import FaceCertificate
@@ -22,10 +24,12 @@ class AnnouncedFaces:
 
     Attributes:
         certificate: What they show; None if they speak clear text.
+        security: Whether they ask for keys.
     """
 
     serving: ServingConfig
     certificate: FaceCertificate | None
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def http_url(self) -> str:
         """The base URL of OpenAI's clients."""
@@ -42,7 +46,8 @@ class AnnouncedFaces:
         data = json.dumps({**body, "max_tokens": 64})
         url = f"{self.http_url()}/chat/completions"
         trust = self._trust("--cacert")
-        return f"curl{trust} {url} -H 'Content-Type: application/json' -d '{data}'"
+        key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if self.security.has_keys else ""
+        return f"curl{trust} {url}{key} -H 'Content-Type: application/json' -d '{data}'"
 
     def chat_line(self) -> str:
         """A conversation over gRPC."""
@@ -50,6 +55,12 @@ class AnnouncedFaces:
             return f"ostro chat --url https://{self.grpc_address()}{self._trust('--ca')}"
         is_default = (self._host(), self.serving.grpc_port) == _DEFAULT_GRPC
         return "ostro chat" + ("" if is_default else f" --url {self.grpc_address()}")
+
+    def keys_line(self) -> str:
+        """Whether callers must show a key."""
+        if not self.security.has_keys:
+            return "none are asked for: whoever reaches the faces may use and steer them"
+        return f"those in {self.security.key_file}; `ostro keys` edits it while this runs"
 
     def tls_lines(self) -> list[str]:
         """For whom the certificate is and until when, and what is wrong with that."""

@@ -29,6 +29,7 @@ from ostro.cluster.bench_serve import (
 )
 from ostro.cluster.bench_statistics import Slo
 from ostro.cluster.bench_stream import Target
+from ostro.cluster.cli_connection import KEY_VARIABLE
 from ostro.cluster.cli_console import make_console, plain_errors, print_error
 from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 
@@ -100,7 +101,7 @@ def serve(  # noqa: PLR0913  each is an option
     ] = 512,
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Of a whole request.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Same seed, same prompts and arrivals.")] = 0,
-    api_key: Annotated[str, typer.Option(help="Bearer token.")] = "",
+    api_key: Annotated[str, typer.Option(envvar=KEY_VARIABLE, help="Bearer token.")] = "",
     beside_api_key: Annotated[str, typer.Option(help="The second server's.")] = "",
     ca: Ca = None,
     cert: Cert = None,

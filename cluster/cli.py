@@ -23,6 +23,7 @@ from ostro.cluster.cli_deployment import (
     Source,
     read_deployment,
 )
+from ostro.cluster.cli_keys import app as keys_app
 from ostro.cluster.cli_serve import serve
 from ostro.cluster.cli_status import status
 from ostro.cluster.cli_weights import app as weights_app
@@ -40,6 +41,7 @@ app.command()(demo)
 app.command()(status)
 app.command()(run_batch)
 app.add_typer(weights_app)
+app.add_typer(keys_app)
 
 
 def main() -> None:

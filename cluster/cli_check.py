@@ -23,6 +23,7 @@ from ostro.cluster.deployment_plan import (
     plan_deployment,
 )
 from ostro.cluster.human_numbers import format_bytes, format_count
+from ostro.cluster.key_file import check_access
 from ostro.cluster.machine import local_device, this_machine
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.tls_certificate import read_certificate
@@ -63,10 +64,19 @@ def run(deployment: DeploymentConfig) -> None:
         *plan.problems,
         *_port_problems(deployment),
         *_print_certificate(deployment.serving, console),
+        *_access_problems(deployment),
     ]
     _print_verdict(plan, problems, console)
     if problems:
         raise typer.Exit(1)
+
+
+def _access_problems(deployment: DeploymentConfig) -> list[str]:
+    try:
+        check_access(deployment)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _tokenizer_problems(

@@ -168,7 +168,7 @@ def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:
 def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: OnProgress) -> Cell:
     from ostro.cluster.ray_environment import prepare_environment
 
-    prepare_environment()
+    prepare_environment(deployment.serving.max_body_bytes)
     from ray.exceptions import RayError
 
     from ostro.cluster.launch import launch
@@ -234,7 +234,7 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
     name = make_card(model_dir, config, deployment, weight_dtype=config.dtype).name
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in cell.stage_seconds.items())
     total_s = sum(cell.stage_seconds.values())
-    faces = AnnouncedFaces(serving, cell.certificate)
+    faces = AnnouncedFaces(serving, cell.certificate, deployment.security)
     lines = [
         ("model", name),
         *([("note", deployment.notice)] if deployment.notice else []),
@@ -242,6 +242,7 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
         ("HTTP", faces.http_url()),
         ("gRPC", faces.grpc_address()),
         *(("TLS", line) for line in faces.tls_lines()),
+        ("keys", faces.keys_line()),
         ("try", faces.curl_line(name)),
         ("or", faces.chat_line()),
     ]

@@ -75,7 +75,9 @@ class GrpcMethods:
     ) -> None:
         """Take the parts; without a door everybody may come in."""
         self._grpc_door = door = door or Door.wide_open()
-        self._grpc_frontend = lambda: GuardedFrontend(get_frontend(), door)
+        self._grpc_frontend: Callable[[], FrontendLike] = lambda: GuardedFrontend(
+            get_frontend(), door
+        )
         self._grpc_metrics = metrics
         self._grpc_rate = TokenRate()
 

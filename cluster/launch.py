@@ -33,6 +33,8 @@ from ostro.actors.fabric.messages import State
 from ostro.actors.model.device import choose_dtype, choose_precision, weight_dtype
 from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
+from ostro.cluster.key_file import check_access
+from ostro.cluster.key_watch import key_publishing
 from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
 from ostro.cluster.peers import RayPeer, address_in, with_place
 from ostro.cluster.placed_shard import (
@@ -142,13 +144,15 @@ def launch(
         attention: What attention shards are; benchmarks of the faces bring their own.
 
     Raises:
-        ConfigError: The deployment does not fit the nodes or the checkpoint's config, or the Ray
-            cluster serves something already.
+        ConfigError: The deployment does not fit the nodes or the checkpoint's config, its keys
+            cannot be read, or the Ray cluster serves something already.
         CheckpointError: The checkpoint cannot be served.
         ShardLostError: A rank did not start; the message names it.
     """
     seconds: dict[str, float] = {}
     config = load_model_config(model_dir)
+    if with_ingress:
+        check_access(deployment)
     with ExitStack() as undo:
         with _stage("ray", seconds, on_progress):
             if _connect(deployment.layout):
@@ -169,6 +173,8 @@ def launch(
         )
         with _stage("actors", seconds, on_progress):
             router = _make_actors(spec, nodes, device, attention, undo)
+            if with_ingress:
+                undo.enter_context(key_publishing(deployment.security, router))
         with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
             started = router.start.remote()
             if with_ingress:

@@ -14,6 +14,8 @@ import socket
 import sys
 from pathlib import Path
 
+from ostro.configs.deployment import ServingConfig
+
 _FIXED = {
     # HAProxy in front of the replicas: 6 to 12 times the requests of Serve's Python proxy.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -26,15 +28,12 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
-    # Serve's own limit is 2 GiB; this is what `serving.max_body_bytes` allows over HTTP.
-    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(32 * 2**20),
-    # From Serve's own proxy, which stands in while HAProxy is down, to a replica.
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(33 * 2**20),
     # Ray runs actors at nice 15, behind whatever else there is; a cell is as slow as its last rank.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_ENVELOPE_BYTES = 2**20
 _RANGE = 199
 _SIDE_RANGE = range(30_000, 32_000)
 _TRIES = 20
@@ -46,9 +45,13 @@ _SIDE_PORTS = (
 )
 
 
-def prepare_environment() -> None:
-    """Set what is not set already; a local cluster gets a fresh token that never touches a disk."""
-    for name, value in _FIXED.items():
+def prepare_environment(max_body_bytes: int = ServingConfig().max_body_bytes) -> None:
+    """Set what is not set already; a local cluster gets a fresh token that never touches a disk.
+
+    Args:
+        max_body_bytes: The deployment's, which bounds gRPC messages as it does HTTP bodies.
+    """
+    for name, value in {**_FIXED, **_message_limits(max_body_bytes)}.items():
         os.environ.setdefault(name, value)
     # A cluster that runs has a token or none. It calls back: a process that asks it for a token it
     # does not have is taken for dead, and so is every actor of that process.
@@ -70,6 +73,15 @@ def prepare_environment() -> None:
         first = _free_range()
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MIN_{face}_PORT", str(first))
         os.environ.setdefault(f"RAY_SERVE_DIRECT_INGRESS_MAX_{face}_PORT", str(first + _RANGE))
+
+
+def _message_limits(max_body_bytes: int) -> dict[str, str]:
+    return {
+        # Serve's own limit is 2 GiB.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(max_body_bytes),
+        # From Serve's own proxy, which stands in while HAProxy is down, to a replica.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(max_body_bytes + _ENVELOPE_BYTES),
+    }
 
 
 def _has_token() -> bool:

@@ -38,6 +38,7 @@ from ostro.cluster.option_checks import check_options, check_token_ids, refused
 from ostro.cluster.output_parser import OutputFormat
 from ostro.cluster.prompt import Prompt, PromptBuilder
 from ostro.cluster.prompt_messages import ends_in_thinking
+from ostro.cluster.tenant_caches import with_own_caches
 from ostro.configs.deployment import EFFORTS, DeploymentConfig, EffortConfig
 from ostro.configs.errors import ConfigError
 
@@ -232,21 +233,24 @@ class RequestBuilder:
         context_left = self._context_left(len(prompt.token_ids), field)
         row = self._config.reasoning.efforts[effort]
         asked_tokens = math.inf if options.max_tokens is None else options.max_tokens
+        request = GenerationRequest(
+            request_id=options.request_id or uuid.uuid4().hex,
+            prompt_token_ids=prompt.token_ids,
+            sampling=self._sampling(options, row, rules.banned_token_ids),
+            stop=self._stop(options, context_left),
+            thinking=rules.thinking,
+            cache_salt=options.cache_key,
+            scheduling_class=row.scheduling_class + options.priority,
+            tenant=options.tenant,
+            images=prompt.images,
+            grammar=rules.grammar,
+            choice=first_choice,
+            num_choices=options.num_choices,
+        )
+        if not self._config.security.share_prefix_cache:
+            request = with_own_caches(request)
         return Prepared(
-            request=GenerationRequest(
-                request_id=options.request_id or uuid.uuid4().hex,
-                prompt_token_ids=prompt.token_ids,
-                sampling=self._sampling(options, row, rules.banned_token_ids),
-                stop=self._stop(options, context_left),
-                thinking=rules.thinking,
-                cache_salt=options.cache_key,
-                scheduling_class=row.scheduling_class + options.priority,
-                tenant=options.tenant,
-                images=prompt.images,
-                grammar=rules.grammar,
-                choice=first_choice,
-                num_choices=options.num_choices,
-            ),
+            request=request,
             options=options,
             output_format=output_format,
             prompt_field=field,

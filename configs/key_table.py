@@ -16,7 +16,8 @@ import msgspec
 _ID_CHARS = 12
 
 # No "/": what a tenant's caches are called is the tenant, a slash and the caller's own word.
-Tenant = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+TENANT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+Tenant = Annotated[str, msgspec.Meta(pattern=TENANT_PATTERN)]
 Limit = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -65,7 +66,7 @@ class Key(
     """
 
     tenant: Tenant
-    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
     scopes: Annotated[tuple[Scope, ...], msgspec.Meta(min_length=1)]
     expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     note: str = ""

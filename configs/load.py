@@ -57,7 +57,7 @@ def load_deployment(
         load_deployment("laptop", ["layout.num_expert_shards=3", "model=/models/small4"])
     """
     file = _find(source)
-    values = _read_yaml(file)
+    values = read_yaml(file)
     for override in overrides:
         _apply(values, override)
     values = _filled(values, model_defaults or {})
@@ -76,7 +76,7 @@ def read_model_defaults(model_dir: Path) -> dict[str, Any]:
     file = model_dir / MODEL_FILE
     if not file.is_file():
         return {}
-    values = _read_yaml(file)
+    values = read_yaml(file)
     for key in values:
         if key not in _MODEL_KEYS:
             raise ConfigError(f"{file}: {key}: a checkpoint may set {', '.join(_MODEL_KEYS)} only")
@@ -125,7 +125,12 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: It cannot be read, is no YAML, holds something else, or a key stands twice.
+    """
     try:
         values = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -42,7 +42,7 @@ class HttpGate:
         if needs is OPEN:
             await self._app(scope, receive, send)
             return
-        headers = {name: value for name, value in reversed(scope["headers"]) if name in _WANTED}
+        headers = {name: value for name, value in scope["headers"] if name in _WANTED}
         call = Call(
             request_id=request_id_of(scope),
             route=f"{scope['method']} {scope['path'][:_PATH_CHARS]}",
@@ -55,31 +55,25 @@ class HttpGate:
             return send(message)
 
         try:
+            error = self._refusal(call, headers, needs)
+            app = self._app if error is None else refusal(scope, error)
             with serving(call):
-                if await self._let_in(call, headers, needs, (scope, receive, send_noted)):
-                    await self._app(scope, receive, send_noted)
+                await app(scope, receive, send_noted)
         except Exception:
             call.status = call.status or 500  # told by the server around this
             raise
         finally:
             self._door.close(call)
 
-    async def _let_in(
-        self,
-        call: Call,
-        headers: dict[bytes, bytes],
-        needs: Needs,
-        connection: tuple[Scope, Receive, Send],
-    ) -> bool:
+    def _refusal(self, call: Call, headers: dict[bytes, bytes], needs: Needs) -> OstroError | None:
+        """Let the caller in, or say why not."""
         shown = shown_key(_text(headers, b"authorization"), _text(headers, b"x-api-key"))
         try:
             self._door.let_in(call, shown, needs)
         except OstroError as error:
             self._metrics.count_refused_key(error)
-            scope, receive, send = connection
-            await refusal(scope, error)(scope, receive, send)
-            return False
-        return True
+            return error
+        return None
 
     def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
         peer = scope.get("client")

@@ -28,6 +28,9 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    # uvicorn would believe `x-forwarded-for` from loopback, where HAProxy passes on anybody's; see
+    # `security.trust_forwarded_for`.
+    "FORWARDED_ALLOW_IPS": "",
     # Ray runs actors at nice 15, behind whatever else there is; a cell is as slow as its last rank.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

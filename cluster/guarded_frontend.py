@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import msgspec
 
@@ -21,7 +22,6 @@ from ostro.cluster.generation import (
     Finished,
     FrontendLike,
     GenerationEvent,
-    GenerationOptions,
     ModelCard,
     Started,
     TextGeneration,
@@ -30,6 +30,8 @@ from ostro.cluster.generation import (
 from ostro.cluster.key_ring import Caller
 from ostro.cluster.metrics import closing_events
 from ostro.configs.key_table import Scope
+
+_Generation = TypeVar("_Generation", ChatGeneration, TextGeneration)
 
 
 class GuardedFrontend:
@@ -55,14 +57,12 @@ class GuardedFrontend:
     def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
         """One assistant turn. Raises at once what `_of_caller` does, the rest while iterating."""
         call = current_call()
-        options = _of_caller(request.options, call.caller)
-        return self._noted(self._frontend.chat(replace(request, options=options)), call)
+        return self._noted(self._frontend.chat(_of_caller(request, call.caller)), call)
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """A raw continuation. Raises at once what `_of_caller` does, the rest while iterating."""
         call = current_call()
-        options = _of_caller(request.options, call.caller)
-        return self._noted(self._frontend.generate(replace(request, options=options)), call)
+        return self._noted(self._frontend.generate(_of_caller(request, call.caller)), call)
 
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
@@ -128,13 +128,14 @@ def _steered_tenant(asked: str | None) -> str | None:
     return asked if Scope.ADMIN in caller.scopes else caller.tenant
 
 
-def _of_caller(options: GenerationOptions, caller: Caller) -> GenerationOptions:
-    """The options as they hold for this caller.
+def _of_caller(request: _Generation, caller: Caller) -> _Generation:
+    """The request as it holds for this caller.
 
     Raises:
         InvalidRequestError: More tokens are asked for than the tenant may have in one request.
     """
     most = caller.quota.max_tokens_per_request
+    options = request.options
     max_tokens = options.max_tokens
     if most is not None:
         if max_tokens is not None and max_tokens > most:
@@ -145,4 +146,7 @@ def _of_caller(options: GenerationOptions, caller: Caller) -> GenerationOptions:
                 param="max_tokens",
             )
         max_tokens = most if max_tokens is None else max_tokens
-    return replace(options, tenant=caller.tenant, max_tokens=max_tokens)
+    if (caller.tenant, max_tokens) == (options.tenant, options.max_tokens):
+        return request
+    options = replace(options, tenant=caller.tenant, max_tokens=max_tokens)
+    return replace(request, options=options)

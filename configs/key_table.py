@@ -22,7 +22,7 @@ Limit = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Scope(StrEnum):
-    """What a key is good for; README's table tells which route needs which.
+    """What a key is good for; `cluster.access` tells which route needs which.
 
     `ADMIN` is good for everything, and steers the generations of other tenants too.
     """

@@ -16,11 +16,9 @@ from ostro.actors.errors import InvalidRequestError
 from ostro.actors.fabric.messages import State
 from ostro.cluster.door import Call, Door, current_call
 from ostro.cluster.generation import (
-    Cell,
     ChatGeneration,
     ChatMessage,
     Finished,
-    FrontendLike,
     GenerationEvent,
     ModelCard,
     Started,
@@ -29,6 +27,7 @@ from ostro.cluster.generation import (
 )
 from ostro.cluster.key_ring import Caller
 from ostro.cluster.metrics import closing_events
+from ostro.cluster.seams import Cell, FrontendLike
 from ostro.configs.key_table import Scope
 
 _Generation = TypeVar("_Generation", ChatGeneration, TextGeneration)
@@ -108,9 +107,13 @@ class _GuardedCell:
     def ready(self) -> bool:
         return self._cell.ready
 
-    def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+    def submit(self, *requests: GenerationRequest) -> AsyncIterator[TokenEvent]:
         tenant = current_call().caller.tenant
-        return self._cell.submit(msgspec.structs.replace(request, tenant=tenant))
+        theirs = [msgspec.structs.replace(request, tenant=tenant) for request in requests]
+        return self._cell.submit(*theirs)
+
+    def drop(self, request_id: str) -> None:
+        self._cell.drop(request_id)
 
     async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
         return await self._cell.cancel(request_id, tenant=_steered_tenant(tenant))

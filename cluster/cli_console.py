@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ostro.actors.errors import OstroError
+from ostro.actors.errors import OstroError, UnauthenticatedError
 from ostro.configs.errors import ConfigError
 
 _PIPE_WIDTH = 120
@@ -42,6 +42,9 @@ def plain_errors() -> Iterator[None]:
     except ConfigError as error:
         print_error(str(error))
         raise typer.Exit(_EXIT_CONFIG) from None
+    except UnauthenticatedError as error:
+        print_error(f"{error.message}; commands show the key in OSTRO_API_KEY")
+        raise typer.Exit(_EXIT_FAILED) from None
     except OstroError as error:
         print_error(error.message)
         raise typer.Exit(_EXIT_FAILED) from None

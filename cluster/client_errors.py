@@ -15,22 +15,29 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from ostro.actors.errors import (
     DeadlineError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
     OstroError,
     OverloadedError,
+    QuotaError,
     ShardLostError,
     TooLargeError,
+    UnauthenticatedError,
 )
 from ostro.protos import generation_pb2 as pb
 
 _DETAILS_KEY = "grpc-status-details-bin"
-_BY_REASON: dict[str, type[OstroError]] = {cls.code: cls for cls in (ShardLostError, TooLargeError)}
+_BY_REASON: dict[str, type[OstroError]] = {
+    cls.code: cls for cls in (QuotaError, ShardLostError, TooLargeError)
+}
 _BY_CODE: dict[grpc.StatusCode, type[OstroError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequestError,
     grpc.StatusCode.FAILED_PRECONDITION: InvalidRequestError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.UNAVAILABLE: NotReadyError,

@@ -145,7 +145,7 @@ def _of_caller(request: _Generation, caller: Caller) -> _Generation:
             raise InvalidRequestError(
                 f"max_tokens={max_tokens}: tenant {caller.tenant} may ask for at most {most}, its "
                 f"max_tokens_per_request",
-                code="quota_exceeded",
+                code="above_quota",
                 param="max_tokens",
             )
         max_tokens = most if max_tokens is None else max_tokens

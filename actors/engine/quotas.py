@@ -128,7 +128,7 @@ class TenantQuotas:
             raise InvalidRequestError(
                 f"{num_choices} answers to one prompt are more than the {limit} that tenant "
                 f"{tenant} may have at a time, its concurrent_requests",
-                code="quota_exceeded",
+                code="above_quota",
                 param="n",
             )
         if self._num_live[tenant] + num_choices > limit:

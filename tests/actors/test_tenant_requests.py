@@ -121,4 +121,4 @@ def test_more_choices_than_a_tenant_may_ever_have_are_refused_for_good() -> None
     request = msgspec.structs.replace(_of("acme", "mine#i-1.0"), num_choices=3)
     with pytest.raises(InvalidRequestError, match="3 answers") as caught:
         requests.place(request, "i")
-    assert (caught.value.code, caught.value.param) == ("quota_exceeded", "n")
+    assert (caught.value.code, caught.value.param) == ("above_quota", "n")

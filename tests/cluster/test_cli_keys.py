@@ -5,9 +5,12 @@ from __future__ import annotations
 from hashlib import sha256
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from ostro.actors.errors import UnauthenticatedError
 from ostro.cluster.cli import app
+from ostro.cluster.cli_console import plain_errors
 from ostro.cluster.key_file import read_keys
 from ostro.configs.key_table import Quota, Scope
 
@@ -95,3 +98,9 @@ def test_a_limit_without_a_number_lifts_the_quotas(run):
 )
 def test_what_cannot_be_done_is_told(run, arguments, told):
     assert told in run(*arguments, fails=2).stderr
+
+
+def test_a_command_without_a_good_key_says_where_it_takes_one_from(capsys):
+    with pytest.raises(typer.Exit), plain_errors():
+        raise UnauthenticatedError("no API key")
+    assert "no API key; commands show the key in OSTRO_API_KEY" in capsys.readouterr().err

@@ -25,12 +25,15 @@ from wire import Wire
 
 from ostro.actors.errors import (
     DeadlineError,
+    ForbiddenError,
     InvalidRequestError,
     NotFoundError,
     NotReadyError,
     OstroError,
     OverloadedError,
+    QuotaError,
     ShardLostError,
+    UnauthenticatedError,
 )
 from ostro.cluster.client import AsyncClient, Client
 from ostro.cluster.client_channel import Tls, parse_address
@@ -209,6 +212,9 @@ def test_a_stream_without_resume_asks_for_nothing_of_its_own(frontend, client):
         (InvalidRequestError("bad", code="unsupported_value", param="top_p"), InvalidRequestError),
         (NotFoundError("no such model", code="model_not_found", param="model"), NotFoundError),
         (OverloadedError("full", retry_after_s=7.5), OverloadedError),
+        (QuotaError("used up", param="tokens_per_minute", retry_after_s=7.5), QuotaError),
+        (UnauthenticatedError("who?"), UnauthenticatedError),
+        (ForbiddenError("not with this key"), ForbiddenError),
         (NotReadyError("loading", retry_after_s=3.0), NotReadyError),
         (ShardLostError("gone", retry_after_s=3.0), ShardLostError),
         (DeadlineError("late"), DeadlineError),

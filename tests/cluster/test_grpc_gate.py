@@ -251,7 +251,7 @@ def test_more_max_tokens_than_the_tenant_may_have_are_refused():
             return await refused(channel, "StreamChat", request, (("x-api-key", LIMITED),))
 
     error = asyncio.run(run())
-    assert (error.code(), reason(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "QUOTA_EXCEEDED")
+    assert (error.code(), reason(error)) == (grpc.StatusCode.INVALID_ARGUMENT, "ABOVE_QUOTA")
 
 
 def test_a_quota_that_is_used_up_tells_the_time_to_wait():

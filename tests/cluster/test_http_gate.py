@@ -268,7 +268,7 @@ def test_more_max_tokens_than_the_tenant_may_have_are_refused(shared):
     answer = shared.post(CHAT_PATH, json=body, headers=bearer(LIMITED))
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert (error["code"], error["param"]) == ("quota_exceeded", "max_tokens")
+    assert (error["code"], error["param"]) == ("above_quota", "max_tokens")
 
 
 def test_a_quota_that_is_used_up_is_429_with_the_time_to_wait():

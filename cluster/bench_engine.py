@@ -20,7 +20,8 @@ from ostro.cluster.bench_figures import STAGE_UNIT, Figure
 from ostro.cluster.bench_transformers import TransformersEngine
 from ostro.cluster.bench_workload import DecodeSample, Question, Workload, prompts
 from ostro.cluster.cell_client import CellClient
-from ostro.cluster.launch import RunningCluster, launch
+from ostro.cluster.launch import launch
+from ostro.cluster.running_cluster import RunningCluster
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config

@@ -21,7 +21,8 @@ from ostro.cluster.bench_progress import Progress
 from ostro.cluster.bench_serve import Runs, to_figures
 from ostro.cluster.bench_statistics import LoadRun, Outcome, Slo
 from ostro.cluster.bench_stream import Prompt
-from ostro.cluster.launch import RunningCluster, launch
+from ostro.cluster.launch import launch
+from ostro.cluster.running_cluster import RunningCluster
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
 

@@ -8,7 +8,7 @@ route that is written tomorrow cannot forget to.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -97,11 +97,17 @@ class Door:
         """What a request to this path needs here."""
         return OPEN if path == "/metrics" and self._security.open_metrics else route_needs(path)
 
-    def client(self, peer: str, forwarded_for: str | None) -> str:
-        """The client's address: the peer's, or the one that a trusted proxy has seen."""
-        if forwarded_for and self._security.trust_forwarded_for:
-            return forwarded_for.rpartition(",")[2].strip()[:_ADDRESS_CHARS]
-        return peer
+    def client(self, peer: str, forwarded_for: Sequence[str]) -> str:
+        """The client's address, as far back as it can be believed.
+
+        Args:
+            peer: The other end of the connection.
+            forwarded_for: Values of `x-forwarded-for`. The last address in them is HAProxy's word;
+                those before it are of trusted proxies, then of anybody.
+        """
+        addresses = [part.strip() for value in forwarded_for for part in value.split(",")]
+        place = min(1 + self._security.num_trusted_proxies, len(addresses))
+        return addresses[-place][:_ADDRESS_CHARS] if addresses else peer
 
     def let_in(self, call: Call, shown: str | None, needs: Needs) -> None:
         """Find out who calls, and whether they may.

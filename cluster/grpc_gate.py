@@ -95,13 +95,14 @@ def _gated_stream(
 
 
 @contextmanager
-def _visit(methods: Gated, name: str, context: GrpcContext) -> Iterator[Call]:
+def _visit(methods: Gated, rpc: str, context: GrpcContext) -> Iterator[Call]:
     """A call of an RPC from its beginning to the line in the audit log."""
     metadata = _texts(context)
+    forwarded_for = [value for name, value in metadata if name == "x-forwarded-for"]
     call = Call(
-        request_id=metadata.get("x-request-id", ""),
-        route=f"grpc {name}",
-        client=methods._grpc_door.client(context.peer(), metadata.get("x-forwarded-for")),
+        request_id=dict(metadata).get("x-request-id", ""),
+        route=f"grpc {rpc}",
+        client=methods._grpc_door.client(context.peer(), forwarded_for),
     )
     try:
         yield call
@@ -115,7 +116,7 @@ def _visit(methods: Gated, name: str, context: GrpcContext) -> Iterator[Call]:
 
 def _refusal(methods: Gated, call: Call, needs: Needs, context: GrpcContext) -> OstroError | None:
     """Let the caller in, or set the status that says why not."""
-    metadata = _texts(context)
+    metadata = dict(_texts(context))
     shown = shown_key(metadata.get("authorization"), metadata.get("x-api-key"))
     try:
         methods._grpc_door.let_in(call, shown, needs)
@@ -126,10 +127,10 @@ def _refusal(methods: Gated, call: Call, needs: Needs, context: GrpcContext) -> 
     return None
 
 
-def _texts(context: GrpcContext) -> dict[str, str]:
+def _texts(context: GrpcContext) -> list[tuple[str, str]]:
     """The metadata, as far as it is text."""
     metadata = context.invocation_metadata() or ()
-    return {name: value for name, value in metadata if isinstance(value, str)}
+    return [(name, value) for name, value in metadata if isinstance(value, str)]
 
 
 def _status_name(code: grpc.StatusCode | int | None) -> str:

@@ -18,6 +18,8 @@ from ostro.configs.tls import TlsConfig
 
 _RELOAD_SCRIPT = Path(__file__).with_name("haproxy_reload.lua")
 _RELOAD_PERIOD_S = 2
+# Without it a connection that never finishes its headers is kept for as long as a silent client.
+_HEADER_TIMEOUT = "timeout http-request 20s"
 # Mozilla's "intermediate" list without DHE; TLS 1.3 has its own.
 _CIPHERS = (
     "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-RSA-AES128-GCM-SHA256:"
@@ -110,12 +112,14 @@ class HaproxyFolder:
 def make_ours(config: str, listeners: FaceListeners, folder: HaproxyFolder) -> str:
     """Serve's configuration, changed for a deployment.
 
-    Beside the faces: HAProxy's metrics, which Ray exports too, and statistics stay on loopback,
-    and its admin socket is for the user that runs it.
+    Each request carries its client's address, behind those that others say it came by, and headers
+    that do not come are given up. Beside the faces: HAProxy's metrics, which Ray exports too, and
+    statistics stay on loopback, and its admin socket is for the user that runs it.
 
     Raises:
         UnknownHaproxyConfigError: A line to change is not there, or not once.
     """
+    config = _change(config, r"(defaults\n    mode http)$", rf"\g<1>\n    {_HEADER_TIMEOUT}")
     config = _change(config, r"(    stats socket \S+ mode )666 ", r"\g<1>600 ")
     config = _change(config, r"(frontend prometheus\n    bind ):", r"\g<1>127.0.0.1:")
     config = _change(config, r"(listen stats\n  bind )\*:", r"\g<1>127.0.0.1:")
@@ -133,7 +137,7 @@ def _open_face(config: str, face: _Face, listeners: FaceListeners, folder: Hapro
         if tls is not None:
             port = found["port"]
             bind = f"{_public(listeners.host, port)}{found['proto']} {_speak(face, tls, folder)}"
-        rules = [f"del-header {CLIENT_SUBJECT_HEADER}"]
+        rules = [f"del-header {CLIENT_SUBJECT_HEADER}", "add-header x-forwarded-for %[src]"]
         rules += [] if tls is None else _rules(face, tls)
         return "\n    ".join((found["head"] + bind, *(f"http-request {rule}" for rule in rules)))
 
@@ -158,7 +162,7 @@ def _speak(face: _Face, tls: TlsConfig, folder: HaproxyFolder) -> str:
 
 
 def _rules(face: _Face, tls: TlsConfig) -> list[str]:
-    rules = ["set-header x-forwarded-for %[src]", "set-header x-forwarded-proto https"]
+    rules = ["set-header x-forwarded-proto https"]
     if tls.client_ca_file is not None:
         rules += [
             f"return {face.refusal} if !{{ ssl_c_used }} !{{ path {face.open_paths} }}",

@@ -16,7 +16,6 @@ from ostro.cluster.request_id import request_id_of
 
 _PATH_CHARS = 200
 _POLICY_VIOLATION = 1008  # of WebSockets; there are none here
-_WANTED = {b"authorization", b"x-api-key", b"x-forwarded-for"}
 
 
 class HttpGate:
@@ -42,11 +41,10 @@ class HttpGate:
         if needs is OPEN:
             await self._app(scope, receive, send)
             return
-        headers = {name: value for name, value in scope["headers"] if name in _WANTED}
         call = Call(
             request_id=request_id_of(scope),
             route=f"{scope['method']} {scope['path'][:_PATH_CHARS]}",
-            client=self._client(scope, headers),
+            client=self._client(scope),
         )
 
         def send_noted(message: Message) -> Awaitable[None]:
@@ -55,7 +53,7 @@ class HttpGate:
             return send(message)
 
         try:
-            error = self._refusal(call, headers, needs)
+            error = self._refusal(call, scope, needs)
             app = self._app if error is None else refusal(scope, error)
             with serving(call):
                 await app(scope, receive, send_noted)
@@ -65,9 +63,9 @@ class HttpGate:
         finally:
             self._door.close(call)
 
-    def _refusal(self, call: Call, headers: dict[bytes, bytes], needs: Needs) -> OstroError | None:
+    def _refusal(self, call: Call, scope: Scope, needs: Needs) -> OstroError | None:
         """Let the caller in, or say why not."""
-        shown = shown_key(_text(headers, b"authorization"), _text(headers, b"x-api-key"))
+        shown = shown_key(_last(scope, b"authorization"), _last(scope, b"x-api-key"))
         try:
             self._door.let_in(call, shown, needs)
         except OstroError as error:
@@ -75,11 +73,14 @@ class HttpGate:
             return error
         return None
 
-    def _client(self, scope: Scope, headers: dict[bytes, bytes]) -> str:
+    def _client(self, scope: Scope) -> str:
         peer = scope.get("client")
-        return self._door.client(peer[0] if peer else "", _text(headers, b"x-forwarded-for"))
+        return self._door.client(peer[0] if peer else "", _values(scope, b"x-forwarded-for"))
 
 
-def _text(headers: dict[bytes, bytes], name: bytes) -> str | None:
-    value = headers.get(name)
-    return None if value is None else value.decode("latin-1")
+def _values(scope: Scope, wanted: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == wanted]
+
+
+def _last(scope: Scope, wanted: bytes) -> str | None:
+    return next(reversed(_values(scope, wanted)), None)

@@ -29,7 +29,7 @@ _FIXED = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
     # uvicorn would believe `x-forwarded-for` from loopback, where HAProxy passes on anybody's; see
-    # `security.trust_forwarded_for`.
+    # `security.num_trusted_proxies`.
     "FORWARDED_ALLOW_IPS": "",
     # Ray runs actors at nice 15, behind whatever else there is; a cell is as slow as its last rank.
     "RAY_worker_niceness": "0",

@@ -21,8 +21,8 @@ class SecurityConfig:
         share_prefix_cache: Tenants find each other's prompts in the prefix cache. It saves work
             where they have long prompts in common; by the time to a first token they can tell
             whether somebody else has sent theirs before.
-        trust_forwarded_for: The last address of `x-forwarded-for` is the client's. Only behind a
-            proxy that writes it: anybody else may send that header.
+        num_trusted_proxies: Proxies of yours in front of the faces that add their client's address
+            to `x-forwarded-for`; as many addresses, from its end, are believed.
         audit_file: JSON lines, one a request, by each node for the requests it took; an absolute
             path. None writes none.
         audit_file_bytes: Size at which the file is put aside and a new one begun.
@@ -33,13 +33,17 @@ class SecurityConfig:
     allow_open: bool = False
     open_metrics: bool = False
     share_prefix_cache: bool = False
-    trust_forwarded_for: bool = False
+    num_trusted_proxies: int = 0
     audit_file: str | None = None
     audit_file_bytes: int = 64 * 2**20
     num_audit_files: int = 4
 
     def __post_init__(self) -> None:
-        for name, lowest in (("audit_file_bytes", 4096), ("num_audit_files", 1)):
+        for name, lowest in (
+            ("num_trusted_proxies", 0),
+            ("audit_file_bytes", 4096),
+            ("num_audit_files", 1),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")

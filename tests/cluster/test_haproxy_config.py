@@ -205,8 +205,13 @@ def test_clear_text_is_refused(proxy):
 def test_callers_forge_neither_their_address_nor_a_certificate(proxy):
     forged = {"x-forwarded-for": "1.2.3.4", CLIENT_SUBJECT_HEADER: "CN=root"}
     for seen in (proxy.get(headers=forged).json(), proxy.call(metadata=list(forged.items()))):
-        assert seen["x-forwarded-for"] == "127.0.0.1"
+        assert seen["x-forwarded-for"].split(", ")[-1] == "127.0.0.1"
         assert CLIENT_SUBJECT_HEADER not in seen
+
+
+def test_headers_that_do_not_come_are_given_up(proxy):
+    config = (proxy.folder / "haproxy.cfg").read_text()
+    assert "defaults\n    mode http\n    timeout http-request 20s\n" in config
 
 
 def test_nothing_but_the_faces_is_out_in_public(proxy):

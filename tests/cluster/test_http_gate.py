@@ -299,7 +299,7 @@ def audited(caplog):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_generation_leaves_one_line_without_any_text(audited, stream):
-    headers = {**bearer(GENERATE), "x-request-id": "req-7", "x-forwarded-for": "6.6.6.6"}
+    headers = {**bearer(GENERATE), "x-request-id": "req-7"}
     with face() as client:
         client.get("/live")
         body = {**CHAT, "messages": [{"role": "user", "content": "mellon"}], "stream": stream}
@@ -348,8 +348,20 @@ def test_a_client_that_leaves_is_seen_in_its_line(audited):
     assert (line["prompt_tokens"], line["completion_tokens"]) == (7, None)
 
 
-def test_a_trusted_proxy_tells_the_clients_address(audited):
-    headers = {**bearer(GENERATE), "x-forwarded-for": "6.6.6.6, 10.1.2.3"}
-    with face(door=make_door(trust_forwarded_for=True)) as client:
-        client.get("/v1/models", headers=headers)
-    assert [line["client"] for line in audited()] == ["10.1.2.3"]
+@pytest.mark.parametrize(
+    ("forwarded_for", "num_proxies", "client"),
+    [
+        ([], 0, "127.0.0.1"),
+        (["10.1.2.3"], 0, "10.1.2.3"),
+        (["6.6.6.6", "10.1.2.3"], 0, "10.1.2.3"),
+        (["6.6.6.6, 7.7.7.7", "10.1.2.3"], 1, "7.7.7.7"),
+        (["10.1.2.3"], 1, "10.1.2.3"),
+    ],
+)
+def test_an_address_is_believed_as_far_as_proxies_are_trusted(
+    audited, forwarded_for, num_proxies, client
+):
+    headers = [*bearer(GENERATE).items(), *(("x-forwarded-for", one) for one in forwarded_for)]
+    with face(door=make_door(num_trusted_proxies=num_proxies)) as http:
+        http.get("/v1/models", headers=headers)
+    assert [line["client"] for line in audited()] == [client]

@@ -11,7 +11,7 @@ Needs = frozenset[Scope] | None
 """A key with any of these scopes; None needs no key."""
 
 OPEN: Needs = None
-_ANY_KEY: Needs = frozenset(Scope)
+ANY_KEY: Needs = frozenset(Scope)
 _GENERATE: Needs = frozenset({Scope.GENERATE})
 _CONTROL: Needs = frozenset({Scope.CONTROL})
 _OBSERVE: Needs = frozenset({Scope.OBSERVE})
@@ -21,13 +21,14 @@ _ROUTES: dict[str, Needs] = {
     "/live": OPEN,
     "/ready": OPEN,
     "/metrics": _OBSERVE,
-    "/v1/models": _ANY_KEY,
+    "/openapi.json": ANY_KEY,
+    "/v1/models": ANY_KEY,
     "/v1/chat/completions/control": _CONTROL,
 }
 _RPCS: dict[str, Needs] = {
     "Check": OPEN,
     "Watch": OPEN,
-    "GetModel": _ANY_KEY,
+    "GetModel": ANY_KEY,
     "GetCluster": _OBSERVE,
     "WatchCluster": _OBSERVE,
     "GetExperts": _OBSERVE,

@@ -14,20 +14,28 @@ import msgspec
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from ostro.cluster.access import ANY_KEY, OPEN, route_needs
 from ostro.cluster.openapi_operations import OPERATIONS, Json, Operation
 
 _COMPONENTS = "#/components/schemas/"
 _REFUSALS = {
     400: "The request makes no sense or is not served; the error names the field",
+    401: "There are API keys, and none that is good was shown",
+    403: "The API key that was shown is not good for this",
     404: "There is no such model",
+    408: "The body did not arrive in time",
     413: "The body is too large",
     422: "Fields of the body have a wrong type, or are unknown and `strict` was asked for",
-    429: "Queues are full",
+    429: "Queues are full, or a quota is used up; the error's `param` names the quota",
     500: "The server failed",
     503: "The server is loading, draining or being mended",
     504: "A deadline passed",
 }
 _WORTH_A_RETRY = (429, 503)
+_KEYS: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Where there are API keys"},
+    "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 
 
 def _header(description: str, kind: str = "string") -> Json:
@@ -53,7 +61,7 @@ def document() -> bytes:
                 "are named in `x-ignored-fields`, or refused where `strict` is true.",
             },
             "paths": paths,
-            "components": {"schemas": _definitions()},
+            "components": {"schemas": _definitions(), "securitySchemes": _KEYS},
         }
     )
 
@@ -82,16 +90,27 @@ def _operation_fields(method: str, path: str, operation: Operation) -> Json:
             "200": _answer(operation, has_body=method != "head"),
             **{
                 str(status): _refusal(status, operation, has_body=method != "head")
-                for status in operation.refusals
+                for status in _refusals_of(path, operation)
             },
         },
     }
+    if (needs := route_needs(path)) is not OPEN:
+        # Without a requirement too: a deployment need not have keys.
+        fields["security"] = [*({name: sorted(needs)} for name in _KEYS), {}]
     if "{name}" in path:
         place = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         fields["parameters"] = [place]
     if operation.body is not None:
         fields["requestBody"] = {"required": True, "content": _body(operation.body, operation)}
     return fields
+
+
+def _refusals_of(path: str, operation: Operation) -> list[int]:
+    """What a route refuses by itself, and what its gate and its body's reader do before."""
+    needs = route_needs(path)
+    before = [] if needs is OPEN else [401] if needs == ANY_KEY else [401, 403]
+    slow = [] if operation.body is None else [408]
+    return sorted({*operation.refusals, *before, *slow})
 
 
 def _body(model: type[BaseModel], operation: Operation) -> Json:
@@ -129,6 +148,8 @@ def _events(operation: Operation) -> Json:
 
 def _refusal(status: int, operation: Operation, *, has_body: bool) -> Json:
     headers = dict(_REQUEST_ID)
+    if status == 401:
+        headers["www-authenticate"] = _header("How to show a key")
     if status in _WORTH_A_RETRY:
         headers["retry-after"] = _header("Seconds after which a retry is worth it", "integer")
     refusal: Json = {"description": _REFUSALS[status], "headers": headers}

@@ -42,7 +42,7 @@ CHAT = {"model": MODEL, "messages": HELLO}
 CHAT_PATH = "/v1/chat/completions"
 CONTROL_PATH = "/v1/chat/completions/control"
 OPEN_PATHS = {"/health", "/live", "/ready"}
-ANY_KEY_PATHS = {"/v1/models", "/v1/models/{name:path}"}
+ANY_KEY_PATHS = {"/openapi.json", "/v1/models", "/v1/models/{name:path}"}
 
 
 def build(frontend: ScriptedFrontend, door: Door, **serving):
@@ -111,6 +111,16 @@ def test_a_route_that_nobody_thought_of_needs_a_key_for_generating(shared):
 @pytest.mark.parametrize("path", ["/ready/../v1/chat/completions", "//live", "/live/x", "/LIVE"])
 def test_what_looks_like_an_open_route_is_none(shared, path):
     assert ask(shared, "POST", path, None).status_code == 401
+
+
+def test_the_openapi_document_tells_which_routes_ask_for_a_key(shared):
+    paths = shared.get("/openapi.json", headers=bearer(OBSERVE)).json()["paths"]
+    for path, methods in paths.items():
+        for operation in methods.values():
+            assert ("401" in operation["responses"]) is (path not in OPEN_PATHS)
+            assert ("security" in operation) is (path not in OPEN_PATHS)
+    assert paths["/metrics"]["get"]["security"][0] == {"bearer": ["observe"]}
+    assert {"403", "408"} <= set(paths[CHAT_PATH]["post"]["responses"])
 
 
 # ---- keys

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ostro.configs.errors import ConfigError
 from ostro.configs.security import SecurityConfig
 
 _logger = logging.getLogger("ostro.audit")
@@ -27,12 +28,15 @@ class AuditLog:
         """Open the file, if one is configured.
 
         Raises:
-            OSError: It cannot be opened.
+            ConfigError: It cannot be opened.
         """
         if security.audit_file is None:
             return
         path = Path(security.audit_file)
-        handler = _SharedRotatingFile(path, security.audit_file_bytes, security.num_audit_files)
+        try:
+            handler = _SharedRotatingFile(path, security.audit_file_bytes, security.num_audit_files)
+        except OSError as error:
+            raise ConfigError(f"security.audit_file={path}: {error.strerror}") from None
         for before in list(_logger.handlers):
             if isinstance(before, _SharedRotatingFile):
                 _logger.removeHandler(before)

@@ -109,6 +109,9 @@ def _visit(methods: Gated, rpc: str, context: GrpcContext) -> Iterator[Call]:
     except (asyncio.CancelledError, GeneratorExit):
         call.status = grpc.StatusCode.CANCELLED.name
         raise
+    except Exception:
+        call.status = _status_name(context.code() or grpc.StatusCode.UNKNOWN)
+        raise
     finally:
         call.status = call.status or _status_name(context.code())
         methods._grpc_door.close(call)

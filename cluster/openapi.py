@@ -94,7 +94,7 @@ def _operation_fields(method: str, path: str, operation: Operation) -> Json:
             },
         },
     }
-    if (needs := route_needs(path)) is not OPEN:
+    if (needs := route_needs(path)) is not None:
         # Without a requirement too: a deployment need not have keys.
         fields["security"] = [*({name: sorted(needs)} for name in _KEYS), {}]
     if "{name}" in path:

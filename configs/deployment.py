@@ -296,7 +296,7 @@ class ServingConfig:
     num_ingress_replicas: int = 1
     max_ongoing_requests: int = 1024
     max_body_bytes: int = 32 * 2**20
-    body_timeout_s: float = 60.0
+    body_timeout_s: float = 120.0
     max_images: int = 8
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 25_000_000

@@ -7,6 +7,7 @@ bits that nobody can guess, and each request would pay for the slowness.
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated
@@ -90,10 +91,9 @@ class KeyTable(
     quotas: dict[Tenant, Quota] = {}
 
     def __post_init__(self) -> None:
-        ids = [key.key_id for key in self.keys]
-        twice = next((key_id for i, key_id in enumerate(ids) if key_id in ids[:i]), None)
-        if twice is not None:
-            raise ValueError(f"key {twice} stands twice")
+        (key_id, count), *_ = Counter(key.key_id for key in self.keys).most_common(1) or [("", 0)]
+        if count > 1:
+            raise ValueError(f"key {key_id} stands {count} times")
         unknown = sorted(set(self.quotas) - {key.tenant for key in self.keys})
         if unknown:
             raise ValueError(f"quotas of {', '.join(unknown)}: no key has this tenant")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ostro.cluster.audit import AuditLog
+from ostro.configs.errors import ConfigError
 from ostro.configs.security import SecurityConfig
 
 NUM_LINES, NUM_WRITERS = 3000, 3
@@ -54,6 +55,11 @@ def test_lines_go_to_the_file(tmp_path):
         "other",
     ]
     assert path.stat().st_mode & 0o007 == 0
+
+
+def test_a_file_that_cannot_be_opened_is_named():
+    with pytest.raises(ConfigError, match=r"security\.audit_file=/dev/null/audit\.jsonl: "):
+        AuditLog(config(Path("/dev/null/audit.jsonl")))
 
 
 def test_a_second_log_takes_the_place_of_the_first(tmp_path):

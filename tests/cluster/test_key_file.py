@@ -81,7 +81,7 @@ def test_what_is_written_is_read_again(tmp_path, name):
         ('{"keys": [], "quotas": {"acme": {}}}', "quotas of acme: no key has this tenant"),
         (
             json.dumps({"keys": [json.loads(entry())["keys"][0]] * 2}),
-            f"key {DIGESTS[0][:12]} stands twice",
+            f"key {DIGESTS[0][:12]} stands 2 times",
         ),
         (
             '{"quotas": {"acme": {"requests_per_minute": 0}}, "keys": ' + entry()[9:],

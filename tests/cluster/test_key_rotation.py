@@ -7,20 +7,12 @@ import contextlib
 from collections.abc import Callable
 from hashlib import sha256
 
-import msgspec
 import pytest
 
-from ostro.actors.engine.request import (
-    GenerationRequest,
-    ImageInput,
-    SamplingParams,
-    StopParams,
-)
 from ostro.actors.errors import NotReadyError, OstroError
 from ostro.actors.router import Router
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.key_ring import KeyRing
-from ostro.cluster.tenant_caches import with_own_caches
 from ostro.configs.key_table import Key, KeyTable, Scope
 from ostro.configs.load import load_deployment
 
@@ -106,43 +98,3 @@ def test_keys_reach_every_replica_and_change_without_a_restart():
                 await replica.client.close()
 
     asyncio.run(run())
-
-
-# ---- caches of tenants
-
-
-def request(tenant: str, salt: str = "") -> GenerationRequest:
-    image = ImageInput(start=0, num_tokens=2, height=28, width=28, pixels=b"", digest=bytes(16))
-    return GenerationRequest(
-        request_id="r",
-        prompt_token_ids=[1],
-        sampling=SamplingParams(),
-        stop=StopParams(max_tokens=1),
-        cache_salt=salt,
-        tenant=tenant,
-        images=(image,),
-    )
-
-
-def names(request: GenerationRequest) -> tuple[str, bytes]:
-    return request.cache_salt, request.images[0].digest
-
-
-def test_tenants_share_no_cache_with_each_other():
-    mine, theirs = with_own_caches(request("acme")), with_own_caches(request("other"))
-    assert mine.cache_salt != theirs.cache_salt
-    assert mine.images[0].digest != theirs.images[0].digest
-    assert len(mine.images[0].digest) == 16
-    assert names(mine) == names(with_own_caches(request("acme")))
-
-
-def test_no_word_of_a_caller_opens_the_cache_of_another_tenant():
-    assert names(with_own_caches(request("acme", "x"))) != names(
-        with_own_caches(request("acm", "e/x"))
-    )
-
-
-def test_without_a_tenant_nothing_changes():
-    alone = request("", "salt")
-    assert with_own_caches(alone) == alone
-    assert msgspec.structs.asdict(with_own_caches(alone))["cache_salt"] == "salt"

@@ -47,7 +47,9 @@ def check_access(deployment: DeploymentConfig) -> None:
     Raises:
         ConfigError: The text names the way out.
     """
-    deployment.security.check_exposure(deployment.serving.host)
+    serving = deployment.serving
+    knows_clients = serving.tls is not None and serving.tls.client_ca_file is not None
+    deployment.security.check_exposure(serving.host, knows_clients=knows_clients)
     if deployment.security.key_file is not None:
         read_keys(Path(deployment.security.key_file).expanduser())
 

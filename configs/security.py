@@ -58,18 +58,23 @@ class SecurityConfig:
         """Whether callers must show a key."""
         return self.key_file is not None
 
-    def check_exposure(self, host: str) -> None:
-        """Refuse to open faces without keys beyond this machine.
+    def check_exposure(self, host: str, *, knows_clients: bool) -> None:
+        """Refuse to open faces to strangers beyond this machine.
+
+        Args:
+            host: Where the faces open.
+            knows_clients: Clients show certificates, so those without a key are no strangers.
 
         Raises:
             ConfigError: The text names the ways out.
         """
-        if self.has_keys or self.allow_open or is_loopback(host):
+        if self.has_keys or self.allow_open or knows_clients or is_loopback(host):
             return
         raise ConfigError(
             f"serving.host={host} lets whoever reaches it use and steer this server: make keys "
             f"with `ostro keys add --file keys.yaml TENANT` and set security.key_file=keys.yaml, "
-            f"or set security.allow_open=true if all who can reach it may"
+            f"ask for certificates with serving.tls.client_ca_file, or set "
+            f"security.allow_open=true if all who can reach it may"
         )
 
 

@@ -152,6 +152,13 @@ def test_an_editor_that_does_not_end_is_not_waited_for(path, monkeypatch):
         (["serving.host=0.0.0.0"], r"serving\.host=0\.0\.0\.0.*security\.allow_open=true"),
         (["security.key_file=/nowhere/keys.yaml"], "no key file there"),
         (["serving.host=0.0.0.0", "security.allow_open=true"], None),
+        (
+            [
+                "serving.host=0.0.0.0",
+                "serving.tls={cert_file: a, key_file: b, client_ca_file: c}",
+            ],
+            None,
+        ),
         ([], None),
     ],
 )

@@ -9,15 +9,16 @@ from ostro.configs.security import SecurityConfig
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_without_keys_faces_open_on_loopback(host):
-    SecurityConfig().check_exposure(host)
+    SecurityConfig().check_exposure(host, knows_clients=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "server.example"])
 def test_without_keys_faces_do_not_open_beyond_it(host):
     with pytest.raises(ConfigError, match=r"ostro keys add.*security\.allow_open=true"):
-        SecurityConfig().check_exposure(host)
-    SecurityConfig(allow_open=True).check_exposure(host)
-    SecurityConfig(key_file="keys.yaml").check_exposure(host)
+        SecurityConfig().check_exposure(host, knows_clients=False)
+    SecurityConfig().check_exposure(host, knows_clients=True)
+    SecurityConfig(allow_open=True).check_exposure(host, knows_clients=False)
+    SecurityConfig(key_file="keys.yaml").check_exposure(host, knows_clients=False)
 
 
 @pytest.mark.parametrize(

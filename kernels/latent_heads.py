@@ -15,7 +15,7 @@ import torch
 from ostro.kernels.linear import is_packed, pack_linear
 from ostro.kernels.rotary import rotary_
 
-_LATENTS_AT_ONCE = 64  # of the CPU operator
+_LATENTS_AT_ONCE = 32  # of the CPU operator
 
 
 @dataclass(frozen=True, slots=True)

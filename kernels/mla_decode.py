@@ -10,8 +10,8 @@ every new shape (0.8 ms, against 0.04 ms to run it). Scores are in the model's d
 in float32.
 
 On a GPU the contexts are cut into chunks that programs attend by themselves (`gpu/mla_decode.py`).
-On CPU in bfloat16 the CPU operators read the pages where they are, in chunks of 512 keys that are
-joined at the end, and nothing is gathered or masked.
+On CPU in bfloat16 the CPU operators read the pages where they are, in parts that are joined at the
+end, and nothing is gathered or masked.
 
 Shape legend: T queries (one per request), B queries of a bucket, H heads, Q = N + P query width (N
 nope, P rope), V value width, C latent, W = C + P, S places gathered per request of a bucket.

@@ -31,7 +31,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_TIMEOUT_S = 300.0
 _LOCK_TIMEOUT_S = 2 * _COMPILE_TIMEOUT_S
 _LOCK_POLL_S = 0.2
-_CPU_FLAGS = ("avx512_bf16", "avx512bw", "avx512vl")
+_CPU_FLAGS = ("avx512_bf16", "avx512bw", "avx512dq", "avx512vl")
 
 _P, _I, _F, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {

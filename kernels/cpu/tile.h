@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <memory>
 
 namespace ostro {
@@ -18,6 +19,8 @@ using bf16 = uint16_t;
 
 constexpr int kLanes = 16;   // float32 values of a vector
 constexpr int kPanels = 4;   // panels that are multiplied together
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
 
 // Rows that are multiplied together with N panels: their sums fit the registers.
 template <int N>
@@ -27,6 +30,8 @@ template <class T>
 std::unique_ptr<T[]> uninitialised(int64_t count) {
   return std::unique_ptr<T[]>(new T[count]);
 }
+
+inline void copy_pair(const bf16* from, bf16* to) { std::memcpy(to, from, 2 * sizeof(bf16)); }
 
 inline __m512 widen(const bf16* from) {
   const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -44,19 +49,22 @@ inline __m512 rounded(__m512 values) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrowed(values)), 16));
 }
 
-// e^x, relative error below 3e-7; 0 below -87.
-inline __m512 exp16(__m512 x) {
-  const __mmask16 tiny = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_maskz_scalef_ps(static_cast<__mmask16>(~tiny), p, n);
+// Two vectors of values that bfloat16 holds exactly as one of pairs (low, high).
+inline __m512i paired(__m512 low, __m512 high) {
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
 }
+
+// 2^x, relative error below 2e-7; exactly 1 at 0, and 0 at -inf.
+inline __m512 exp2_16(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // in [0, 1)
+  __m512 p = _mm512_set1_ps(1.8671372e-3f);
+  for (const float c : {9.0170130e-3f, 5.5799928e-2f, 2.4016444e-1f, 6.9315130e-1f, 1.0f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+}
+
+// e^x, relative error below 2e-7 (1 + |x|).
+inline __m512 exp16(__m512 x) { return exp2_16(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E))); }
 
 // Adds x[m] . w[n] to sums[m][n] over `pairs` pairs of inputs.
 template <int M, int N>

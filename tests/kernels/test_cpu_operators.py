@@ -171,47 +171,101 @@ def test_add_residual() -> None:
     assert torch.equal(found, (sum_TD + shared_TD.float() + residual_TD.float()).to(BF16))
 
 
-def make_context(lengths: list[int]) -> tuple[torch.Tensor, list[list[int]], list[torch.Tensor]]:
+def make_context(
+    lengths: list[int], width: int = LATENT + ROPE
+) -> tuple[torch.Tensor, list[list[int]], list[torch.Tensor]]:
     """A cache of NaN but for the contexts, their pages in random order, and the contexts."""
     counts = [-(-length // PAGE_SIZE) for length in lengths]
     free = torch.randperm(sum(counts) + 1, generator=torch.Generator().manual_seed(1)).tolist()
-    cache_NSW = torch.full((len(free), PAGE_SIZE, LATENT + ROPE), torch.nan, dtype=BF16)
+    cache_NSW = torch.full((len(free), PAGE_SIZE, width), torch.nan, dtype=BF16)
     tables, contexts = [], []
     for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         table = torch.tensor([free.pop() for _ in range(count)])
-        context_SW, places = randn(length, LATENT + ROPE, seed=index), torch.arange(length)
+        context_SW, places = randn(length, width, seed=index), torch.arange(length)
         cache_NSW[table[places // PAGE_SIZE], places % PAGE_SIZE] = context_SW
         tables.append(table.tolist())
         contexts.append(context_SW)
     return cache_NSW, tables, contexts
 
 
-def make_heads(num_heads: int) -> LatentHeads:
-    w_uk, w_uv = (randn(num_heads, width, LATENT, seed=width, scale=0.1) for width in (NOPE, VALUE))
+def make_heads(num_heads: int, latent: int = LATENT) -> LatentHeads:
+    w_uk, w_uv = (randn(num_heads, width, latent, seed=width, scale=0.1) for width in (NOPE, VALUE))
     heads = pack_heads(LatentHeads(w_uk, w_uv, 0.2))
     assert heads.packed is not None
     return heads
 
 
-@pytest.mark.parametrize("num_heads", [1, 3, 8, 16, 20, 32])
-@pytest.mark.parametrize("lengths", [[1], [7, 16], [3, 600, 40], [512, 513, 1500]], ids=str)
+def decode(
+    q_THQ: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    tables: list[list[int]],
+    lengths: list[int],
+    heads: LatentHeads,
+) -> torch.Tensor:
+    plan = DecodePlan(tables, lengths, PAGE_SIZE, torch.device("cpu"))
+    return mla_decode(q_THQ, cache_NSW, plan, heads)
+
+
+@pytest.mark.parametrize("num_heads", [1, 3, 4, 8, 16, 20, 32, 50])
+@pytest.mark.parametrize(
+    "lengths", [[1], [7, 16], [3, 600, 40], [128, 129, 191, 193, 1500], [12_345]], ids=str
+)
 def test_mla_decode(num_heads: int, lengths: list[int]) -> None:
     cache_NSW, tables, contexts = make_context(lengths)
     heads, q_THQ = make_heads(num_heads), randn(len(lengths), num_heads, NOPE + ROPE)
-    plan = DecodePlan(tables, lengths, PAGE_SIZE, torch.device("cpu"))
-    found = mla_decode(q_THQ, cache_NSW, plan, heads)
+    found = decode(q_THQ, cache_NSW, tables, lengths, heads)
     assert_close(found, mla_decode_reference(q_THQ, contexts, heads), share=0.02)
 
 
-def test_a_query_decodes_the_same_alone_and_in_a_batch() -> None:
-    lengths = [600, 5, 70]
+@pytest.mark.parametrize("num_heads", [2, 7, 9])
+@pytest.mark.parametrize("rope", [2, 4, 8, 36])
+def test_mla_decode_of_other_widths(num_heads: int, rope: int) -> None:
+    latent = 96
+    cache_NSW, tables, contexts = make_context([5, 333], latent + rope)
+    heads, q_THQ = make_heads(num_heads, latent), randn(2, num_heads, NOPE + rope)
+    found = decode(q_THQ, cache_NSW, tables, [5, 333], heads)
+    assert_close(found, mla_decode_reference(q_THQ, contexts, heads), share=0.02)
+
+
+@pytest.mark.parametrize("num_heads", [3, 8, 20])
+def test_a_query_decodes_the_same_alone_and_in_a_batch(num_heads: int) -> None:
+    lengths = [600, 5, 9000, 70]
     cache_NSW, tables, _ = make_context(lengths)
-    heads, q_THQ, cpu = make_heads(8), randn(3, 8, NOPE + ROPE), torch.device("cpu")
-    together = mla_decode(q_THQ, cache_NSW, DecodePlan(tables, lengths, PAGE_SIZE, cpu), heads)
-    for t in range(3):
-        plan = DecodePlan([tables[t]], [lengths[t]], PAGE_SIZE, cpu)
-        alone = mla_decode(q_THQ[t : t + 1], cache_NSW, plan, heads)
+    heads, q_THQ = make_heads(num_heads), randn(4, num_heads, NOPE + ROPE)
+    together = decode(q_THQ, cache_NSW, tables, lengths, heads)
+    for t in range(4):
+        alone = decode(q_THQ[t : t + 1], cache_NSW, [tables[t]], [lengths[t]], heads)
         assert torch.equal(alone[0], together[t])
+
+
+def test_a_query_decodes_the_same_with_any_number_of_threads() -> None:
+    cache_NSW, tables, _ = make_context([3000])
+    heads, q_THQ = make_heads(8), randn(1, 8, NOPE + ROPE)
+    before, found = torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found.append(decode(q_THQ, cache_NSW, tables, [3000], heads))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("num_heads", [3, 8, 20])
+@pytest.mark.parametrize("place", [0, 191, 192, 1499])
+def test_scores_far_apart_leave_the_one_key_that_stands_out(num_heads: int, place: int) -> None:
+    cache_NSW, (table,), (context_SW,) = make_context([1500])
+    context_SW[:, LATENT:] = -context_SW[:, LATENT:].abs()
+    context_SW[place, LATENT:] = 1.0
+    places = torch.arange(1500)
+    cache_NSW[torch.tensor(table)[places // PAGE_SIZE], places % PAGE_SIZE] = context_SW
+    heads, q_THQ = make_heads(num_heads), torch.zeros(1, num_heads, NOPE + ROPE, dtype=BF16)
+    q_THQ[..., NOPE:] = 1000.0
+    expected = mla_decode_reference(q_THQ, [context_SW[place : place + 1]], heads)
+    assert_close(decode(q_THQ, cache_NSW, [table], [1500], heads), expected)
+    found = mla_prefill(q_THQ, cache_NSW, torch.tensor(table), 1499, heads, absorbed=True)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("absorbed", [False, True], ids=["expanded", "absorbed"])
@@ -219,9 +273,12 @@ def test_a_query_decodes_the_same_alone_and_in_a_batch() -> None:
 @pytest.mark.parametrize(
     ("start", "num_tokens"), [(0, 2), (0, 61), (5, 30), (300, 100), (0, 333), (700, 3)]
 )
-def test_mla_prefill(start: int, num_tokens: int, block_size: int, absorbed: bool) -> None:
+@pytest.mark.parametrize("num_heads", [3, 18])
+def test_mla_prefill(
+    num_heads: int, start: int, num_tokens: int, block_size: int, absorbed: bool
+) -> None:
     cache_NSW, (table,), (context_LW,) = make_context([start + num_tokens])
-    heads, q_THQ = make_heads(3), randn(num_tokens, 3, NOPE + ROPE)
+    heads, q_THQ = make_heads(num_heads), randn(num_tokens, num_heads, NOPE + ROPE)
     found = mla_prefill(
         q_THQ,
         cache_NSW,

@@ -34,6 +34,15 @@ class LatentHeads:
     scale: float
     packed: PackedHeads | None = None
 
+    def some(self, heads: slice) -> LatentHeads:
+        """Views of some of the heads."""
+        packed = self.packed
+        if packed is not None:
+            packed = PackedHeads(
+                packed.absorb_H[heads], packed.keys_H[heads], packed.values_H[heads]
+            )
+        return LatentHeads(self.w_uk_HNC[heads], self.w_uv_HVC[heads], self.scale, packed)
+
 
 @dataclass(frozen=True, slots=True)
 class PackedHeads:

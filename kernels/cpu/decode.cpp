@@ -21,9 +21,10 @@ constexpr int64_t kTile = 192;      // keys whose latents stay in the L2 cache b
 constexpr int kKeyRows = 12;        // keys that are scored together; a tile is a whole number of them
 constexpr int kScorePanels = 2;     // panels of heads that are scored together
 constexpr int kValueHeads = 12;     // heads whose values are summed together
-constexpr int64_t kMinPart = 128;   // keys of a part, at least: enough parts for every thread,
-constexpr int64_t kMaxParts = 64;   // but no more memory than this for a long context
+constexpr int64_t kMinPart = 256;   // about the fewest keys of a part that repay joining it
+constexpr int64_t kMaxParts = 32;   // of a query: enough for the threads, and bounded memory
 constexpr int kLineValues = 32;     // of a cache line
+static_assert(kTile % kKeyRows == 0 && kTile % 8 == 0, "only a part's end is not whole");
 
 // Keys [start, stop) of one query.
 struct Part {
@@ -58,12 +59,15 @@ struct Scratch {
       : scores(kTile * shape.slots()), decay(shape.lanes()), weights(kTile / 2 * shape.slots()) {}
 };
 
-// Puts pair `pair` of one head's query at its place among the packed queries of all heads.
-inline void place_pair(const bf16* from, int64_t pair, int64_t head, const Shape& shape,
-                       bf16* packed) {
-  const int64_t copies = shape.copies(), lane = head * copies + pair % copies;
-  bf16* panel = packed + lane / kLanes * shape.width() * kLanes;
-  copy_pair(from, panel + (pair / copies * kLanes + lane % kLanes) * 2);
+// Puts `count` pairs of one head's query, from pair `first` on, at their places among the packed
+// queries of all heads.
+inline void place_pairs(const bf16* from, int64_t first, int64_t count, int64_t head,
+                        const Shape& shape, bf16* packed) {
+  const int64_t copies = shape.copies(), lane = head * copies;
+  bf16* to = packed + lane / kLanes * shape.width() * kLanes;
+  to += (first / copies * kLanes + lane % kLanes) * 2;
+  for (int64_t j = 0; j < count; j += copies, to += 2 * kLanes)
+    for (int64_t i = 0; i < copies; ++i) copy_pair(from + 2 * (j + i), to + 2 * i);
 }
 
 // Where keys [start, stop) stand.
@@ -175,7 +179,8 @@ inline __m512 over_keys(__m512 values, Combine&& combine) {
 // Turns the scores of a tile into weights exp(score - largest), bfloat16, which are also what the
 // sum is of; `decay` is what the sum and the values so far count beside them.
 template <int Copies>
-void weigh_tile(int64_t count, const Shape& shape, float factor, Found& found, Scratch& scratch) {
+void weigh_tile(int64_t count, const Shape& shape, float factor, const Found& found,
+                Scratch& scratch) {
   const auto larger = [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); };
   const auto plus = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
   const __m512 scale = _mm512_set1_ps(factor);
@@ -245,7 +250,7 @@ inline void sum_values(const bf16* const* keys, int64_t count, int64_t c, int64_
 }
 
 template <int Copies>
-void add_values(int64_t count, const Shape& shape, Found& found, const Scratch& scratch) {
+void add_values(int64_t count, const Shape& shape, const Found& found, const Scratch& scratch) {
   const int64_t groups = (shape.heads + kValueHeads - 1) / kValueHeads;
   for (int64_t g = 0, h = 0; g < groups; ++g) {
     const int64_t heads = (shape.heads - h + groups - g - 1) / (groups - g);
@@ -259,7 +264,7 @@ void add_values(int64_t count, const Shape& shape, Found& found, const Scratch& 
 
 template <int Copies>
 void attend_part(const bf16* cache, const int64_t* table, const Part& part, const bf16* q,
-                 const Shape& shape, float factor, Scratch& scratch, Found found) {
+                 const Shape& shape, float factor, Scratch& scratch, const Found& found) {
   std::fill_n(found.values, shape.heads * shape.latent, 0.0f);
   std::fill_n(found.largest, shape.lanes(), kLowest);
   std::fill_n(found.sum, shape.lanes(), 0.0f);
@@ -354,15 +359,12 @@ extern "C" void ostro_mla_decode(const bf16* q, int64_t q_row, int64_t q_head, c
                       [&](int64_t t, int64_t p, __m512 sums) {
                         alignas(32) bf16 narrow[kLanes];
                         store_narrow(narrow, sums);
-                        for (int64_t j = 0; j < kLanes / 2; ++j)
-                          place_pair(narrow + 2 * j, p * kLanes / 2 + j, h, shape,
-                                     packed.get() + t * query_size);
+                        place_pairs(narrow, p * kLanes / 2, kLanes / 2, h, shape,
+                                    packed.get() + t * query_size);
                       });
       if (panel) continue;
       for (int64_t t = 0; t < queries; ++t)
-        for (int64_t j = 0; j < rope / 2; ++j)
-          place_pair(rows[t] + nope + 2 * j, latent / 2 + j, h, shape,
-                     packed.get() + t * query_size);
+        place_pairs(rows[t] + nope, latent / 2, rope / 2, h, shape, packed.get() + t * query_size);
     }
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < parts.all.size(); ++i) {

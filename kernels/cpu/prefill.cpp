@@ -12,7 +12,6 @@ namespace {
 
 constexpr int64_t kKeyTile = 256;   // keys that a task scores at once
 constexpr int64_t kQueryRows = 24;  // query rows of a task
-constexpr int64_t kGroups = 8;      // groups whose keys are packed together, which bounds the memory
 
 // Groups of query rows, and what is known of each row so far.
 struct Rows {
@@ -151,32 +150,29 @@ extern "C" void ostro_attend_block(const bf16* q, int64_t q_row, int64_t q_group
                                    float* sum, float* values, bf16* out, int threads) {
   const Rows rows{q, q_row, q_group, groups, num_rows, per_token, largest, sum, values, out};
   const Block block{keys, width, v_width, block_start};
-  const int64_t at_once = std::min(groups, kGroups), key_panels = block.key_panels();
+  const int64_t key_panels = block.key_panels();
   const int64_t row_blocks = (num_rows + kQueryRows - 1) / kQueryRows;
-  const auto packed_k = uninitialised<bf16>(at_once * block.k_size());
-  const auto packed_v = uninitialised<bf16>(at_once * block.v_size());
+  const auto packed_k = uninitialised<bf16>(groups * block.k_size());
+  const auto packed_v = uninitialised<bf16>(groups * block.v_size());
 
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch;
-    for (int64_t base = 0; base < groups; base += at_once) {
-      const int64_t count = std::min(at_once, groups - base);
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < count * key_panels; ++task) {
-        const int64_t g = task / key_panels, s = task % key_panels * kLanes;
-        const int64_t present = std::min<int64_t>(keys - s, kLanes);
-        pack_keys(k + (base + g) * k_group + s * k_row, k_row, present, width / 2,
-                  packed_k.get() + g * block.k_size() + s * width);
-        pack_values(v + (base + g) * v_group + s * v_row, v_row, present, block,
-                    packed_v.get() + g * block.v_size() + s * kLanes);
-      }
+    for (int64_t task = 0; task < groups * key_panels; ++task) {
+      const int64_t g = task / key_panels, s = task % key_panels * kLanes;
+      const int64_t present = std::min<int64_t>(keys - s, kLanes);
+      pack_keys(k + g * k_group + s * k_row, k_row, present, width / 2,
+                packed_k.get() + g * block.k_size() + s * width);
+      pack_values(v + g * v_group + s * v_row, v_row, present, block,
+                  packed_v.get() + g * block.v_size() + s * kLanes);
+    }
 #pragma omp for schedule(dynamic)
-      for (int64_t task = count * row_blocks - 1; task >= 0; --task) {  // a group's longest first
-        const int64_t g = task / row_blocks;
-        fold_rows(rows, base + g, task % row_blocks * kQueryRows, block,
-                  packed_k.get() + g * block.k_size(), packed_v.get() + g * block.v_size(), start,
-                  scale * kLog2E, scratch);
-      }
+    for (int64_t task = groups * row_blocks - 1; task >= 0; --task) {  // a group's longest first
+      const int64_t g = task / row_blocks;
+      fold_rows(rows, g, task % row_blocks * kQueryRows, block,
+                packed_k.get() + g * block.k_size(), packed_v.get() + g * block.v_size(), start,
+                scale * kLog2E, scratch);
     }
   }
 }

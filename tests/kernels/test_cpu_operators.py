@@ -208,7 +208,7 @@ def decode(
 
 @pytest.mark.parametrize("num_heads", [1, 3, 4, 8, 16, 20, 32, 50])
 @pytest.mark.parametrize(
-    "lengths", [[1], [7, 16], [3, 600, 40], [128, 129, 191, 193, 1500], [12_345]], ids=str
+    "lengths", [[1], [7, 16], [3, 600, 40], [191, 193, 256, 257, 1500], [12_345]], ids=str
 )
 def test_mla_decode(num_heads: int, lengths: list[int]) -> None:
     cache_NSW, tables, contexts = make_context(lengths)
@@ -289,3 +289,15 @@ def test_mla_prefill(
         block_size=block_size,
     )
     assert_close(found, mla_prefill_reference(q_THQ, context_LW, heads), share=0.02)
+
+
+def test_a_long_context_is_attended_to_its_end() -> None:
+    """262,147 keys: each part is many tiles long."""
+    length = 2**18 + 3
+    cache_NSW, (table,), (context_SW,) = make_context([length])
+    heads, q_THQ = make_heads(8), randn(3, 8, NOPE + ROPE, scale=0.3)
+    expected = mla_prefill_reference(q_THQ, context_SW, heads)
+    found = mla_prefill(q_THQ, cache_NSW, torch.tensor(table), length - 3, heads, absorbed=True)
+    assert_close(found, expected, share=0.03)
+    lengths = [length - 2, length - 1, length]
+    assert_close(decode(q_THQ, cache_NSW, [table] * 3, lengths, heads), expected, share=0.03)

@@ -57,6 +57,15 @@ def test_mla_prefill_matches_reference_when_query_and_value_are_equally_wide(sta
     torch.testing.assert_close(out_THV, mla_prefill_reference(q_THQ, context_LW, heads))
 
 
+def test_mla_prefill_expands_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla_prefill_module, "_HEADS_AT_ONCE", HEADS - 1)
+    q_THQ, cache_NSW, pages_n, context_LW, heads = make_case(6, 11)
+    out_THV = mla_prefill(q_THQ, cache_NSW, pages_n, 6, heads, block_size=4)
+    torch.testing.assert_close(
+        out_THV, mla_prefill_reference(q_THQ, context_LW, heads), rtol=1e-4, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("absorbed", [False, True], ids=["expanded", "absorbed"])
 def test_mla_prefill_cuts_queries_when_scores_would_not_fit(
     absorbed: bool, monkeypatch: pytest.MonkeyPatch

@@ -324,7 +324,7 @@ using namespace ostro;
 
 // out[t, h] = softmax over t's context of (q . key * scale) times the latents, times Wuv[h]^T.
 //
-// q [T, H, nope + rope]; w_uk and w_uv packed per head as [C, N] and [V, C]; the pages of query t
+// `scale` is above 0. q [T, H, nope + rope]; w_uk and w_uv packed per head as [C, N] and [V, C]; the pages of query t
 // stand at pages[first_page[t] ..]; its context has lengths[t] >= 1 keys.
 extern "C" void ostro_mla_decode(const bf16* q, int64_t q_row, int64_t q_head, const bf16* w_uk,
                                  const bf16* w_uv, const bf16* cache, const int64_t* pages,

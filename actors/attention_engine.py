@@ -48,6 +48,7 @@ from ostro.actors.fabric.messages import (
 from ostro.actors.model.batch import Batch, build_batches, split_evenly
 from ostro.actors.model.decoder import ExpertExchange
 from ostro.actors.model.sampler import SamplingRow
+from ostro.actors.stage_counts import StageCounts
 from ostro.configs.vision import VisionConfig
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class AttentionParts:
         conducted: Whether the router plans the steps (a cell of several ranks).
         grammars: Compiles grammars; outlives the epoch, as `masks` does.
         max_waiting_requests: How many requests may wait for their grammars.
+        stages: Of this epoch; the scheduler reads them.
         take_counts: Rows per layer and local physical expert since last asked, or None if the rank
             holds no experts.
     """
@@ -118,6 +120,7 @@ class AttentionParts:
     exchange: StepExchange
     connection: SyncConnection
     tokens: SyncServer
+    stages: StageCounts
     page_size: int
     max_waiting_requests: int
     vision: VisionConfig | None
@@ -139,7 +142,7 @@ class AttentionEngine:
         self._next_step = 0
         self._was_busy = False
         self._reported_s = time.monotonic()
-        self._host_seconds = {"plan": 0.0, "forward": 0.0, "sample": 0.0, "deliver": 0.0}
+        self._host_seconds = parts.stages.host
         self.num_steps = 0
 
     def turn(self) -> None:
@@ -272,13 +275,13 @@ class AttentionEngine:
         forward_s = time.perf_counter()
         sampled = self._sample(step, logits)
         sampled_s = time.perf_counter()
+        seconds = self._host_seconds
+        seconds["forward"] += forward_s - began_s
+        seconds["sample"] += sampled_s - forward_s
         events = self._scheduler.complete(step, sampled)
         self.num_steps += 1
         self._deliver(events, step=plan.step)
         self._report_counts()
-        seconds = self._host_seconds
-        seconds["forward"] += forward_s - began_s
-        seconds["sample"] += sampled_s - forward_s
         seconds["deliver"] += time.perf_counter() - sampled_s
 
     def _sample(
@@ -336,11 +339,7 @@ class AttentionEngine:
                 load=self._scheduler.load(),
                 cached_pages=added,
                 dropped_pages=dropped,
-                seconds={
-                    **self._parts.decoder.seconds,
-                    **self._host_seconds,
-                    "wait": self._parts.exchange.counters.wait_s,
-                },
+                seconds=self._parts.stages.counted(),
             )
         )
 

@@ -39,6 +39,7 @@ from ostro.actors.model.weights import (
 from ostro.actors.rank import EpochSpec, RankSpec
 from ostro.actors.rank_actor import RankActor
 from ostro.actors.rank_loop import Engine
+from ostro.actors.stage_counts import StageCounts
 from ostro.configs.deployment import Layout
 from ostro.configs.model import ModelConfig
 
@@ -115,17 +116,21 @@ class AttentionShard(RankActor):
     ) -> tuple[Engine, str | None]:
         engine = spec.deployment.engine
         greeting = StepEvents(epoch.epoch, spec.rank, [])
+        exchange = self._make_exchange(spec)
+        stages = StageCounts(self._decoder.seconds, exchange.counters)
+        longest = max_context(spec, self._config)
         self._tokens = SyncServer(self._epoch_address(epoch), epoch.secret, greeting=greeting)
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
             conducted=spec.deployment.layout.world_size() > 1,
-            scheduler=Scheduler(engine, self._num_pages, max_context(spec, self._config)),
+            scheduler=Scheduler(engine, self._num_pages, longest, stages=stages.by_stage),
             decoder=self._decoder,
             sampler=self._sampler,
             grammars=self._grammars,
             masks=self._masks,
-            exchange=self._make_exchange(spec),
+            exchange=exchange,
+            stages=stages,
             connection=connection,
             tokens=self._tokens,
             page_size=engine.page_size,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ostro.actors.engine.stages import EXPERTS_COMPUTE, EXPERTS_WAIT
 from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection
 from ostro.actors.fabric.local_exchange import ExchangeCounters
 from ostro.actors.fabric.messages import AbortEpoch, ExpertCounts, StepPlan
@@ -74,7 +75,7 @@ class ExpertEngine:
             rows_LE = parts.take_counts()
             counters = parts.counters
             seconds = {
-                "experts: wait for rows": counters.wait_s,
-                "experts: compute": counters.experts_s,
+                EXPERTS_WAIT: counters.wait_s,
+                EXPERTS_COMPUTE: counters.experts_s,
             }
             parts.connection.send(ExpertCounts(parts.epoch, parts.rank, rows_LE, seconds))

@@ -15,6 +15,7 @@ from ostro.actors.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
+from ostro.actors.engine.stopwatch import ShardSeconds
 from ostro.actors.errors import InvalidRequestError, OstroError, OverloadedError
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import (
@@ -69,7 +70,6 @@ class Answer:
         self._num_prompt_tokens = sum(len(p.request.prompt_token_ids) for p in prepared)
         self._num_cached_tokens = 0
         self._num_tokens = self._num_thinking_tokens = 0  # of the choices that have ended
-        self._queued_s = 0.0
         self._first_token_s: float | None = None
         self._first_answer_token_s: float | None = None
 
@@ -108,7 +108,6 @@ class Answer:
         if self.has_begun:
             return []
         self.has_begun = True
-        self._queued_s = event.queued_s
         return [self._started(event)]
 
     def _mark_times(self, choice: ChoiceReader) -> None:
@@ -128,6 +127,7 @@ class Answer:
             effort=first.effort,
             budget_tokens=first.budget_tokens,
             num_choices=len(self._choices),
+            tenant=first.options.tenant,
         )
 
     def _finished(self, choice: ChoiceReader) -> Finished:
@@ -141,16 +141,28 @@ class Answer:
                 image_tokens=sum(of_prompt.num_image_tokens for of_prompt in self._prepared),
             ),
             reasoning=choice.report(),
-            timing=Timing(
-                queued_s=self._queued_s,
-                first_token_s=self._first_token_s,
-                first_answer_token_s=self._first_answer_token_s,
-                total_s=time.monotonic() - self._arrived_s,
-            ),
+            timing=self._timing(choice.seconds),
             matched_stop=choice.matched_stop,
             stop_token_id=choice.stop_token_id,
             choice=choice.choice,
             is_last=self.is_finished,
+        )
+
+    def _timing(self, seconds: ShardSeconds | None) -> Timing:
+        total_s = time.monotonic() - self._arrived_s
+        first_s, prefill_s, decode_s = self._first_token_s, None, None
+        if seconds is not None:
+            prefill_s, decode_s = seconds.prefill_s, seconds.decode_s
+            if decode_s is None:  # a stop string ended it, of which the shard has not heard
+                decode_s = 0.0 if first_s is None else total_s - first_s
+        return Timing(
+            queued_s=0.0 if seconds is None else seconds.queued_s,
+            first_token_s=first_s,
+            first_answer_token_s=self._first_answer_token_s,
+            total_s=total_s,
+            prefill_s=prefill_s,
+            decode_s=decode_s,
+            stages={} if seconds is None else seconds.stages,
         )
 
 
@@ -162,6 +174,7 @@ class ChoiceReader:
         has_answered: Whether any of it was answer text or a call.
         is_finished: Whether it has ended.
         num_tokens: Output tokens up to a stop string.
+        seconds: Its time at the shard, as far as it was told.
         reason: Why it ended; see `generation.Finished`.
         matched_stop: See `generation.Finished`.
         stop_token_id: See `generation.Finished`.
@@ -172,6 +185,7 @@ class ChoiceReader:
         self.is_first_of_prompt = choice == prepared.request.choice
         self.has_begun = self.has_answered = self.is_finished = False
         self.num_tokens = self.num_thinking_tokens = 0
+        self.seconds: ShardSeconds | None = None
         self.reason = ""
         self.matched_stop: str | None = None
         self.stop_token_id: int | None = None
@@ -194,6 +208,8 @@ class ChoiceReader:
         token_ids, logprobs = self._new_tokens(event)
         self.num_thinking_tokens = max(self.num_thinking_tokens, event.num_thinking_tokens)
         self._thinking_ended_by = event.thinking_ended_by or self._thinking_ended_by
+        if event.seconds is not None:
+            self.seconds = event.seconds
         step = self._parse(event, token_ids)
         if not self.has_begun:
             self.has_begun = True

@@ -6,8 +6,11 @@ A face turns its wire format into `ChatGeneration` or `TextGeneration`; `fronten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+
+BETWEEN_STEPS = "between_steps"  # a part of a request's time
 
 
 class Constraint(Enum):
@@ -216,6 +219,7 @@ class Started:
         effort: The effort in force.
         budget_tokens: Thinking budget in force; None is unlimited.
         num_choices: Of all prompts.
+        tenant: `GenerationOptions.tenant`.
     """
 
     request_id: str
@@ -225,6 +229,7 @@ class Started:
     effort: str
     budget_tokens: int | None
     num_choices: int = 1
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,12 +278,53 @@ class ReasoningReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds since the request arrived; None where it never happened."""
+    """When what happened, in seconds since the request arrived, and where the time went.
+
+    Gateway, queue, prefill and decode follow one another and make up `total_s`; the gateway's
+    part is what passes before the shard has the request and after it has told of an event. Of
+    several choices they are those of the one that ended last.
+
+    Attributes:
+        first_token_s: None where it never came, as the next.
+        prefill_s: From a request's first step to its first token; None if the shard did not tell.
+        decode_s: From there to the end.
+        stages: Seconds of the steps from the first to the last by `stages.STAGES`; not divided
+            among the requests that shared them. Empty where a stop string ended the request.
+    """
 
     queued_s: float
     first_token_s: float | None
     first_answer_token_s: float | None
     total_s: float
+    prefill_s: float | None = None
+    decode_s: float | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    def gap_s(self, num_tokens: float) -> float | None:
+        """Mean seconds between so many tokens; None where there are no two."""
+        if self.first_token_s is None or num_tokens <= 1:
+            return None
+        return (self.total_s - self.first_token_s) / (num_tokens - 1)
+
+    def parts(self) -> dict[str, float]:
+        """Seconds by part, as far as the shard told: those that make up the whole, then the stages.
+
+        BETWEEN_STEPS is what prefill and decode spent in none of the stages: waiting for a plan,
+        or for a place in a step.
+        """
+        if self.prefill_s is None or self.decode_s is None:
+            return {}
+        computing_s = self.prefill_s + self.decode_s
+        split = {
+            "gateway": max(self.total_s - self.queued_s - computing_s, 0.0),
+            "queue": self.queued_s,
+            "prefill": self.prefill_s,
+            "decode": self.decode_s,
+        }
+        if not self.stages:
+            return split
+        between_s = max(computing_s - sum(self.stages.values()), 0.0)
+        return {**split, **self.stages, BETWEEN_STEPS: between_s}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ostro.actors.engine.stopwatch import ShardSeconds, Stopwatch
 from ostro.actors.errors import InvalidTransitionError
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
         stop_token_id: The token that ended the output, if one did.
         error_code: `OstroError.code` when `finish_reason` is ERROR.
         error_message: Text for the caller when `finish_reason` is ERROR.
-        queued_s: Seconds from arrival at the shard to its first step; on the first event.
+        seconds: The request's time at the shard; on the first event and on the last.
         choice: `GenerationRequest.choice`.
     """
 
@@ -211,7 +212,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     stop_token_id: int | None = None
     error_code: str | None = None
     error_message: str | None = None
-    queued_s: float = 0.0
+    seconds: ShardSeconds | None = None
     choice: int = 0
 
     def joined(self, later: TokenEvent) -> TokenEvent | None:
@@ -228,7 +229,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
             first_index=self.first_index,
             token_ids=[*self.token_ids, *later.token_ids],
             logprobs=logprobs or None,
-            queued_s=self.queued_s,
+            seconds=later.seconds or self.seconds,
         )
 
 
@@ -267,7 +268,7 @@ class RequestProgress:
         thinking: The budget's state, if the request has one.
         grammar: The state of what holds the answer, if the request has one; set before the
             scheduler takes the request.
-        queued_s: Seconds before its first step, until an event has told them; 0 from then on.
+        stopwatch: Runs from the request's first step on.
         page_hashes: Hash chain of the leading full pages, as far as it was needed yet.
         num_published_pages: Leading pages that were offered to the prefix cache or came from there.
     """
@@ -286,11 +287,11 @@ class RequestProgress:
         "output_token_ids",
         "page_hashes",
         "pages",
-        "queued_s",
         "request",
         "request_id",
         "state",
         "stop_token_ids",
+        "stopwatch",
         "thinking",
     )
 
@@ -316,7 +317,7 @@ class RequestProgress:
         self.stop_token_ids = _stop_token_ids(request.stop)
         self.thinking: ThinkingTracker | None = None
         self.grammar: AnswerGrammar | None = None
-        self.queued_s = 0.0
+        self.stopwatch: Stopwatch | None = None
         self.pages: list[int] = []
         self.page_hashes: list[int] = []
         self.num_published_pages = 0

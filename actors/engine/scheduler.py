@@ -36,6 +36,7 @@ from ostro.actors.engine.step import (
     error_event,
     token_event,
 )
+from ostro.actors.engine.stopwatch import Stopwatch
 from ostro.actors.engine.token_rules import SamplingState, reason_to_end
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
@@ -58,9 +59,10 @@ class Scheduler:
         max_context: int,
         *,
         clock: Callable[[], float] = time.monotonic,
+        stages: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._config = config
-        self._clock = clock
+        self._clock, self._stages = clock, stages
         self._pages = RequestPages(num_pages, config.page_size, prefix_cache=config.prefix_cache)
         # One request alone may fill the cache.
         self._longest = min(max_context, self._pages.num_slots)
@@ -271,7 +273,8 @@ class Scheduler:
             return False
         self._waiting.remove(progress)
         if progress.state is RequestState.WAITING:
-            self._count_start(progress, num_cached)
+            progress.stopwatch = Stopwatch(self._clock, self._stages, progress.arrived_s)
+            self._totals.begin(progress, num_cached)
         progress.move_to(_RUNNING)
         progress.num_computed_tokens = num_cached
         insort(self._running, progress, key=attrgetter("arrival"))
@@ -280,12 +283,6 @@ class Scheduler:
     def _is_blocked(self, progress: RequestProgress) -> bool:
         """Whether it lacked pages when it was last tried, and none came free since."""
         return self._blocked == (progress.arrival, self._pages.pool.num_releases)
-
-    def _count_start(self, progress: RequestProgress, num_cached: int) -> None:
-        progress.queued_s = max(self._clock() - progress.arrived_s, 0.0)
-        progress.num_cached_tokens = min(num_cached, progress.num_prompt_tokens)
-        self._totals.prompt_tokens += progress.num_prompt_tokens
-        self._totals.hit_tokens += progress.num_cached_tokens
 
     def _chunk(self, step: ScheduledStep, progress: RequestProgress, num_kept: int = 0) -> int:
         left = self._config.max_tokens_per_step - step.num_tokens - num_kept

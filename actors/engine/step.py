@@ -59,7 +59,9 @@ class ScheduledStep:
 
 
 class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
-    """How busy an attention shard is: the first five of this moment, the others epoch totals.
+    """How busy an attention shard is: the first five of this moment, the others totals.
+
+    Totals are of its epoch where the shard tells them, of the cell's life in a `State`.
 
     Attributes:
         num_free_pages: Pages that can be had without preempting anyone.
@@ -77,6 +79,20 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
     num_output_tokens: int = 0
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
+
+    def at_rest(self) -> ShardLoad:
+        """The same shard without its requests."""
+        return msgspec.structs.replace(
+            self, num_running=0, num_waiting=0, num_waiting_tokens=0, num_free_pages=self.num_pages
+        )
+
+    def after(self, earlier: ShardLoad) -> ShardLoad:
+        """This moment, with the totals of both."""
+        both = {name: getattr(self, name) + getattr(earlier, name) for name in _TOTALS}
+        return msgspec.structs.replace(self, **both)
+
+
+_TOTALS = ShardLoad.__struct_fields__[5:]
 
 
 class Busy(NamedTuple):
@@ -96,6 +112,12 @@ class Totals:
     prompt_tokens: int = 0
     output_tokens: int = 0
     hit_tokens: int = 0
+
+    def begin(self, progress: RequestProgress, num_cached: int) -> None:
+        """Count a request that begins to run and found so many of its tokens in the cache."""
+        progress.num_cached_tokens = min(num_cached, progress.num_prompt_tokens)
+        self.prompt_tokens += progress.num_prompt_tokens
+        self.hit_tokens += progress.num_cached_tokens
 
     def load(self, now: Busy, num_pages: int) -> ShardLoad:
         """Both as one message."""
@@ -117,10 +139,15 @@ def token_event(
     logprobs: list[TokenLogprob] | None,
     reason: FinishReason | None,
 ) -> TokenEvent:
-    """What readers are told of new tokens, of an end, or of both; the first tells `queued_s`."""
+    """What readers are told of new tokens, of an end, or of both.
+
+    The first one and the last one tell the request's time.
+    """
     thinking = progress.thinking
-    queued_s, progress.queued_s = progress.queued_s, 0.0
     last = token_ids[-1] if token_ids and reason is FinishReason.STOP else None
+    stopwatch, seconds = progress.stopwatch, None
+    if stopwatch is not None and (reason is not None or not stopwatch.has_told):
+        seconds = stopwatch.read(is_last=reason is not None)
     return TokenEvent(
         progress.request_id,
         first_index,
@@ -131,7 +158,7 @@ def token_event(
         thinking.ended_by if thinking is not None else None,
         reason,
         last if last in progress.stop_token_ids else None,
-        queued_s=queued_s,
+        seconds=seconds,
         choice=progress.request.choice,
     )
 

@@ -31,6 +31,7 @@ from ostro.actors.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
+from ostro.actors.engine.stopwatch import ShardSeconds
 from ostro.actors.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -415,7 +416,7 @@ def test_frontend_refuses_a_tokenizer_larger_than_the_model(prompts: PromptBuild
 
 
 def test_chat_streams_thinking_then_answer(prompts: PromptBuilder, script: Script) -> None:
-    script.step(THINK, num_cached_tokens=16, queued_s=0.25)
+    script.step(THINK, num_cached_tokens=16, seconds=ShardSeconds(0.25, 0.5))
     script.step("so", num_thinking_tokens=2)
     script.step(END_THINK, num_thinking_tokens=2, thinking_ended_by="budget")
     script.step("Yes").end(num_thinking_tokens=2, thinking_ended_by="budget")
@@ -439,6 +440,35 @@ def test_chat_streams_thinking_then_answer(prompts: PromptBuilder, script: Scrip
     assert timing.first_token_s is not None
     assert timing.first_answer_token_s is not None
     assert timing.first_token_s <= timing.first_answer_token_s <= timing.total_s
+
+
+def test_the_last_event_tells_the_parts_of_the_time(prompts: PromptBuilder, script: Script) -> None:
+    script.step("Yes", seconds=ShardSeconds(0.001, 0.002))
+    script.end(seconds=ShardSeconds(0.001, 0.002, 0.004, {"attention": 0.001, "sample": 0.002}))
+    timing = finish(chat(prompts, script)[0]).timing
+    assert (timing.queued_s, timing.prefill_s, timing.decode_s) == (0.001, 0.002, 0.004)
+    parts = timing.parts()
+    assert (parts["attention"], parts["sample"]) == (0.001, 0.002)
+    assert parts["between_steps"] == pytest.approx(0.003)
+    assert parts["gateway"] == pytest.approx(max(timing.total_s - 0.007, 0.0))
+
+
+def test_a_stop_string_ends_the_time_without_the_shards_word(
+    prompts: PromptBuilder, script: Script
+) -> None:
+    script.step("Yes", seconds=ShardSeconds(0.0, 0.0)).step(" STOP")
+    timing = finish(chat(prompts, script, stop=("STOP",))[0]).timing
+    assert timing.first_token_s is not None
+    assert timing.decode_s == timing.total_s - timing.first_token_s
+    assert set(timing.parts()) == {"gateway", "queue", "prefill", "decode"}
+
+
+def test_times_that_a_shard_did_not_tell_are_left_out(
+    prompts: PromptBuilder, script: Script
+) -> None:
+    script.step("Yes").end()
+    timing = finish(chat(prompts, script)[0]).timing
+    assert (timing.queued_s, timing.prefill_s, timing.parts()) == (0.0, None, {})
 
 
 def test_chat_gives_one_delta_per_step_and_channel(prompts: PromptBuilder, script: Script) -> None:

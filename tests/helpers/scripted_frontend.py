@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import uvicorn
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.engine.stages import STAGES
 from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import InvalidRequestError, NotReadyError
 from ostro.actors.fabric.messages import ActorStatus, State
@@ -61,7 +62,15 @@ FINISHED = Finished(
     reasoning=ReasoningReport(
         effort="low", budget_tokens=2048, thinking_tokens=5, ended_by="model"
     ),
-    timing=Timing(queued_s=0.01, first_token_s=0.05, first_answer_token_s=0.2, total_s=0.5),
+    timing=Timing(
+        queued_s=0.01,
+        first_token_s=0.05,
+        first_answer_token_s=0.2,
+        total_s=0.5,
+        prefill_s=0.03,
+        decode_s=0.44,
+        stages=dict(zip(STAGES, (0.01, 0.1, 0.02, 0.2, 0.03, 0.01, 0.05, 0.02), strict=True)),
+    ),
 )
 CALL = ToolCallDone(
     index=0, call=ToolCall(call_id="abcDEF123", name="weather", arguments='{"city": "Oslo"}')
@@ -157,7 +166,7 @@ class ScriptedCell:
             "attention-0", "attention", "ready", "node-1", "", 0, 1.0, 10, 100, 1700000000.0
         )
         expert = ActorStatus(
-            "experts-1", "expert", "ready", "node-1", "", 1, 1.0, 10, 100, 1700000000.0
+            "experts-1", "expert", "ready", "node-1", "", 1, 1.0, 10, 100, 1700000000.0, 2
         )
         return State(
             tag=0,

@@ -23,6 +23,7 @@ from ostro.actors.engine.request import (
 )
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledStep
+from ostro.actors.engine.stopwatch import ShardSeconds
 from ostro.actors.errors import InvalidRequestError, OverloadedError
 from ostro.configs.deployment import EngineConfig
 
@@ -325,7 +326,7 @@ def test_preempted_request_runs_again_before_younger_ones_and_says_nothing_twice
     step = _plan(scheduler)
     assert [part[0] for part in _parts(step)] == ["young", "late"]
     events = _complete(scheduler, step)
-    assert (events[0].first_index, events[0].queued_s) == (1, 0.0)
+    assert (events[0].first_index, events[0].seconds) == (1, None)
 
 
 def test_preempted_request_keeps_the_token_that_was_on_its_way() -> None:
@@ -475,7 +476,47 @@ def test_stop_token_is_part_of_the_output() -> None:
 def test_first_event_tells_how_long_the_request_queued() -> None:
     scheduler = _scheduler(now_s=10.0)
     _add(scheduler, make_request())
-    assert [event.queued_s for event in (*_turn(scheduler), *_turn(scheduler))] == [2.5, 0.0]
+    (first,), (second,) = _turn(scheduler), _turn(scheduler)
+    assert (first.seconds, second.seconds) == (ShardSeconds(2.5, 0.0), None)
+
+
+def test_last_event_tells_where_the_time_went() -> None:
+    now_s = iter(range(10, 100))
+    attention_s = iter((1.0, 3.5))
+    scheduler = Scheduler(
+        EngineConfig(page_size=2),
+        64,
+        100,
+        clock=lambda: float(next(now_s)),
+        stages=lambda: {"attention": next(attention_s)},
+    )
+    _add(scheduler, make_request(max_tokens=2))
+    _turn(scheduler)
+    (last,) = _turn(scheduler)
+    assert last.seconds is not None
+    assert last.seconds.stages == {"attention": 2.5}
+    assert last.seconds.decode_s is not None
+    assert last.seconds.decode_s > 0.0
+
+
+def test_a_request_that_never_ran_has_no_times() -> None:
+    scheduler = _scheduler()
+    _add(scheduler, make_request())
+    scheduler.cancel("r")
+    (event,) = scheduler.take_events()
+    assert event.seconds is None
+
+
+def test_events_told_together_keep_the_times_of_either() -> None:
+    first = TokenEvent("r", 0, [5], seconds=ShardSeconds(1.0, 2.0))
+    later = TokenEvent("r", 1, [6])
+    last = TokenEvent(
+        "r", 1, [6], seconds=ShardSeconds(1.0, 2.0, 3.0), finish_reason=FinishReason.LENGTH
+    )
+    for second, told in ((later, first.seconds), (last, last.seconds)):
+        joined = first.joined(second)
+        assert joined is not None
+        assert joined.seconds == told
 
 
 def test_events_carry_logprobs_where_the_sampler_gave_them() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from ostro.actors.fabric.messages import ActorStatus
@@ -24,7 +25,8 @@ class HealthBook:
         self._layout = layout
         self._peers = peers
         self._answers: dict[int, RankHealth] = {}
-        self._heard: set[int] = set()
+        self._started_s: dict[int, float] = {}  # of those that ever answered
+        self._num_restarts: Counter[int] = Counter()
         self._asked_s = -_FRESH_S
 
     async def statuses(self) -> list[ActorStatus]:
@@ -40,15 +42,23 @@ class HealthBook:
                 for rank, answer in enumerate(answers)
                 if isinstance(answer, RankHealth)
             }
-            self._heard.update(self._answers)
+            self._count_restarts()
         return [self._status(rank) for rank in range(len(self._peers))]
+
+    def _count_restarts(self) -> None:
+        for rank, health in self._answers.items():
+            before_s = self._started_s.get(rank, health.started_at_s)
+            self._num_restarts[rank] += health.started_at_s != before_s
+            self._started_s[rank] = health.started_at_s
 
     def _status(self, rank: int) -> ActorStatus:
         name, health = self._peers[rank].name, self._answers.get(rank)
         if health is None:
             role = "attention" if rank in self._layout.attention_ranks() else "expert"
-            state = RankState.LOST if rank in self._heard else RankState.STARTING
-            return ActorStatus(name, role, state.value, "", "", rank, 0.0, 0, 0, 0.0)
+            state = RankState.LOST if rank in self._started_s else RankState.STARTING
+            return ActorStatus(
+                name, role, state.value, "", "", rank, 0.0, 0, 0, 0.0, self._num_restarts[rank]
+            )
         return ActorStatus(
             actor_id=name,
             role=health.role,
@@ -60,4 +70,5 @@ class HealthBook:
             memory_used_bytes=health.memory_used_bytes,
             memory_total_bytes=health.memory_total_bytes,
             started_at_s=health.started_at_s,
+            num_restarts=self._num_restarts[rank],
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ostro.actors.cell_requests import CellRequests, LiveRequest
+from ostro.actors.cell_totals import CellTotals
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError, TransportError
@@ -107,6 +108,7 @@ class Router:
         self._epoch_number = -1
         self._keys: KeyTable | None = None
         self._quotas = TenantQuotas()
+        self._done = CellTotals()  # in the epochs before this one
         self._requests = self._no_requests()
         self._ingresses = IngressLinks()
         self._health = HealthBook(deployment.layout, self._peers)
@@ -165,18 +167,19 @@ class Router:
     async def state(self, tag: int = 0) -> State:
         """The cell at this moment; ranks that do not answer are shown as lost."""
         actors = await self._health.statuses()
-        epoch, placement = self._epoch, self._ground.placement if self._ground else None
+        placement = self._ground.placement if self._ground else None
+        done = self._done.then(self._epoch.totals()) if self._epoch else self._done
         return State(
             tag=tag,
             epoch=max(self._epoch_number, 0),
             ready=self._ready,
             actors=actors,
-            loads=dict(epoch.loads) if epoch else {},
+            loads=dict(done.loads),
             rows_LE=self._rows_LE,
             physical_to_logical=list(placement.physical_to_logical) if placement else [],
             rank_of_physical=list(placement.rank_of_physical) if placement else [],
-            seconds=epoch.total_seconds() if epoch else {},
-            num_steps=epoch.num_steps if epoch else 0,
+            seconds=dict(done.seconds),
+            num_steps=done.num_steps,
         )
 
     @property
@@ -202,6 +205,7 @@ class Router:
         )
         if self._epoch is not None:
             self._epoch.close()
+            self._done = self._done.then(self._epoch.totals())
         self._epoch_number += 1
         self._requests = self._no_requests()
         self._epoch = RouterEpoch(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ostro.actors.cell_requests import CellRequests
+from ostro.actors.cell_totals import CellTotals
 from ostro.actors.conductor import Conductor
 from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import ShardLostError
@@ -53,8 +54,6 @@ class RouterEpoch:
     ) -> None:
         self.number = number
         self.serving = False
-        self.num_steps = 0
-        self.loads = {rank: ShardLoad() for rank in layout.attention_ranks()}
         self.token_addresses: dict[int, str] = {}
         self._layout = layout
         self._placement = placement
@@ -63,6 +62,8 @@ class RouterEpoch:
         self._on_failure = on_failure
         self._conductor = Conductor(layout, epoch=number, placement_version=placement.version)
         self._connections: dict[int, AsyncConnection] = {}
+        self._num_steps = 0
+        self._loads = {rank: ShardLoad() for rank in layout.attention_ranks()}
         self._seconds: dict[int, dict[str, float]] = {}
         self._here = asyncio.Event()
         self._closed = False
@@ -128,13 +129,16 @@ class RouterEpoch:
             if owes and now_s - heard_s > timeout_s:
                 self._suspect(rank, f"it has requests and said nothing for {timeout_s:.0f} s")
 
-    def total_seconds(self) -> dict[str, float]:
-        """Seconds by stage, summed over ranks."""
-        total: dict[str, float] = {}
-        for seconds in self._seconds.values():
-            for stage, value in seconds.items():
-                total[stage] = total.get(stage, 0.0) + value
-        return total
+    def totals(self) -> CellTotals:
+        """What the epoch has done so far; once closed, it has no requests any more."""
+        seconds: dict[str, float] = {}
+        for of_rank in self._seconds.values():
+            for stage, value in of_rank.items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+        loads = self._loads
+        if self._closed:
+            loads = {rank: load.at_rest() for rank, load in loads.items()}
+        return CellTotals(loads, seconds, self._num_steps)
 
     def close(self) -> None:
         """End the epoch for every rank."""
@@ -170,10 +174,10 @@ class RouterEpoch:
         now_s = time.monotonic()
         self._requests.follow(report, elapsed_s=now_s - self._heard_s[report.rank])
         self._heard_s[report.rank] = now_s
-        self.loads[report.rank] = report.load
+        self._loads[report.rank] = report.load
         self._seconds[report.rank] = report.seconds
         if report.step is not None:
-            self.num_steps = max(self.num_steps, report.step + 1)
+            self._num_steps = max(self._num_steps, report.step + 1)
             self._conductor.done(report.rank, report.step, now_s=now_s)
             self._plan()
 

@@ -215,7 +215,11 @@ class ControlDone(_Message, frozen=True):
 
 
 class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
-    """One actor of the cell, as the router sees it."""
+    """One actor of the cell, as the router sees it.
+
+    Attributes:
+        num_restarts: New processes since the cell started, as far as its state was asked for.
+    """
 
     actor_id: str
     role: str
@@ -227,15 +231,17 @@ class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
     memory_used_bytes: int
     memory_total_bytes: int
     started_at_s: float
+    num_restarts: int = 0
 
 
 class State(_Message, frozen=True):
-    """The cell at this moment.
+    """The cell at this moment; what is counted is counted since it started.
 
     Attributes:
-        rows_LE: Rows per layer and logical expert since the cell started.
+        loads: By attention rank.
+        rows_LE: Rows per layer and logical expert.
         physical_to_logical: Logical expert of every physical slot, in rank order.
-        seconds: Seconds of this epoch by stage, over all ranks; it has had `num_steps` steps.
+        seconds: By stage, over all ranks.
     """
 
     tag: int

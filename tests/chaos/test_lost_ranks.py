@@ -9,6 +9,7 @@ from local_cell import ProcessPool, local_cell
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
 from ostro.actors.errors import NotReadyError, ShardLostError
+from ostro.cluster.cell_metrics import CellCollector
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 
 
@@ -48,6 +49,21 @@ def request(name, num_new):
     )
 
 
+TOKENS = ("ostro_generation_tokens_total", ("tiny", "0"))
+
+
+def counters(state):
+    """Every counter of the cell that is served, by name and labels."""
+    collector = CellCollector("tiny", expert_layers=True)
+    collector.state = state
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in collector.collect()
+        if family.type == "counter"
+        for sample in family.samples
+    }
+
+
 async def until_served(cell, name):
     """Ask again until the mended cell answers, as a client does."""
     async with asyncio.timeout(180):
@@ -69,6 +85,7 @@ def test_a_killed_rank_is_named_and_the_cell_serves_again(pool, model_dir, rank,
             stream = cell.client.submit(request("victim", 3000))
             async for _ in stream:
                 break
+            counted = counters(await cell.client.state())
             cell.peers[rank].kill()
             async with asyncio.timeout(60):
                 with pytest.raises(ShardLostError) as lost:
@@ -76,13 +93,17 @@ def test_a_killed_rank_is_named_and_the_cell_serves_again(pool, model_dir, rank,
                         pass
             after = await until_served(cell, "after")
             state = await cell.client.state()
-            return before, lost.value, after, state
+            return before, lost.value, after, counted, state
 
-    before, lost, after, state = asyncio.run(run())
+    before, lost, after, counted, state = asyncio.run(run())
     assert name in lost.message
     assert lost.retry_after_s
     assert [event.token_ids for event in after] == [event.token_ids for event in before]
     assert state.epoch >= 1
+    assert counted[TOKENS] > len(before)
+    recounted = counters(state)
+    assert {series for series, value in counted.items() if recounted[series] < value} == set()
+    assert {actor.actor_id: actor.num_restarts for actor in state.actors}[name] == 1
 
 
 def test_a_stopped_rank_fails_the_step_within_its_deadline(pool, model_dir):

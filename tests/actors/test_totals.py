@@ -1,0 +1,70 @@
+"""What a cell counts over its epochs, and what a shard counts of its steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from ostro.actors.cell_totals import CellTotals
+from ostro.actors.engine.stages import STAGES, step_stages
+from ostro.actors.engine.step import ShardLoad
+from ostro.actors.fabric.local_exchange import ExchangeCounters
+from ostro.actors.stage_counts import StageCounts
+
+
+def test_epochs_add_up_and_the_moment_is_the_last_ones() -> None:
+    earlier = CellTotals(
+        {0: ShardLoad(num_running=5, num_output_tokens=10), 1: ShardLoad(num_prompt_tokens=7)},
+        {"forward": 2.0, "experts: compute": 1.0},
+        4,
+    )
+    later = CellTotals({0: ShardLoad(num_running=1, num_output_tokens=3)}, {"forward": 0.5}, 2)
+    both = earlier.then(later)
+    assert both.loads == {
+        0: ShardLoad(num_running=1, num_output_tokens=13),
+        1: ShardLoad(num_prompt_tokens=7),
+    }
+    assert both.seconds == {"forward": 2.5, "experts: compute": 1.0}
+    assert both.num_steps == 6
+
+
+def test_a_shard_at_rest_keeps_its_totals_and_frees_its_pages() -> None:
+    load = ShardLoad(
+        num_running=2, num_waiting=1, num_waiting_tokens=9, num_pages=8, num_prompt_tokens=7
+    )
+    assert load.at_rest() == ShardLoad(num_free_pages=8, num_pages=8, num_prompt_tokens=7)
+
+
+def test_stages_worked_example() -> None:
+    counted = {"forward": 5.0, "attention": 1.0, "combine": 3.0, "wait": 2.0, "add": 1.0}
+    stages = step_stages({**counted, "sample": 1.0})
+    told = {"attention": 1.0, "experts": 2.0, "combine": 1.0, "forward": 1.0, "sample": 1.0}
+    assert stages == {**dict.fromkeys(STAGES, 0.0), **told}
+
+
+def test_stages_share_no_time_and_miss_none() -> None:
+    counters = ExchangeCounters()
+    decoder = {"attention": 1.0, "gate": 0.5, "dispatch": 0.25, "combine": 3.0, "head": 0.125}
+    decoder_seconds = dict.fromkeys(decoder, 0.0)
+    counts = StageCounts(decoder_seconds, counters)
+    decoder_seconds.update(decoder)
+    counts.host.update(plan=1.0, forward=6.0, sample=2.0, deliver=4.0)
+    counters.wait_s, counters.experts_s = 1.5, 0.5
+    stages = counts.by_stage()
+    assert stages["combine"] == 1.0
+    assert sum(stages.values()) == pytest.approx(1.0 + 6.0 + 2.0 + 4.0)
+
+
+def test_an_epochs_counts_begin_at_zero_though_the_decoder_lives_on() -> None:
+    decoder = {"attention": 7.0}
+    counts = StageCounts(decoder, ExchangeCounters())
+    decoder["attention"] += 1.0
+    assert counts.counted()["attention"] == 1.0
+
+
+def test_adding_up_never_falls_where_a_rank_waits_outside_of_it() -> None:
+    decoder, counters = {"combine": 0.0}, ExchangeCounters()
+    counts = StageCounts(decoder, counters)
+    decoder["combine"] = 2.0
+    assert counts.counted()["add"] == 2.0
+    counters.wait_s = 1.0
+    assert counts.counted()["add"] == 2.0

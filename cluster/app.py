@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from ostro.cluster.metrics import Metrics
 from ostro.cluster.model_card import make_card
 from ostro.cluster.node_placement import HEAD_RESOURCE
 from ostro.cluster.prompt import PromptBuilder
+from ostro.cluster.tracing import NO_TRACES, make_tracer
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import load_model_config
 
@@ -64,6 +66,8 @@ class Ingress(GrpcMethods):
     Ray Serve calls the gRPC methods by name and builds the HTTP application once per replica.
     """
 
+    _tracer = NO_TRACES  # until there is a model to trace
+
     def __init__(self, spec: IngressSpec) -> None:
         self._spec = spec
         model_dir, deployment = Path(spec.model_dir), spec.deployment
@@ -82,15 +86,18 @@ class Ingress(GrpcMethods):
         security = deployment.security
         keys = KeyRing(is_open=not security.has_keys)
         self._door = Door(keys, AuditLog(security), security)
+        ingress_id = uuid.uuid4().hex
         self._cell = CellClient(
             self._find_router,
             spec.secret,
-            ingress_id=uuid.uuid4().hex,
+            ingress_id=ingress_id,
             submit_timeout_s=deployment.serving.submit_timeout_s,
             on_keys=keys.replace,
         )
         self._frontend = Frontend(self._cell, prompts, card, deployment)
-        self._metrics = Metrics(card.name)
+        observability = deployment.observability
+        self._tracer = make_tracer(observability, card.name, ingress_id, os.environ)
+        self._metrics = Metrics(card.name, observability, self._tracer)
         GrpcMethods.__init__(self, lambda: self._frontend, self._metrics, self._door)
         self._cell.start()
         gc.collect()
@@ -105,6 +112,10 @@ class Ingress(GrpcMethods):
             door=self._door,
             adds_request_id=False,
         )
+
+    def __del__(self) -> None:
+        """Called by Ray Serve when the replica ends."""
+        self._tracer.close()
 
     async def check_health(self) -> None:
         """Called by Ray Serve; a replica that raises is replaced."""

@@ -5,25 +5,40 @@ Counters of the cell are the same at every ingress replica: take one, do not sum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ostro.actors.engine.stages import EXPERTS_COMPUTE, EXPERTS_WAIT, step_stages
 from ostro.actors.engine.step import ShardLoad
-from ostro.actors.fabric.messages import State
+from ostro.actors.fabric.messages import ActorStatus, State
+from ostro.cluster.metrics_list import METRICS, PREFIX, Kind
 
-_LOAD_GAUGES = (
-    ("num_requests_running", "Requests that advance in every step", "num_running"),
-    ("num_requests_waiting", "Requests that wait for their first step", "num_waiting"),
-)
-_LOAD_COUNTERS = (
-    ("prompt_tokens", "Prompt tokens of all requests", "num_prompt_tokens"),
-    ("generation_tokens", "Output tokens of all requests", "num_output_tokens"),
-    ("prefix_cache_queries", "Prompt tokens looked up", "prefix_queries_tokens"),
-    ("prefix_cache_hits", "Prompt tokens found in the cache", "prefix_hits_tokens"),
-    ("num_preemptions", "Requests set back for want of pages", "num_preemptions"),
-)
+# Fields of a load, by the metric that tells them.
+_LOADS = {
+    "num_requests_running": "num_running",
+    "num_requests_waiting": "num_waiting",
+    "num_tokens_waiting": "num_waiting_tokens",
+    "prompt_tokens": "num_prompt_tokens",
+    "generation_tokens": "num_output_tokens",
+    "prefix_cache_queries": "prefix_queries_tokens",
+    "prefix_cache_hits": "prefix_hits_tokens",
+    "num_preemptions": "num_preemptions",
+}
+_ACTORS = {
+    "actor_restarts": "num_restarts",
+    "actor_memory_used_bytes": "memory_used_bytes",
+    "actor_memory_total_bytes": "memory_total_bytes",
+}
+_WAITS = {
+    "attention_wait_seconds": "wait",
+    "expert_wait_seconds": EXPERTS_WAIT,
+    "expert_compute_seconds": EXPERTS_COMPUTE,
+}
+_ALL_LAYERS = "all"
+
+Sample = tuple[tuple[str, ...], float]  # values of a metric's own labels, and its own
 
 
 def kv_usage(load: ShardLoad) -> float:
@@ -51,69 +66,72 @@ def expert_imbalance(state: State) -> float:
 
 
 class CellCollector(Collector):
-    """Families of the last `State` it was given; none without one."""
+    """Families of the last `State` it was given; without one, that the cell is not ready."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, *, expert_layers: bool) -> None:
+        """Make a collector.
+
+        Args:
+            model_name: The label of all series.
+            expert_layers: Tell experts' rows layer by layer.
+        """
         self.state: State | None = None
         self._model_name = model_name
+        self._expert_layers = expert_layers
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry."""
-        up = self._gauge("cell_ready", "1 while the cell takes requests")
-        ready = self.state is not None and self.state.ready
-        up.add_metric([self._model_name], float(ready))
-        yield up
-        if self.state is None:
+        state = self.state
+        yield self._family("cell_ready", [((), float(state is not None and state.ready))])
+        if state is None:
             return
-        yield from self._loads(self.state)
-        yield from self._experts(self.state)
-        yield from self._steps(self.state)
-        yield self._actors(self.state)
+        for name, samples in self._samples(state):
+            yield self._family(name, samples)
 
-    def _loads(self, state: State) -> Iterator[Metric]:
-        usage = self._gauge("kv_cache_usage_perc", "Share of pages in use, 0..1", "engine")
-        for rank, load in state.loads.items():
-            usage.add_metric([self._model_name, str(rank)], kv_usage(load))
-        yield usage
-        for name, text, field in _LOAD_GAUGES:
-            yield self._by_rank(self._gauge(name, text, "engine"), state, field)
-        for name, text, field in _LOAD_COUNTERS:
-            yield self._by_rank(self._counter(name, text, "engine"), state, field)
+    def _samples(self, state: State) -> Iterator[tuple[str, Iterable[Sample]]]:
+        yield "cell_epoch", [((), state.epoch)]
+        for name, field in _LOADS.items():
+            yield name, _by_rank({rank: getattr(of, field) for rank, of in state.loads.items()})
+        yield "kv_cache_usage_perc", _by_rank({r: kv_usage(of) for r, of in state.loads.items()})
+        yield "expert_tokens", self._expert_samples(state)
+        yield "expert_imbalance_ratio", [((), expert_imbalance(state))]
+        yield "steps", [((), state.num_steps)]
+        yield from _step_samples(state.seconds)
+        yield from _actor_samples(state.actors)
 
-    def _by_rank(
-        self, family: GaugeMetricFamily | CounterMetricFamily, state: State, field: str
-    ) -> Metric:
-        for rank, load in state.loads.items():
-            family.add_metric([self._model_name, str(rank)], getattr(load, field))
+    def _expert_samples(self, state: State) -> Iterator[Sample]:
+        layers = {str(layer): rows_E for layer, rows_E in enumerate(state.rows_LE)}
+        for layer, rows_E in (
+            layers if self._expert_layers else {_ALL_LAYERS: expert_rows(state)}
+        ).items():
+            for expert, rows in enumerate(rows_E):
+                yield (layer, str(expert)), rows
+
+    def _family(self, name: str, samples: Iterable[Sample]) -> Metric:
+        spec = METRICS[name]
+        make = CounterMetricFamily if spec.kind is Kind.COUNTER else GaugeMetricFamily
+        family = make(PREFIX + name, spec.text, labels=spec.label_names)
+        for labels, value in samples:
+            family.add_metric([self._model_name, *labels], value)
         return family
 
-    def _experts(self, state: State) -> Iterator[Metric]:
-        tokens = self._counter("expert_tokens", "Rows of an expert, all layers", "expert")
-        for expert, rows in enumerate(expert_rows(state)):
-            tokens.add_metric([self._model_name, str(expert)], rows)
-        yield tokens
-        ratio = self._gauge("expert_imbalance_ratio", "Busiest expert shard over the mean")
-        ratio.add_metric([self._model_name], expert_imbalance(state))
-        yield ratio
 
-    def _steps(self, state: State) -> Iterator[Metric]:
-        steps = self._counter("steps", "Steps of the cell")
-        steps.add_metric([self._model_name], state.num_steps)
-        yield steps
-        seconds = self._counter("step_seconds", "Seconds of all steps by stage", "stage")
-        for stage, total_s in state.seconds.items():
-            seconds.add_metric([self._model_name, stage], total_s)
-        yield seconds
+def _by_rank(value_of: Mapping[int, float]) -> list[Sample]:
+    return [((str(rank),), value) for rank, value in value_of.items()]
 
-    def _actors(self, state: State) -> Metric:
-        family = self._gauge("actor_state", "1 for the state it is in", "actor", "role", "state")
-        for actor in state.actors:
-            labels = [self._model_name, actor.actor_id, actor.role, actor.state]
-            family.add_metric(labels, 1.0)
-        return family
 
-    def _gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily("ostro_" + name, text, labels=["model_name", *labels])
+def _step_samples(counted: Mapping[str, float]) -> Iterator[tuple[str, Iterable[Sample]]]:
+    def seconds(**names: str) -> list[Sample]:
+        return [((stage,), counted.get(name, 0.0)) for stage, name in names.items()]
 
-    def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
-        return CounterMetricFamily("ostro_" + name, text, labels=["model_name", *labels])
+    yield "step_seconds", [((stage,), s) for stage, s in step_stages(counted).items()]
+    yield "dispatch_seconds", seconds(gate="gate", send="dispatch")
+    yield "combine_seconds", seconds(wait="wait", experts="experts", add="add")
+    for name, stage in _WAITS.items():
+        yield name, [((), counted.get(stage, 0.0))]
+
+
+def _actor_samples(actors: Sequence[ActorStatus]) -> Iterator[tuple[str, Iterable[Sample]]]:
+    yield "actor_state", [((a.actor_id, a.role, a.state), 1.0) for a in actors]
+    for name, field in _ACTORS.items():
+        yield name, [((a.actor_id, a.role), getattr(a, field)) for a in actors]

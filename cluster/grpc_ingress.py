@@ -48,6 +48,7 @@ from ostro.cluster.grpc_status import GrpcContext, set_status
 from ostro.cluster.guarded_frontend import GuardedFrontend
 from ostro.cluster.metrics import Metrics, closing_events
 from ostro.cluster.seams import FrontendLike
+from ostro.cluster.tracing import CHAT, TEXT_COMPLETION, Origin
 from ostro.protos import cluster_pb2 as cluster
 from ostro.protos import generation_pb2 as generation
 
@@ -90,7 +91,7 @@ class GrpcMethods:
 
         async def answer(readable: generation.ChatRequest) -> generation.ChatResponse:
             whole = WholeChat()
-            async with closing_events(self._chat(readable)) as events:
+            async with closing_events(self._chat(readable, grpc_context)) as events:
                 async for event in events:
                     whole.add(event)
             return whole.response()
@@ -273,16 +274,16 @@ class GrpcMethods:
     # ---- what the methods share
 
     def _chat(
-        self, request: generation.ChatRequest | generation.StreamChatRequest
+        self, request: generation.ChatRequest | generation.StreamChatRequest, context: GrpcContext
     ) -> AsyncIterator[GenerationEvent]:
         events = self._grpc_frontend().chat(chat_generation(request))
-        return self._grpc_metrics.watch(events)
+        return self._grpc_metrics.watch(events, _origin(context, CHAT))
 
     def _generate(
-        self, request: generation.StreamGenerateRequest
+        self, request: generation.StreamGenerateRequest, context: GrpcContext
     ) -> AsyncIterator[GenerationEvent]:
         events = self._grpc_frontend().generate(text_generation(request))
-        return self._grpc_metrics.watch(events)
+        return self._grpc_metrics.watch(events, _origin(context, TEXT_COMPLETION))
 
     async def _picture(self, rate: TokenRate) -> cluster.Cluster:
         """The cell, or a bare "not ready" while it cannot be asked."""
@@ -311,6 +312,13 @@ def _readable(request: Request | UnreadableRequest) -> Request:
     return request
 
 
+def _origin(context: GrpcContext, operation: str) -> Origin:
+    metadata = dict(context.invocation_metadata() or ())
+    return Origin.of(
+        {key: value for key, value in metadata.items() if isinstance(value, str)}, operation
+    )
+
+
 def _told(error: Exception, context: GrpcContext) -> OstroError:
     """Set the status; what the caller does not see of an error goes to the log."""
     told = public_error(error)
@@ -334,14 +342,14 @@ async def _unary(
 
 
 async def _stream(
-    begin: Callable[[Request], AsyncIterator[GenerationEvent]],
+    begin: Callable[[Request, GrpcContext], AsyncIterator[GenerationEvent]],
     request: Request | UnreadableRequest,
     tell: Callable[[GenerationEvent], Iterable[Response]],
     fail: Callable[[generation.Failure], Response],
     context: GrpcContext,
 ) -> AsyncGenerator[Response, None]:
     try:
-        async with closing_events(begin(_readable(request))) as events:
+        async with closing_events(begin(_readable(request), context)) as events:
             async for event in events:
                 for message in tell(event):
                     yield message

@@ -35,7 +35,7 @@ class MessagesRoutes(HttpRoutes):
         generation = message_generation(body)
         request_id = request_id_of(request.scope)
         headers["request-id"] = request_id  # the header that this dialect's clients read
-        events = self.watched(self.frontend.chat(generation))
+        events = self.watched(self.frontend.chat(generation), request)
         if body.stream:
             return self.stream(events, MessageEventWriter(request_id), headers)
         answer = WholeMessage()

@@ -23,6 +23,7 @@ from ostro.cluster.openai_schema import (
     SamplingFields,
 )
 from ostro.cluster.openai_stream import ChatEventWriter, TextEventWriter
+from ostro.cluster.tracing import TEXT_COMPLETION
 
 _MISTRAL_AGENT = "mistral-client-"
 
@@ -45,7 +46,7 @@ class OpenAIRoutes(HttpRoutes):
         generation = chat_generation(body)
         form = _thinking_form(body.reasoning_format, request)
         style = _style(body, form, logprobs=bool(body.logprobs))
-        events = self.watched(self.frontend.chat(generation))
+        events = self.watched(self.frontend.chat(generation), request)
         if body.stream:
             return self.stream(events, ChatEventWriter(style), headers)
         answer = WholeAnswer(style)
@@ -56,7 +57,8 @@ class OpenAIRoutes(HttpRoutes):
         body, headers = await self.read(request, CompletionRequest)
         generation = text_generation(body)
         style = _style(body, ThinkingForm.FIELDS, logprobs=body.logprobs is not None)
-        events = self.watched(self.frontend.generate(generation))
+        generated = self.frontend.generate(generation)
+        events = self.watched(generated, request, TEXT_COMPLETION)
         if body.stream:
             return self.stream(events, TextEventWriter(style), headers)
         answer = WholeAnswer(style)

@@ -40,7 +40,7 @@ class ResponsesRoutes(HttpRoutes):
         chat = chat_generation(body)
         frontend = self.frontend
         head = response_head(body, chat.options, frontend.card.name)
-        events = self.watched(_told_in_own_words(frontend.chat(chat)))
+        events = self.watched(_told_in_own_words(frontend.chat(chat)), request)
         if body.stream:
             return self.stream(events, ResponseWriter(head), headers)
         answer = ResponseAnswer(head)

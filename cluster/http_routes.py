@@ -14,6 +14,7 @@ from ostro.cluster.http_answer import StreamedAnswer, StreamWriter
 from ostro.cluster.http_body import Body, read_body
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.seams import FrontendLike
+from ostro.cluster.tracing import CHAT, Origin
 from ostro.configs.deployment import ServingConfig
 
 V1 = ("/v1", "/mistral/v1")  # roots of the dialects that openai's and mistralai's clients speak
@@ -46,9 +47,11 @@ class HttpRoutes:
         """The body, and the headers that name its ignored fields. Raises what `read_body` does."""
         return await read_body(request, kind, limits=self._serving)
 
-    def watched(self, events: AsyncIterator[GenerationEvent]) -> AsyncIterator[GenerationEvent]:
-        """The same events, counted."""
-        return self._metrics.watch(events)
+    def watched(
+        self, events: AsyncIterator[GenerationEvent], request: Request, operation: str = CHAT
+    ) -> AsyncIterator[GenerationEvent]:
+        """The same events, counted and traced."""
+        return self._metrics.watch(events, Origin.of(request.headers, operation))
 
     def stream(
         self,

@@ -52,6 +52,7 @@ from ostro.cluster.serve_ingress import (
     wait_ready,
 )
 from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
+from ostro.cluster.tracing import check_exporter
 from ostro.configs.deployment import DeploymentConfig, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import load_model_config
@@ -112,6 +113,7 @@ def launch(
     config = load_model_config(model_dir)
     if with_ingress:
         check_access(deployment)
+    check_exporter(deployment.observability)
     with ExitStack() as undo:
         with _stage("ray", seconds, on_progress):
             if _connect(deployment.layout):

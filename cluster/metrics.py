@@ -1,7 +1,6 @@
 """What one ingress replica counts and times; never any text of a prompt or an answer.
 
-`Metrics.watch` stands around a frontend's events. Names and units follow vLLM's under the
-prefix `ostro_`, so that its dashboards port by prefix.
+`Metrics.watch` stands around a frontend's events. What there is to count is in `metrics_list`.
 """
 
 from __future__ import annotations
@@ -14,16 +13,26 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from typing import cast
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
-from ostro.actors.errors import NotReadyError, OstroError, OverloadedError
+from ostro.actors.errors import DeadlineError, NotReadyError, OstroError, OverloadedError
 from ostro.cluster.cell_metrics import CellCollector
 from ostro.cluster.generation import Finished, GenerationEvent, ReasoningReport, Started, TextDelta
+from ostro.cluster.metrics_list import PREFIX, Kind, MetricSpec, Source, of_source
 from ostro.cluster.seams import Cell
+from ostro.cluster.tracing import NO_TRACES, UNKNOWN, Origin, Tracer
+from ostro.configs.observability import ObservabilityConfig
 
+_DEFAULTS = ObservabilityConfig()
 _STATE_TIMEOUT_S = 2.0
-_TTFT_S = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5, 10, 20, 40, 80, 160)
-_ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.4, 1, 2.5)
-_TOTAL_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+_AT_THE_DOOR = (OverloadedError, NotReadyError, DeadlineError)  # if nothing had begun
+_OTHER = "other"
+# Parts of a request's time with a histogram of their own.
+_PARTS = {
+    "queue": "request_queue_time_seconds",
+    "prefill": "request_prefill_time_seconds",
+    "decode": "request_decode_time_seconds",
+}
 
 
 def closing_events(
@@ -36,39 +45,37 @@ def closing_events(
 class Metrics:
     """Counters and histograms of one replica, and the registry that holds them."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        config: ObservabilityConfig = _DEFAULTS,
+        tracer: Tracer = NO_TRACES,
+    ) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
-        self._cell = CellCollector(model_name)
+        self._tracer = tracer
+        self._max_tenants = config.max_tenants
+        self._tenants: set[str] = set()
+        self._cell = CellCollector(model_name, expert_layers=config.expert_layers)
         self.registry.register(self._cell)
-        self._finished = self._counter(
-            "request_success", "Generations by how they ended", "finished_reason"
-        )
-        self._failed = self._counter("request_failure", "Generations that failed", "code")
-        self._rejected = self._counter(
-            "admission_rejections", "Requests refused for want of room", "reason"
-        )
-        self._keys_refused = self._counter("api_key_refusals", "Calls without a good key", "code")
-        self._thinking = self._counter("thinking_tokens", "Thinking tokens", "effort")
-        self._thinking_ended = self._counter(
-            "thinking_ended", "What ended a generation's thinking", "by"
-        )
-        self._ttft = self._histogram("time_to_first_token_seconds", _TTFT_S)
-        self._ttfat = self._histogram("time_to_first_answer_token_seconds", _TTFT_S, "effort")
-        self._itl = self._histogram("inter_token_latency_seconds", _ITL_S).labels(model_name)
-        self._e2e = self._histogram("e2e_request_latency_seconds", _TOTAL_S)
-        self._queued = self._histogram("request_queue_time_seconds", _TTFT_S)
+        self._families = {
+            spec.name: _family(spec, self.registry) for spec in of_source(Source.REPLICA)
+        }
+        self._children: dict[tuple[str, ...], MetricWrapperBase] = {}
+        self._observe_gap = self._histogram("inter_token_latency_seconds").observe
 
     async def watch(
-        self, events: AsyncIterator[GenerationEvent]
+        self, events: AsyncIterator[GenerationEvent], origin: Origin = UNKNOWN
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Pass events on and record them; closing this closes `events`.
 
         A request counts once, however many choices it has; thinking counts choice by choice.
         """
         last_s: dict[int, float] = {}  # by choice
-        begun = ended = False
-        observe_gap, clock = self._itl.observe, time.monotonic
+        started: Started | None = None
+        ended = False
+        observe_gap, clock = self._observe_gap, time.monotonic
+        span = self._tracer.begin(origin)
         try:
             async with closing_events(events) as source:
                 async for event in source:
@@ -80,22 +87,26 @@ class Metrics:
                         last_s[event.choice] = now_s
                     elif isinstance(event, Finished):
                         self._record_thinking(event.reasoning)
-                        if event.is_last:
+                        if event.is_last and started is not None:
                             ended = True
-                            self._record(event)
-                    begun = begun or isinstance(event, Started)
+                            self._record(started, event)
+                            span.finish(started, event)
+                    elif isinstance(event, Started):
+                        started = event
                     yield event
         except Exception as error:
             ended = True
-            self._record_failure(error, begun=begun)
+            self._record_failure(error, begun=started is not None)
+            span.fail(started, error)
             raise
         finally:
             if not ended:
-                self._finished.labels(self._model_name, "disconnected").inc()
+                self._counter("request_success", "disconnected").inc()
+                span.leave(started)
 
     def count_refused_key(self, error: OstroError) -> None:
         """A caller was not let in."""
-        self._keys_refused.labels(self._model_name, error.code).inc()
+        self._counter("api_key_refusals", error.code).inc()
 
     async def render(self, cell: Cell | None) -> bytes:
         """The registry in Prometheus text, without the cell's numbers if it does not answer."""
@@ -106,38 +117,76 @@ class Metrics:
                     self._cell.state = await cell.state()
         return generate_latest(self.registry)
 
-    def _record(self, event: Finished) -> None:
-        name, timing = self._model_name, event.timing
-        self._finished.labels(name, event.reason).inc()
-        self._queued.labels(name).observe(timing.queued_s)
-        self._e2e.labels(name).observe(timing.total_s)
+    def _record(self, started: Started, event: Finished) -> None:
+        usage, effort = event.usage, event.reasoning.effort
+        self._counter("request_success", event.reason).inc()
+        self._counter("image_tokens").inc(usage.image_tokens)
+        self._record_times(event, started.num_choices)
+        self._histogram("request_prompt_tokens").observe(usage.prompt_tokens)
+        self._histogram("request_generation_tokens", effort).observe(usage.completion_tokens)
+        self._histogram("request_params_n").observe(started.num_choices)
+        if started.tenant:
+            tenant = self._tenant_label(started.tenant)
+            self._counter("tenant_requests", tenant).inc()
+            self._counter("tenant_prompt_tokens", tenant).inc(usage.prompt_tokens)
+            self._counter("tenant_generation_tokens", tenant).inc(usage.completion_tokens)
+
+    def _record_times(self, event: Finished, num_choices: int) -> None:
+        timing, effort = event.timing, event.reasoning.effort
+        self._histogram("e2e_request_latency_seconds", effort).observe(timing.total_s)
         if timing.first_token_s is not None:
-            self._ttft.labels(name).observe(timing.first_token_s)
+            self._histogram("time_to_first_token_seconds", effort).observe(timing.first_token_s)
         if timing.first_answer_token_s is not None:
-            effort = event.reasoning.effort
-            self._ttfat.labels(name, effort).observe(timing.first_answer_token_s)
+            first_s = timing.first_answer_token_s
+            self._histogram("time_to_first_answer_token_seconds", effort).observe(first_s)
+        gap_s = timing.gap_s(event.usage.completion_tokens / num_choices)
+        if gap_s is not None:
+            self._histogram("request_time_per_output_token_seconds").observe(gap_s)
+        for part, seconds in timing.parts().items():
+            of_its_own = _PARTS.get(part)
+            if of_its_own is not None:
+                self._histogram(of_its_own).observe(seconds)
+            else:
+                self._histogram("request_part_seconds", part).observe(seconds)
 
     def _record_thinking(self, report: ReasoningReport) -> None:
         if report.thinking_tokens:
-            self._thinking.labels(self._model_name, report.effort).inc(report.thinking_tokens)
+            self._counter("thinking_tokens", report.effort).inc(report.thinking_tokens)
         if report.ended_by is not None:
-            self._thinking_ended.labels(self._model_name, report.ended_by).inc()
+            self._counter("thinking_ended", report.ended_by, report.effort).inc()
 
     def _record_failure(self, error: Exception, *, begun: bool) -> None:
         code = error.code if isinstance(error, OstroError) else OstroError.code
-        self._failed.labels(self._model_name, code).inc()
-        if not begun and isinstance(error, (OverloadedError, NotReadyError)):
-            self._rejected.labels(self._model_name, error.code).inc()
+        self._counter("request_failure", code).inc()
+        if not begun and isinstance(error, _AT_THE_DOOR):
+            self._counter("admission_rejections", code).inc()
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter("ostro_" + name, text, ("model_name", *labels), registry=self.registry)
+    def _tenant_label(self, tenant: str) -> str:
+        """The tenant, or what all of them are called that came after the last place was taken."""
+        if tenant not in self._tenants:
+            if len(self._tenants) >= self._max_tenants:
+                return _OTHER
+            self._tenants.add(tenant)
+        return tenant
 
-    def _histogram(self, name: str, bounds_s: tuple[float, ...], *labels: str) -> Histogram:
-        text = name.removesuffix("_seconds").replace("_", " ") + ", in seconds"
-        return Histogram(
-            "ostro_" + name,
-            text,
-            ("model_name", *labels),
-            registry=self.registry,
-            buckets=bounds_s,
-        )
+    def _counter(self, name: str, *labels: str) -> Counter:
+        return cast("Counter", self._child(name, labels))
+
+    def _histogram(self, name: str, *labels: str) -> Histogram:
+        return cast("Histogram", self._child(name, labels))
+
+    def _child(self, name: str, labels: tuple[str, ...]) -> MetricWrapperBase:
+        """The series of these labels, kept: looking one up costs the library microseconds."""
+        key = (name, *labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._families[name].labels(self._model_name, *labels)
+            self._children[key] = child
+        return child
+
+
+def _family(spec: MetricSpec, registry: CollectorRegistry) -> MetricWrapperBase:
+    name = PREFIX + spec.name
+    if spec.kind is Kind.COUNTER:
+        return Counter(name, spec.text, spec.label_names, registry=registry)
+    return Histogram(name, spec.text, spec.label_names, registry=registry, buckets=spec.bounds)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ostro.configs.errors import ConfigError
+from ostro.configs.observability import ObservabilityConfig
 from ostro.configs.security import SecurityConfig
 from ostro.configs.tls import TlsConfig
 
@@ -353,6 +354,7 @@ class DeploymentConfig:
         reasoning: The effort table.
         serving: The faces.
         security: Keys and the audit log.
+        observability: Metrics and traces.
     """
 
     model: str
@@ -364,6 +366,7 @@ class DeploymentConfig:
     reasoning: ReasoningConfig = ReasoningConfig()
     serving: ServingConfig = ServingConfig()
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
 
     def __post_init__(self) -> None:
         names = (self.served_name, *self.aliases)

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 
+from ostro.actors.engine.stages import STAGES
 from ostro.actors.errors import OstroError
 from ostro.cluster.error_table import answer_for, public_message
 from ostro.cluster.generation import (
+    BETWEEN_STEPS,
     Finished,
     GenerationEvent,
     Started,
@@ -200,14 +202,20 @@ def _usage(usage: Usage) -> pb.Usage:
 
 
 def _timing(timing: Timing) -> pb.Timing:
-    prefill_s = None if timing.first_token_s is None else timing.first_token_s - timing.queued_s
-    return pb.Timing(
+    parts = timing.parts()
+    told = pb.Timing(
         queued=_duration(timing.queued_s),
-        prefill=_duration(prefill_s),
+        prefill=_duration(timing.prefill_s),
         first_token=_duration(timing.first_token_s),
         first_answer_token=_duration(timing.first_answer_token_s),
         total=_duration(timing.total_s),
+        gateway=_duration(parts.get("gateway")),
+        decode=_duration(timing.decode_s),
     )
+    if timing.stages:
+        stages = {name: _duration(parts[name]) for name in (*STAGES, BETWEEN_STEPS)}
+        told.stages.CopyFrom(pb.StageTiming(**stages))
+    return told
 
 
 def _duration(seconds: float | None) -> Duration | None:

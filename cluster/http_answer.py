@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from ostro.actors.errors import OstroError
 from ostro.cluster.error_table import public_error
 from ostro.cluster.generation import GenerationEvent
+from ostro.cluster.http_timing import HEADER, asks_for_timing, server_timing, timing_comment
 from ostro.cluster.metrics import closing_events
 
 logger = logging.getLogger(__name__)
@@ -77,13 +78,14 @@ class StreamedAnswer(Response):
         """Serve the response."""
         self._sent_s = _now_s()
         await _while_connected(
-            self._produce(send),
+            self._produce(send, tells_timing=asks_for_timing(scope)),
             receive,
             pause_s=lambda: self._sent_s + self._keep_alive_s - _now_s(),
             on_pause=lambda: self._write(send, KEEP_ALIVE),
         )
 
-    async def _produce(self, send: Send) -> None:
+    async def _produce(self, send: Send, *, tells_timing: bool) -> None:
+        event: GenerationEvent | None = None
         async with closing_events(self._events) as events:
             try:
                 async for event in events:
@@ -95,7 +97,8 @@ class StreamedAnswer(Response):
                 if told is not error:
                     logger.exception("a stream failed after it began")
                 await self._write(send, self._writer.failure(told))
-        await self._write(send, self._writer.end, more=False)
+        last = timing_comment(event) if tells_timing else b""
+        await self._write(send, last + self._writer.end, more=False)
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
         async with self._sending:
@@ -122,11 +125,15 @@ class GatheredAnswer(Response):
         self._events = events
         self._answer = answer
         self._make_body = body
+        self._last: GenerationEvent | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the response."""
         if not await _while_connected(self._gather(), receive):
             return
+        timing = server_timing(self._last) if asks_for_timing(scope) else None
+        if timing is not None:
+            self.headers[HEADER] = timing
         self.body = self._make_body()
         self.raw_headers = [
             *(pair for pair in self.raw_headers if pair[0] != b"content-length"),
@@ -138,6 +145,7 @@ class GatheredAnswer(Response):
         async with closing_events(self._events) as events:
             async for event in events:
                 self._answer.add(event)
+                self._last = event
 
 
 async def _while_connected(

@@ -97,7 +97,13 @@ def test_chat_answers_whole():
     assert choice.finish.reason == pb.FINISH_REASON_STOP
     assert choice.reasoning.ended_by == pb.ReasoningReport.ENDED_BY_MODEL
     assert (answer.request_id, answer.usage.thinking_tokens) == ("gen-1", 5)
-    assert answer.timing.prefill.nanos == pytest.approx(40_000_000, abs=2)
+    told = answer.timing
+    assert told.prefill.nanos == pytest.approx(30_000_000, abs=2)
+    assert told.gateway.nanos == pytest.approx(20_000_000, abs=2)
+    assert told.decode.nanos == pytest.approx(440_000_000, abs=2)
+    assert told.stages.experts.nanos == pytest.approx(200_000_000, abs=2)
+    stages = sum(duration.nanos for _, duration in told.stages.ListFields())
+    assert stages == pytest.approx(told.prefill.nanos + told.decode.nanos, abs=20)
 
 
 def test_stream_chat_tells_every_event_in_order():

@@ -24,6 +24,7 @@ from ostro.cluster.cli_deployment import (
     read_deployment,
 )
 from ostro.cluster.cli_keys import app as keys_app
+from ostro.cluster.cli_metrics import app as metrics_app
 from ostro.cluster.cli_serve import serve
 from ostro.cluster.cli_status import status
 from ostro.cluster.cli_weights import app as weights_app
@@ -42,6 +43,7 @@ app.command()(status)
 app.command()(run_batch)
 app.add_typer(weights_app)
 app.add_typer(keys_app)
+app.add_typer(metrics_app)
 
 
 def main() -> None:

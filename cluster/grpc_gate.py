@@ -22,7 +22,7 @@ from ostro.cluster.access import OPEN, Needs, rpc_needs
 from ostro.cluster.door import Call, Door, serving
 from ostro.cluster.grpc_answer import failure_message
 from ostro.cluster.grpc_services import all_methods
-from ostro.cluster.grpc_status import GrpcContext, set_status
+from ostro.cluster.grpc_status import GrpcContext, set_status, text_metadata
 from ostro.cluster.key_ring import shown_key
 from ostro.cluster.metrics import Metrics
 
@@ -97,7 +97,7 @@ def _gated_stream(
 @contextmanager
 def _visit(methods: Gated, rpc: str, context: GrpcContext) -> Iterator[Call]:
     """A call of an RPC from its beginning to the line in the audit log."""
-    metadata = _texts(context)
+    metadata = text_metadata(context)
     forwarded_for = [value for name, value in metadata if name == "x-forwarded-for"]
     call = Call(
         request_id=dict(metadata).get("x-request-id", ""),
@@ -119,7 +119,7 @@ def _visit(methods: Gated, rpc: str, context: GrpcContext) -> Iterator[Call]:
 
 def _refusal(methods: Gated, call: Call, needs: Needs, context: GrpcContext) -> OstroError | None:
     """Let the caller in, or set the status that says why not."""
-    metadata = dict(_texts(context))
+    metadata = dict(text_metadata(context))
     shown = shown_key(metadata.get("authorization"), metadata.get("x-api-key"))
     try:
         methods._grpc_door.let_in(call, shown, needs)
@@ -128,12 +128,6 @@ def _refusal(methods: Gated, call: Call, needs: Needs, context: GrpcContext) -> 
         set_status(context, error)
         return error
     return None
-
-
-def _texts(context: GrpcContext) -> list[tuple[str, str]]:
-    """The metadata, as far as it is text."""
-    metadata = context.invocation_metadata() or ()
-    return [(name, value) for name, value in metadata if isinstance(value, str)]
 
 
 def _status_name(code: grpc.StatusCode | int | None) -> str:

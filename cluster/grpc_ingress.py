@@ -44,7 +44,7 @@ from ostro.cluster.grpc_request import (
     tools_on_offer,
 )
 from ostro.cluster.grpc_services import UnreadableRequest
-from ostro.cluster.grpc_status import GrpcContext, set_status
+from ostro.cluster.grpc_status import GrpcContext, set_status, text_metadata
 from ostro.cluster.guarded_frontend import GuardedFrontend
 from ostro.cluster.metrics import Metrics, closing_events
 from ostro.cluster.seams import FrontendLike
@@ -313,10 +313,7 @@ def _readable(request: Request | UnreadableRequest) -> Request:
 
 
 def _origin(context: GrpcContext, operation: str) -> Origin:
-    metadata = dict(context.invocation_metadata() or ())
-    return Origin.of(
-        {key: value for key, value in metadata.items() if isinstance(value, str)}, operation
-    )
+    return Origin.of(dict(text_metadata(context)), operation)
 
 
 def _told(error: Exception, context: GrpcContext) -> OstroError:

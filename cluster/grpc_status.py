@@ -42,6 +42,12 @@ class GrpcContext(Protocol):
         """Metadata after the last message."""
 
 
+def text_metadata(context: GrpcContext) -> list[tuple[str, str]]:
+    """What the client sent besides the request, as far as it is text."""
+    metadata = context.invocation_metadata() or ()
+    return [(name, value) for name, value in metadata if isinstance(value, str)]
+
+
 def set_status(context: GrpcContext, error: OstroError) -> None:
     """Tell a failure on a call's context.
 

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from ostro.actors.errors import OstroError
 from ostro.cluster.error_table import public_error
 from ostro.cluster.generation import GenerationEvent
-from ostro.cluster.http_timing import HEADER, asks_for_timing, server_timing, timing_comment
+from ostro.cluster.http_timing import TIMING_HEADER, asks_for_timing, server_timing, timing_comment
 from ostro.cluster.metrics import closing_events
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class GatheredAnswer(Response):
             return
         timing = server_timing(self._last) if asks_for_timing(scope) else None
         if timing is not None:
-            self.headers[HEADER] = timing
+            self.headers[TIMING_HEADER] = timing
         self.body = self._make_body()
         self.raw_headers = [
             *(pair for pair in self.raw_headers if pair[0] != b"content-length"),

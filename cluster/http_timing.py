@@ -10,14 +10,14 @@ from starlette.types import Scope
 
 from ostro.cluster.generation import Finished, GenerationEvent
 
-HEADER = "server-timing"
-_ASKING = "x-ostro-trace"
+ASKING_HEADER = "x-ostro-trace"
+TIMING_HEADER = "server-timing"
 _NO = ("", "0", "false")
 
 
 def asks_for_timing(scope: Scope) -> bool:
     """Whether the request wants to know."""
-    return Headers(scope=scope).get(_ASKING, "").lower() not in _NO
+    return Headers(scope=scope).get(ASKING_HEADER, "").lower() not in _NO
 
 
 def server_timing(last: GenerationEvent | None) -> str | None:
@@ -34,4 +34,4 @@ def server_timing(last: GenerationEvent | None) -> str | None:
 def timing_comment(last: GenerationEvent | None) -> bytes:
     """The same as a server-sent comment, which clients skip; empty if there is nothing to tell."""
     text = server_timing(last)
-    return b"" if text is None else b": %s %s\n\n" % (HEADER.encode(), text.encode())
+    return b"" if text is None else b": %s %s\n\n" % (TIMING_HEADER.encode(), text.encode())

@@ -113,7 +113,7 @@ def launch(
     config = load_model_config(model_dir)
     if with_ingress:
         check_access(deployment)
-    check_exporter(deployment.observability)
+        check_exporter(deployment.observability)
     with ExitStack() as undo:
         with _stage("ray", seconds, on_progress):
             if _connect(deployment.layout):

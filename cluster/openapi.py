@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from ostro.cluster.access import ANY_KEY, OPEN, route_needs
+from ostro.cluster.http_timing import ASKING_HEADER, TIMING_HEADER
 from ostro.cluster.openapi_operations import OPERATIONS, Json, Operation
 
 _COMPONENTS = "#/components/schemas/"
@@ -43,6 +44,12 @@ def _header(description: str, kind: str = "string") -> Json:
 
 
 _REQUEST_ID: Json = {"x-request-id": _header("The caller's id of this request, or one made up")}
+_ASKS_TIMING: Json = {
+    "name": ASKING_HEADER,
+    "in": "header",
+    "description": "1: tell where the time went, in the header server-timing or a last comment",
+    "schema": {"type": "string"},
+}
 
 
 @functools.cache
@@ -100,6 +107,8 @@ def _operation_fields(method: str, path: str, operation: Operation) -> Json:
     if "{name}" in path:
         place = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
         fields["parameters"] = [place]
+    if operation.event is not None:
+        fields["parameters"] = [_ASKS_TIMING]
     if operation.body is not None:
         fields["requestBody"] = {"required": True, "content": _body(operation.body, operation)}
     return fields
@@ -124,6 +133,10 @@ def _answer(operation: Operation, *, has_body: bool) -> Json:
     headers = dict(_REQUEST_ID)
     if operation.body is not None:
         headers["x-ignored-fields"] = _header("Fields of the body that were not heeded")
+    if operation.event is not None:
+        headers[TIMING_HEADER] = _header(
+            "Milliseconds by part, for those who asked; see the request"
+        )
     answer: Json = {"description": "The answer", "headers": headers}
     if has_body:
         schema = {} if operation.answer is None else {"schema": _reference(operation.answer)}

@@ -20,8 +20,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from mistralai.client import Mistral
+from prometheus_client.parser import text_string_to_metric_families
 from served import Served
 
+from ostro.actors.engine.stages import STAGES
 from ostro.actors.errors import DeadlineError, InvalidRequestError, TooLargeError
 from ostro.cluster.client import Client
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -424,14 +426,36 @@ def test_metrics_tell_requests_and_the_cell_and_no_text(served):
     body = {"model": "tiny", "messages": ask("a secret wombat"), "max_tokens": 4}
     httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
     text = httpx.get(f"{served.url}/metrics", timeout=30).text
+    values = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
     for name in (
-        "ostro_num_requests_running",
-        "ostro_kv_cache_usage_perc",
-        "ostro_time_to_first_token_seconds_bucket",
         "ostro_request_success_total",
+        "ostro_generation_tokens_total",
+        "ostro_request_prefill_time_seconds_count",
+        "ostro_request_part_seconds_count",
+        "ostro_step_seconds_total",
+        "ostro_attention_wait_seconds_total",
+        "ostro_actor_memory_used_bytes",
     ):
-        assert name in text
+        assert values[name] > 0, name
     assert "wombat" not in text
+
+
+def test_a_request_tells_where_its_time_went_if_asked(served):
+    body = {"model": "tiny", "messages": ask(), "max_tokens": 4, "ignore_eos": True}
+    ask_for_it = {"x-ostro-trace": "1"}
+    url = f"{served.url}/v1/chat/completions"
+    told = httpx.post(url, json=body, headers=ask_for_it, timeout=60).headers["server-timing"]
+    parts = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", told)}
+    for part in ("gateway", "prefill", "decode", "attention", "dispatch", "experts", "sample"):
+        assert parts[part] > 0, part
+    following = ("gateway", "queue", "prefill", "decode")
+    assert sum(parts[part] for part in following) == pytest.approx(parts["total"], abs=0.01)
+    stages = sum(parts[part] for part in (*STAGES, "between_steps"))
+    assert stages == pytest.approx(parts["prefill"] + parts["decode"], abs=0.01)
 
 
 def test_images_get_a_clear_refusal(served):

@@ -238,7 +238,14 @@ ROWS: dict[str, Sequence[Panel]] = {
         ),
     ),
     "Admission and tenants": (
-        _by("Refusals", _PER_SECOND, rate("admission_rejections", "reason"), "reason"),
+        Panel(
+            "Refusals",
+            _PER_SECOND,
+            (
+                Query(rate("admission_rejections", "reason"), "{{reason}}"),
+                Query(rate("api_key_refusals", "code"), "{{code}}"),
+            ),
+        ),
         Panel(
             "Waiting",
             "short",

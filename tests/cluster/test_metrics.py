@@ -19,7 +19,13 @@ from scripted_frontend import (
 )
 
 from ostro.actors.engine.stages import STAGES
-from ostro.actors.errors import DeadlineError, NotReadyError, OverloadedError, ShardLostError
+from ostro.actors.errors import (
+    DeadlineError,
+    NotReadyError,
+    OverloadedError,
+    ShardLostError,
+    UnauthenticatedError,
+)
 from ostro.actors.fabric.messages import State
 from ostro.cluster.cell_metrics import expert_imbalance, expert_rows
 from ostro.cluster.generation import ChatGeneration, TextDelta
@@ -202,6 +208,7 @@ def test_what_is_served_is_the_list_as_the_client_library_reads_it():
         play(metrics, replace(STARTED, tenant=tenant), *THOUGHTFUL[1:])
     with pytest.raises(OverloadedError):
         play(metrics, OverloadedError("full"))
+    metrics.count_refused_key(UnauthenticatedError("no key"))
     text = asyncio.run(metrics.render(ScriptedCell())).decode()
     served = {}
     for family in text_string_to_metric_families(text):

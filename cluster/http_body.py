@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from ostro.actors.errors import InvalidRequestError, SlowBodyError, TooLargeError
-from ostro.cluster.openai_schema import Wire, unknown_fields
+from ostro.cluster.openai_schema import Wire, fields_without_effect, unknown_fields
 from ostro.configs.deployment import ServingConfig
 
 Body = TypeVar("Body", bound=Wire)
@@ -77,7 +77,7 @@ def _parse(data: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
     except ValidationError as error:
         raise _schema_error(error) from None
     ignored = dict.fromkeys(unknown_fields(body), "no such field is known")
-    ignored |= dict.fromkeys(body.without_effect(), "this has no effect here")
+    ignored |= dict.fromkeys(fields_without_effect(body), "this has no effect here")
     if not ignored:
         return body, {}
     if getattr(body, "strict", False):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.foreign_fields import refuse_foreign_fields
 from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
@@ -35,6 +36,7 @@ from ostro.cluster.openai_schema import (
 )
 
 _DEFAULT_COMPLETION_TOKENS = 16  # what the dialect promises for /v1/completions
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _CALL_ID = re.compile(r"[a-zA-Z0-9]{9}")
 _OTHER_IMAGE_TYPES = ("image", "input_image")
 
@@ -131,6 +133,7 @@ def _refuse(param: str, why: str) -> NoReturn:
 
 
 def _refuse_unserved(body: SamplingFields) -> None:
+    refuse_foreign_fields(body)
     if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
         _refuse("best_of", "every sampled answer is returned; leave it out, or let it equal n")
     if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
@@ -213,12 +216,11 @@ def _num_logprobs(body: ChatCompletionRequest) -> int | None:
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token_id): value for token_id, value in bias.items()}
-    except ValueError:
+    if not all(map(_TOKEN_ID.fullmatch, bias)):
         raise InvalidRequestError(
             "logit_bias: every key must be a token id in decimal digits", param="logit_bias"
-        ) from None
+        )
+    return {int(token_id): value for token_id, value in bias.items()}
 
 
 def _prompts(
@@ -254,7 +256,7 @@ def _chat_message(
         return ChatMessage(role=role, text=text, images=images)
     return ChatMessage(
         role=role,
-        text=text,
+        text=text or message.refusal or "",
         images=images,
         thinking=thinking or message.reasoning_content or message.reasoning or None,
         thinking_closed=_closes_thinking(message),
@@ -308,7 +310,8 @@ def _content(message: Message, path: str) -> tuple[str, str, tuple[ImageFile, ..
         elif part.type == "image_url":
             images.append(image_of_uri(_image_url(part, where), where, at=num_chars))
         else:
-            text.append(_part_text(part, where))
+            is_refusal = part.type == "refusal" and message.role == "assistant"
+            text.append(_refusal(part, where) if is_refusal else _part_text(part, where))
             num_chars += len(text[-1])
     return "".join(thinking), "".join(text), tuple(images)
 
@@ -324,6 +327,12 @@ def _thinking_text(part: Part, where: str) -> str:
         return part.thinking
     inner = part.thinking or []
     return "".join(_part_text(piece, f"{where}.thinking[{k}]") for k, piece in enumerate(inner))
+
+
+def _refusal(part: Part, where: str) -> str:
+    if part.refusal is None:
+        raise InvalidRequestError(f"{where}.refusal is missing", param=f"{where}.refusal")
+    return part.refusal
 
 
 def _part_text(part: Part, where: str) -> str:

@@ -18,15 +18,28 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     def without_effect(self) -> Iterator[str]:
-        """Paths of known fields whose value changes nothing, such as `reasoning.summary`."""
+        """Paths in it of known fields whose value changes nothing, such as `reasoning.summary`."""
         return iter(())
 
 
 class ImageUrl(Wire):
-    """OpenAI's form of an image; `detail` is accepted and without effect."""
+    """OpenAI's form of an image."""
 
     url: str
     detail: str | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """A detail that is asked for: it follows from the size of the image alone."""
+        if self.detail not in (None, "auto"):
+            yield "detail"
+
+
+_FIELDS_OF_PART = {
+    "text": {"text"},
+    "refusal": {"refusal"},
+    "thinking": {"thinking", "closed", "signature"},
+    "image_url": {"image_url"},
+}
 
 
 class Part(Wire):
@@ -34,10 +47,18 @@ class Part(Wire):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
     thinking: list[Part] | str | None = None
     closed: bool | None = None
     signature: str | None = None
     image_url: str | ImageUrl | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """What belongs to a part of another type."""
+        counted = _FIELDS_OF_PART.get(self.type, set())
+        for name in type(self).model_fields:
+            if name != "type" and name not in counted and getattr(self, name) is not None:
+                yield name
 
 
 class FunctionCall(Wire):
@@ -56,8 +77,22 @@ class ToolCallIn(Wire):
     index: int | None = None
 
 
+_ROLE_OF_FIELD = {
+    "reasoning": "assistant",
+    "reasoning_content": "assistant",
+    "tool_calls": "assistant",
+    "refusal": "assistant",
+    "tool_call_id": "tool",
+    "name": "tool",
+}
+
+
 class Message(Wire):
-    """One message; `reasoning` and `reasoning_content` are two names of one thing."""
+    """One message; `reasoning` and `reasoning_content` are two names of one thing.
+
+    An assistant's `refusal` is its text if there is no other, and its thinking may stand among the
+    parts of `content` instead.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -68,6 +103,22 @@ class Message(Wire):
     name: str | None = None
     refusal: str | None = None
     prefix: bool | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """What belongs to a message of another role, and what is said already in another place."""
+        for name, role in _ROLE_OF_FIELD.items():
+            if getattr(self, name) and (role != self.role or self._is_said_elsewhere(name)):
+                yield name
+
+    def _is_said_elsewhere(self, name: str) -> bool:
+        if name == "refusal":
+            return bool(self.content)
+        if name not in ("reasoning", "reasoning_content"):
+            return False
+        if isinstance(self.content, list) and any(part.type == "thinking" for part in self.content):
+            return True
+        # Our own answers give it under both names.
+        return name == "reasoning" and self.reasoning_content not in (None, "", self.reasoning)
 
 
 class FunctionIn(Wire):
@@ -119,6 +170,9 @@ class StructuredOutputs(Wire):
     json_object: bool | None = None
 
 
+ONLY_TIERS = (None, "auto", "default", "standard_only")  # names of the one service there is
+
+
 class SamplingFields(Wire):
     """The fields that chat and text completions share."""
 
@@ -153,12 +207,21 @@ class SamplingFields(Wire):
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: bool | int | None = None
     top_prompt_logprobs: int | None = None
-    # Accepted and without effect on the answer.
+    service_tier: str | None = None
+    store: bool | None = None
+    # Labels for the caller's own records: accepted and without effect on the answer.
     user: str | None = None
     metadata: dict[str, object] | None = None
-    service_tier: str | None = None
     safety_identifier: str | None = None
-    store: bool | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """What only streams know, a second key of the cache, a service that is not offered."""
+        if self.stream_options is not None and not self.stream:
+            yield "stream_options"
+        if self.cache_salt and self.prompt_cache_key:
+            yield "prompt_cache_key"
+        if self.service_tier not in ONLY_TIERS:
+            yield "service_tier"
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -201,6 +264,13 @@ class TokenizeBody(Wire):
     reasoning_effort: str | None = None
     add_special_tokens: bool = True
 
+    def without_effect(self) -> Iterator[str]:
+        """What belongs to the other of its two forms."""
+        if self.messages is None:
+            yield from (name for name in ("tools", "reasoning_effort") if getattr(self, name))
+        elif not self.add_special_tokens:
+            yield "add_special_tokens"
+
 
 class DetokenizeBody(Wire):
     """Body of POST /detokenize."""
@@ -216,15 +286,28 @@ class ControlBody(Wire):
     action: Literal["reasoning_end", "cancel"]
 
 
-def unknown_fields(body: Wire, path: str = "") -> Iterator[str]:
-    """Paths of the fields that no model declares, such as `messages[0].mood`."""
-    for name in body.model_extra or ():
-        yield path + name
+def unknown_fields(body: Wire) -> Iterator[str]:
+    """Paths of the fields that no model declares, such as `messages[0].mood`; null asks nothing."""
+    for path, part in _objects(body):
+        yield from (
+            path + name for name, value in (part.model_extra or {}).items() if value is not None
+        )
+
+
+def fields_without_effect(body: Wire) -> Iterator[str]:
+    """Paths of the declared fields whose value changes nothing, such as `messages[0].name`."""
+    for path, part in _objects(body):
+        yield from (path + name for name in part.without_effect())
+
+
+def _objects(body: Wire, path: str = "") -> Iterator[tuple[str, Wire]]:
+    """The body and every object in it, each with what its fields' paths begin with."""
+    yield path, body
     for name in type(body).model_fields:
         value = getattr(body, name)
         if isinstance(value, Wire):
-            yield from unknown_fields(value, f"{path}{name}.")
+            yield from _objects(value, f"{path}{name}.")
         elif isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, Wire):
-                    yield from unknown_fields(item, f"{path}{name}[{i}].")
+                    yield from _objects(item, f"{path}{name}[{i}].")

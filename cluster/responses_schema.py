@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ostro.cluster.openai_schema import Wire
+from ostro.cluster.openai_schema import ONLY_TIERS, Wire
 
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -34,10 +34,15 @@ class ItemPart(Wire):
     refusal: str | None = None
     image_url: str | None = None
     file_id: str | None = None
-    # Accepted and without effect on the answer.
     detail: str | None = None
+    # Accepted and without effect on the answer.
     annotations: list[object] | None = None
     logprobs: list[object] | None = None
+
+    def without_effect(self) -> Iterator[str]:
+        """A detail that is asked for: it follows from the size of the image alone."""
+        if self.detail not in (None, "auto"):
+            yield "detail"
 
 
 class InputItem(Wire):
@@ -144,6 +149,7 @@ class ResponsesRequest(InputTokensRequest):
     cache_salt: str | None = None
     priority: int | None = None
     queue_timeout: float | None = None
+    service_tier: str | None = None
     # Refused where they ask for something.
     background: bool | None = None
     store: bool | None = None
@@ -153,11 +159,14 @@ class ResponsesRequest(InputTokensRequest):
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    service_tier: str | None = None
 
     def without_effect(self) -> Iterator[str]:
         """Also what is to be included and is never there: thinking comes in the clear."""
         yield from super().without_effect()
+        if self.service_tier not in ONLY_TIERS:
+            yield "service_tier"
+        if self.cache_salt and self.prompt_cache_key:
+            yield "prompt_cache_key"
         for i, name in enumerate(self.include or ()):
             if name != LOGPROBS:
                 yield f"include[{i}]"

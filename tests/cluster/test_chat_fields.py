@@ -323,6 +323,18 @@ def test_no_field_is_ignored_in_silence(chats, path, fate, plain, body):
     assert seen is fate
 
 
+@pytest.mark.parametrize("form", ["fields", "chunks"])
+def test_an_answer_goes_back_in_as_it_came(chats, form):
+    frontend, http = chats
+    body = PLAIN | {"reasoning_format": form, "strict": True}
+    answer = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    answer |= {"annotations": None, "audio": None, "function_call": None}  # as a client has it
+    again = http.post("/v1/chat/completions", json=body | {"messages": [HELLO, answer, HELLO]})
+    assert again.status_code == 200, again.text
+    message = frontend.asked[-1].messages[1]
+    assert (message.thinking, message.text) == ("Let me see.", "Hello")
+
+
 def names(kind: Any) -> set[str]:
     """Fields of a model of pydantic's or of a typed dictionary."""
     if hasattr(kind, "model_fields"):

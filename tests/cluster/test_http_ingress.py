@@ -239,11 +239,19 @@ def test_tokenize_and_detokenize():
         chat = http.post("/tokenize", json={"messages": HELLO}).json()
         back = http.post("/detokenize", json={"tokens": [97, 98]}).json()
         neither = http.post("/tokenize", json={})
+        idle = [
+            http.post("/tokenize", json=fields).headers["x-ignored-fields"]
+            for fields in (
+                {"prompt": "ab", "reasoning_effort": "high"},
+                {"messages": HELLO, "add_special_tokens": False},
+            )
+        ]
         beyond = http.post("/detokenize", json={"tokens": [1000]})
     assert text == {"count": 3, "max_model_len": 4096, "tokens": [1, 97, 98]}
     assert bare["tokens"] == [97, 98]
     assert chat["tokens"] == [1, 1, 0]
     assert back == {"prompt": "ab"}
+    assert idle == ["reasoning_effort", "add_special_tokens"]
     assert neither.status_code == 400
     assert beyond.json()["error"]["param"] == "tokens"
 

@@ -334,6 +334,9 @@ def test_what_has_no_effect_is_named_or_refused():
     encrypted = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "gAAAA"}
     fields = {
         "input": [{"role": "user", "content": "Hi"}, encrypted],
+        "service_tier": "flex",
+        "cache_salt": "pepper",
+        "prompt_cache_key": "team",
         "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
         "reasoning": {"effort": "high", "summary": "auto"},
         "text": {"verbosity": "low"},
@@ -341,7 +344,9 @@ def test_what_has_no_effect_is_named_or_refused():
     with face(ScriptedFrontend()) as http:
         answer = http.post("/v1/responses", json=ASK | fields)
         strict = http.post("/v1/responses", json=ASK | fields | {"strict": True})
-    ignored = "text.verbosity, reasoning.summary, input[1], include[1]"
+    ignored = (
+        "text.verbosity, reasoning.summary, input[1], service_tier, prompt_cache_key, include[1]"
+    )
     assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, ignored)
     assert strict.status_code == 422
     assert [entry["loc"][1] for entry in strict.json()["detail"]] == ignored.split(", ")

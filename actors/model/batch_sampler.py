@@ -58,7 +58,9 @@ class BatchSampler:
         if not rows:
             return []
         draws = Draws.of([_draw(row) for row in rows], logits_BV.device)
-        allowed_BW = self._allowed(rows, logits_BV.device)
+        allowed_BW = None
+        if any(row.allowed is not None for row in rows):
+            allowed_BW = sent(_allowed(rows, self._vocab_size), logits_BV.device)
         ids_B = self._sample_rows(self._adjusted(logits_BV, rows), draws, allowed_BW)
         ids_B = _with_forced(ids_B, rows)
         asked = [b for b, row in enumerate(rows) if row.params.num_logprobs is not None]
@@ -102,17 +104,6 @@ class BatchSampler:
         )
         return adjust(logits_BV, *(sent(table, logits_BV.device) for table in tables))
 
-    def _allowed(self, rows: Sequence[SamplingRow], device: torch.device) -> torch.Tensor | None:
-        """Bits of the tokens that each row may choose, int32 [B, W]; None if all may choose any."""
-        if all(row.allowed is None for row in rows):
-            return None
-        num_words = (self._vocab_size + 31) // 32
-        allowed_BW = torch.full((len(rows), num_words), -1, dtype=torch.int32)
-        for b, row in enumerate(rows):
-            if row.allowed is not None and row.forced_token_id is None:
-                allowed_BW[b] = torch.frombuffer(row.allowed, dtype=torch.int32, count=num_words)
-        return sent(allowed_BW, device)
-
     def _logprobs(
         self,
         logits_BV: torch.Tensor,
@@ -128,6 +119,19 @@ class BatchSampler:
         if num_best:
             shown_AC = torch.cat([shown_AC, best_tokens(logits_AV, num_best)], dim=1)
         return shown_AC, logits_AV.gather(1, shown_AC) - self._log_normalizer(logits_AV)[:, None]
+
+
+def _allowed(rows: Sequence[SamplingRow], vocab_size: int) -> torch.Tensor:
+    """Bits of the tokens that each row may choose, int32 [B, W]; of free and forced rows all."""
+    num_bytes = (vocab_size + 31) // 32 * 4
+    every = bytearray(b"\xff") * num_bytes
+    words = bytearray().join(
+        every
+        if row.allowed is None or row.forced_token_id is not None
+        else memoryview(row.allowed)[:num_bytes]
+        for row in rows
+    )
+    return torch.frombuffer(words, dtype=torch.int32).view(len(rows), -1)
 
 
 def _draw(row: SamplingRow) -> Draw:

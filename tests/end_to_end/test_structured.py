@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import grpc
+import httpx
 import openai
 import pytest
 from jsonschema import validate
@@ -119,6 +120,35 @@ def test_the_answer_keeps_to_its_schema_and_thinking_stays_free(
     assert bool(thinking) == (effort == "high")
     if effort == "high" and temperature == 0.0:
         assert "38+45" in thinking
+
+
+def test_every_choice_is_held_and_follows_its_own_seed(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": SUM}],
+        n=3,
+        seed=1,
+        temperature=1.5,
+        extra_body={"structured_outputs": {"regex": "[a-z]{12}"}},
+    )
+    texts = [choice.message.content for choice in answer.choices]
+    assert all(re.fullmatch("[a-z]{12}", text) for text in texts)
+    assert len(set(texts)) == 3
+
+
+def test_responses_and_messages_are_held_too(served: Served, client: openai.OpenAI) -> None:
+    parsed = client.responses.parse(model=MODEL, input=SUM, text_format=Verdict).output_parsed
+    assert isinstance(parsed, Verdict)
+    body = {
+        "model": MODEL,
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": SUM}],
+        "tools": [{"name": "guess", "input_schema": PAIR}],
+        "tool_choice": {"type": "tool", "name": "guess"},
+    }
+    answer = httpx.post(f"{served.url}/v1/messages", json=body, timeout=60).json()
+    (call,) = [block for block in answer["content"] if block["type"] == "tool_use"]
+    validate(call["input"], PAIR)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 20])

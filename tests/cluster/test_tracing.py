@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -319,7 +320,12 @@ print(len(asyncio.run(run())), "ostro.cluster.tracing_otel" in sys.modules)
 
 def test_a_request_is_served_where_opentelemetry_is_not_installed():
     done = subprocess.run(
-        [sys.executable, "-c", _WITHOUT], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", _WITHOUT],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, f"{len(THOUGHTFUL)} False\n"), done.stderr
 

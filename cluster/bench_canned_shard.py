@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from ostro.actors.attention_engine import StepExchange
 from ostro.actors.attention_shard import num_pages
+from ostro.actors.engine.grammar import GrammarCompiler
+from ostro.actors.engine.grammar_masks import MaskMaker
 from ostro.actors.engine.step import SampledToken
 from ostro.actors.fabric.local_exchange import ExchangeCounters
 from ostro.actors.fabric.messages import StepPlan
@@ -50,6 +53,8 @@ class CannedShard(PlacedAttentionShard):
         self._num_pages = num_pages(spec, config)
         self._decoder = self._canned_decoder
         self._sampler = self._canned_sampler
+        self._grammars = GrammarCompiler(Path(spec.model_dir), config.vocab_size)
+        self._masks = MaskMaker(config.vocab_size)
 
     def _make_exchange(self, _spec: RankSpec) -> StepExchange:
         return NoExchange()

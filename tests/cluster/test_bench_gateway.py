@@ -4,18 +4,24 @@ import asyncio
 import json
 from types import SimpleNamespace
 
+import checkpoints
 import grpc
 import pytest
 from typer.testing import CliRunner
 
 from ostro.actors.engine.request import FinishReason, TokenEvent
 from ostro.actors.errors import OverloadedError
+from ostro.actors.fabric.placement import initial_placement
+from ostro.actors.rank import EpochSpec, RankSpec
+from ostro.cluster import placed_shard
 from ostro.cluster.bench import app
-from ostro.cluster.bench_canned_shard import CannedSampler, PacedDecoder
+from ostro.cluster.bench_canned_shard import CannedSampler, CannedShard, PacedDecoder
 from ostro.cluster.bench_face_calls import Face, call_engine, call_grpc
 from ostro.cluster.bench_gateway import worst_stalls
 from ostro.cluster.bench_gateway_client import Work
 from ostro.cluster.bench_statistics import Outcome
+from ostro.configs.load import load_deployment
+from ostro.configs.model import load_model_config
 from ostro.protos import generation_pb2 as pb
 
 
@@ -76,6 +82,28 @@ def test_canned_sampler_says_its_tokens_in_order_over_and_over():
 
 def test_paced_decoder_makes_no_logits():
     assert PacedDecoder(0.0).forward([], None) == []
+
+
+def test_canned_shard_has_all_that_an_epoch_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(placed_shard, "_node_id", lambda: "n")
+    checkpoints.make_tiny_checkpoint(tmp_path, num_layers=1, with_tokenizer=True)
+    config = load_model_config(tmp_path)
+    shard = CannedShard("canned", str(tmp_path), (7, 8), 0.0)
+    spec = RankSpec(
+        rank=0,
+        model_dir=str(tmp_path),
+        deployment=load_deployment("laptop_single", ["engine.num_pages=8"]),
+        placement=initial_placement(config.num_experts, [0]),
+        device="cpu",
+        dtype="float32",
+    )
+    epoch = EpochSpec(epoch=0, store_host="", store_port=0, router_address="", secret=b"secret")
+    shard._load(spec, config)
+    try:
+        engine, _ = shard._make_engine(spec, epoch, SimpleNamespace())
+        assert engine.num_steps == 0
+    finally:
+        shard._epoch_ended()
 
 
 # ---- calls

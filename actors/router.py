@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ostro.actors.cell_requests import CellRequests, LiveRequest
 from ostro.actors.cell_totals import CellTotals
+from ostro.actors.counts_pool import CountsPool
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError, TransportError
@@ -25,6 +26,7 @@ from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelErr
 from ostro.actors.fabric.epoch import host_store
 from ostro.actors.fabric.messages import (
     Accepted,
+    AskCounts,
     AskState,
     Assign,
     Cancel,
@@ -35,7 +37,10 @@ from ostro.actors.fabric.messages import (
     IngressHello,
     Keys,
     Members,
+    Message,
+    PooledCounts,
     RankHello,
+    ReplicaCounts,
     State,
     Submit,
 )
@@ -111,6 +116,7 @@ class Router:
         self._done = CellTotals()  # in the epochs before this one
         self._requests = self._no_requests()
         self._ingresses = IngressLinks()
+        self._counts = CountsPool()
         self._health = HealthBook(deployment.layout, self._peers)
         self._starting = asyncio.Lock()
         self._draining = False
@@ -308,22 +314,29 @@ class Router:
         connection.send(self._members())
         try:
             while (message := await connection.receive()) is not None:
-                match message:
-                    case Submit(request=request):
-                        self._submit(ingress_id, request)
-                    case CancelGeneration(tag=tag, request_id=request_id, tenant=tenant):
-                        found = self._requests.find(request_id, tenant)
-                        connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
-                    case EndThinkingGeneration(tag=tag, request_id=request_id, tenant=tenant):
-                        found = self._requests.find(request_id, tenant)
-                        connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
-                    case AskState(tag=tag):
-                        self._spawn(self._send_state(connection, tag))
+                self._answer(connection, ingress_id, message)
         except ChannelError:
             logger.info("ingress %s is gone", ingress_id)
         finally:
             if self._ingresses.remove(ingress_id, connection):
                 self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
+
+    def _answer(self, connection: AsyncConnection, ingress_id: str, message: Message) -> None:
+        match message:
+            case Submit(request=request):
+                self._submit(ingress_id, request)
+            case CancelGeneration(tag=tag, request_id=request_id, tenant=tenant):
+                found = self._requests.find(request_id, tenant)
+                connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
+            case EndThinkingGeneration(tag=tag, request_id=request_id, tenant=tenant):
+                found = self._requests.find(request_id, tenant)
+                connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
+            case AskState(tag=tag):
+                self._spawn(self._send_state(connection, tag))
+            case ReplicaCounts(counts=counts):
+                self._counts.take(ingress_id, counts)
+            case AskCounts(tag=tag):
+                connection.send(PooledCounts(tag, self._counts.total()))
 
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
         connection.send(await self.state(tag))

@@ -100,6 +100,7 @@ class Ingress(GrpcMethods):
         self._metrics = Metrics(card.name, observability, self._tracer)
         GrpcMethods.__init__(self, lambda: self._frontend, self._metrics, self._door)
         self._cell.start()
+        self._metrics.share(self._cell)
         gc.collect()
         gc.freeze()  # vocabulary and libraries live as long as the replica: never walk them again
 

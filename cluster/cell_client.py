@@ -20,15 +20,19 @@ from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, connect
 from ostro.actors.fabric.messages import (
     Accepted,
+    AskCounts,
     AskState,
     CancelGeneration,
     ControlDone,
+    Counts,
     EndThinkingGeneration,
     IngressHello,
     Keys,
     Members,
     Message,
+    PooledCounts,
     Rejected,
+    ReplicaCounts,
     State,
     StepEvents,
     Submit,
@@ -45,6 +49,7 @@ _ANSWER_TIMEOUT_S = 10.0
 _MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on top of it
 _ROOM_POLL_S = 0.002
 
+_Answer = State | ControlDone | PooledCounts
 FindRouter = Callable[[], Awaitable[str]]
 
 
@@ -77,7 +82,7 @@ class CellClient:
         self._members = Members(0, False, {})
         self._inboxes: dict[str, Inbox] = {}  # by the id of each choice
         self._running: set[tuple[str, str]] = set()
-        self._answers: dict[int, asyncio.Future[State | ControlDone]] = {}
+        self._answers: dict[int, asyncio.Future[_Answer]] = {}
         self._tags = itertools.count(1)
         self._streams: dict[int, asyncio.Task[None]] = {}
         self._streaming: set[int] = set()
@@ -166,11 +171,23 @@ class CellClient:
             raise NotReadyError(f"the router answered with {type(state).__name__}")
         return state
 
-    async def _ask(self, make: Callable[[int], Message]) -> State | ControlDone:
+    def tell_counts(self, counts: Counts) -> None:
+        """See `replica_families.CountsExchange.tell_counts`."""
+        if self._router is not None:
+            self._router.send(ReplicaCounts(counts))
+
+    async def pooled_counts(self) -> Counts:
+        """See `replica_families.CountsExchange.pooled_counts`."""
+        pooled = await self._ask(AskCounts)
+        if not isinstance(pooled, PooledCounts):
+            raise NotReadyError(f"the router answered with {type(pooled).__name__}")
+        return pooled.counts
+
+    async def _ask(self, make: Callable[[int], Message]) -> _Answer:
         if self._router is None:
             raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
         tag = next(self._tags)
-        answer: asyncio.Future[State | ControlDone] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._answers[tag] = answer
         try:
             self._router.send(make(tag))
@@ -260,7 +277,7 @@ class CellClient:
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
                     inbox.put(_error_of(message))
-            case State() | ControlDone():
+            case State() | ControlDone() | PooledCounts():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -1,6 +1,6 @@
 """The cell's own numbers as Prometheus families, read from a `State` when somebody scrapes.
 
-Counters of the cell are the same at every ingress replica: take one, do not sum over replicas.
+They are the same at every ingress replica: scrape one, do not sum over replicas.
 """
 
 from __future__ import annotations

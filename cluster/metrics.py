@@ -19,6 +19,7 @@ from ostro.actors.errors import DeadlineError, NotReadyError, OstroError, Overlo
 from ostro.cluster.cell_metrics import CellCollector
 from ostro.cluster.generation import Finished, GenerationEvent, ReasoningReport, Started, TextDelta
 from ostro.cluster.metrics_list import PREFIX, Kind, MetricSpec, Source, of_source
+from ostro.cluster.replica_families import CountsExchange, ReplicaFamilies
 from ostro.cluster.seams import Cell
 from ostro.cluster.tracing import NO_TRACES, UNKNOWN, Origin, Tracer
 from ostro.configs.observability import ObservabilityConfig
@@ -27,6 +28,7 @@ _DEFAULTS = ObservabilityConfig()
 _STATE_TIMEOUT_S = 2.0
 _AT_THE_DOOR = (OverloadedError, NotReadyError, DeadlineError)  # if nothing had begun
 _OTHER = "other"
+_TELL_EVERY_S = 5.0
 # Parts of a request's time with a histogram of their own.
 _PARTS = {
     "queue": "request_queue_time_seconds",
@@ -43,7 +45,11 @@ def closing_events(
 
 
 class Metrics:
-    """Counters and histograms of one replica, and the registry that holds them."""
+    """Counters and histograms of one replica, and what is served of all.
+
+    Attributes:
+        registry: This replica's own.
+    """
 
     def __init__(
         self,
@@ -57,7 +63,12 @@ class Metrics:
         self._max_tenants = config.max_tenants
         self._tenants: set[str] = set()
         self._cell = CellCollector(model_name, expert_layers=config.expert_layers)
-        self.registry.register(self._cell)
+        self._replicas = ReplicaFamilies(self.registry, model_name)
+        self._served = CollectorRegistry()
+        self._served.register(self._replicas)
+        self._served.register(self._cell)
+        self._telling: asyncio.Task[None] | None = None
+        self._has_news = False
         self._families = {
             spec.name: _family(spec, self.registry) for spec in of_source(Source.REPLICA)
         }
@@ -108,14 +119,26 @@ class Metrics:
         """A caller was not let in."""
         self._counter("api_key_refusals", error.code).inc()
 
+    def share(self, exchange: CountsExchange) -> None:
+        """Count together with the other replicas, for as long as this one lives."""
+        self._replicas.share(exchange)
+        self._telling = asyncio.get_running_loop().create_task(self._keep_telling())
+
     async def render(self, cell: Cell | None) -> bytes:
-        """The registry in Prometheus text, without the cell's numbers if it does not answer."""
+        """All metrics in Prometheus text, without the cell's if it does not answer."""
         self._cell.state = None
-        if cell is not None:
-            with contextlib.suppress(OstroError, TimeoutError):
-                async with asyncio.timeout(_STATE_TIMEOUT_S):
-                    self._cell.state = await cell.state()
-        return generate_latest(self.registry)
+        with contextlib.suppress(OstroError, TimeoutError):
+            async with asyncio.timeout(_STATE_TIMEOUT_S):
+                await self._replicas.refresh()
+                self._cell.state = None if cell is None else await cell.state()
+        return generate_latest(self._served)
+
+    async def _keep_telling(self) -> None:
+        while True:
+            await asyncio.sleep(_TELL_EVERY_S)
+            if self._has_news:
+                self._has_news = False
+                self._replicas.tell()
 
     def _record(self, started: Started, event: Finished) -> None:
         usage, effort = event.usage, event.reasoning.effort
@@ -177,6 +200,7 @@ class Metrics:
 
     def _child(self, name: str, labels: tuple[str, ...]) -> MetricWrapperBase:
         """The series of these labels, kept: looking one up costs the library microseconds."""
+        self._has_news = True
         key = (name, *labels)
         child = self._children.get(key)
         if child is None:

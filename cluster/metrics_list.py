@@ -1,7 +1,8 @@
 """Every metric that Ostro serves, once: its families, the dashboard and the table come from here.
 
 Suffixes, types and units are vLLM's where it has the same thing, so that its dashboards port by
-prefix. All have the label `model_name`; `engine` is the rank of an attention shard.
+prefix. All have the label `model_name`; `engine` is the rank of an attention shard. A scrape of any
+ingress replica tells of all of them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,13 @@ class MetricSpec:
     def family(self) -> str:
         """The name that is served, without what a histogram's parts add."""
         return PREFIX + self.name + ("_total" if self.kind is Kind.COUNTER else "")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of its samples."""
+        if self.kind is Kind.HISTOGRAM:
+            return tuple(self.family + part for part in ("_bucket", "_count", "_sum"))
+        return (self.family,)
 
     @property
     def label_names(self) -> tuple[str, ...]:

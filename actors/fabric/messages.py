@@ -172,6 +172,22 @@ class AskState(_Message, frozen=True):
     tag: int
 
 
+# Counts of an ingress replica by series: the name of its sample, then the values of its labels.
+Counts = dict[tuple[str, ...], float]
+
+
+class ReplicaCounts(_Message, frozen=True):
+    """All that an ingress replica has counted since it began."""
+
+    counts: Counts
+
+
+class AskCounts(_Message, frozen=True):
+    """Ask for what all replicas have counted."""
+
+    tag: int
+
+
 # ---- the router to an ingress
 
 
@@ -212,6 +228,13 @@ class ControlDone(_Message, frozen=True):
 
     tag: int
     applied: bool
+
+
+class PooledCounts(_Message, frozen=True):
+    """What all replicas have counted, those that are gone included."""
+
+    tag: int
+    counts: Counts
 
 
 class ActorStatus(msgspec.Struct, frozen=True, array_like=True):
@@ -283,11 +306,14 @@ Message = (
     | CancelGeneration
     | EndThinkingGeneration
     | AskState
+    | ReplicaCounts
+    | AskCounts
     | Keys
     | Members
     | Accepted
     | Rejected
     | ControlDone
+    | PooledCounts
     | State
     | StepEvents
 )

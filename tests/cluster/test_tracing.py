@@ -8,9 +8,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
 import httpx
@@ -18,16 +16,13 @@ import pytest
 from grpc_face import SERVICES, ByKeyword
 from grpc_thread import serve_in_thread
 from http_face import HELLO
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-    ExportMetricsServiceRequest,
-)
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from otlp_collector import attributes, otlp_collector
 from scripted_frontend import MODEL, STARTED, THOUGHTFUL, ScriptedFrontend, served
 
 from ostro.actors.errors import InvalidRequestError
@@ -245,55 +240,22 @@ def test_without_the_extra_a_configured_endpoint_is_refused_and_a_variable_is_to
     assert "ostro[otel]" in caplog.text
 
 
-class Collector(ThreadingHTTPServer):
-    """Takes OTLP over HTTP and keeps it."""
+def test_a_collector_gets_spans_and_metrics():
+    with otlp_collector() as collector:
+        tracer = traced(ObservabilityConfig(otlp_endpoint=f"{collector.url}/"))
+        metrics = Metrics(MODEL, tracer=tracer)
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Taking)
-        self.taken: dict[str, bytes] = {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        async def run() -> None:
+            async for _ in metrics.watch(ScriptedFrontend().chat(ChatGeneration(messages=()))):
+                pass
 
-
-class _Taking(BaseHTTPRequestHandler):
-    server: Collector
-
-    def do_POST(self) -> None:
-        self.server.taken[self.path] = self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
-@pytest.fixture
-def collector() -> Iterator[Collector]:
-    with Collector() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join(10)
-
-
-def test_a_collector_gets_spans_and_metrics(collector, monkeypatch):
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
-    tracer = traced(ObservabilityConfig(otlp_endpoint=f"{collector.url}/"))
-    metrics = Metrics(MODEL, tracer=tracer)
-
-    async def run() -> None:
-        async for _ in metrics.watch(ScriptedFrontend().chat(ChatGeneration(messages=()))):
-            pass
-
-    asyncio.run(run())
-    tracer.close()
-    spans = ExportTraceServiceRequest.FromString(collector.taken["/v1/traces"])
-    (resource,) = spans.resource_spans
-    names = {item.key: item.value.string_value for item in resource.resource.attributes}
-    assert (names["service.name"], names["service.instance.id"]) == ("ostro", "i-1")
-    assert len(resource.scope_spans[0].spans) == 4
-    sent = ExportMetricsServiceRequest.FromString(collector.taken["/v1/metrics"])
-    assert len(sent.resource_metrics[0].scope_metrics[0].metrics) == 3
+        asyncio.run(run())
+        tracer.close()
+    (resource,) = collector.resources()
+    named = attributes(resource)
+    assert (named["service.name"], named["service.instance.id"]) == ("ostro", "i-1")
+    assert len(collector.spans()) == 4
+    assert len(collector.metrics()) == 3
 
 
 _WITHOUT = """

@@ -67,6 +67,7 @@ class Metrics:
         self._served = CollectorRegistry()
         self._served.register(self._replicas)
         self._served.register(self._cell)
+        self._rendering = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
         self._has_news = False
         self._families = {
@@ -86,7 +87,7 @@ class Metrics:
         started: Started | None = None
         ended = False
         observe_gap, clock = self._observe_gap, time.monotonic
-        span = self._tracer.begin(origin)
+        trace = self._tracer.begin(origin)
         try:
             async with closing_events(events) as source:
                 async for event in source:
@@ -101,19 +102,19 @@ class Metrics:
                         if event.is_last and started is not None:
                             ended = True
                             self._record(started, event)
-                            span.finish(started, event)
+                            trace.finish(started, event)
                     elif isinstance(event, Started):
                         started = event
                     yield event
         except Exception as error:
             ended = True
             self._record_failure(error, begun=started is not None)
-            span.fail(started, error)
+            trace.fail(started, error)
             raise
         finally:
             if not ended:
                 self._counter("request_success", "disconnected").inc()
-                span.leave(started)
+                trace.leave(started)
 
     def count_refused_key(self, error: OstroError) -> None:
         """A caller was not let in."""
@@ -126,19 +127,21 @@ class Metrics:
 
     async def render(self, cell: Cell | None) -> bytes:
         """All metrics in Prometheus text, without the cell's if it does not answer."""
-        self._cell.state = None
-        with contextlib.suppress(OstroError, TimeoutError):
-            async with asyncio.timeout(_STATE_TIMEOUT_S):
-                await self._replicas.refresh()
-                self._cell.state = None if cell is None else await cell.state()
-        return generate_latest(self._served)
+        async with self._rendering:
+            self._cell.state = None
+            with contextlib.suppress(OstroError, TimeoutError):
+                async with asyncio.timeout(_STATE_TIMEOUT_S):
+                    await self._replicas.refresh()
+                    self._cell.state = None if cell is None else await cell.state()
+            # In a thread, as it takes 15 ms: streams go on meanwhile.
+            return await asyncio.to_thread(generate_latest, self._served)
 
     async def _keep_telling(self) -> None:
         while True:
             await asyncio.sleep(_TELL_EVERY_S)
             if self._has_news:
                 self._has_news = False
-                self._replicas.tell()
+                await self._replicas.tell()
 
     def _record(self, started: Started, event: Finished) -> None:
         usage, effort = event.usage, event.reasoning.effort

@@ -46,7 +46,7 @@ class MetricSpec:
         unit: What one of it is: "seconds", "tokens", "requests", "bytes", "ratio" ...
         labels: Besides the model's name.
         bounds: Of a histogram's buckets.
-        gen_ai_name: Its name in OpenTelemetry's conventions, if it has one there.
+        gen_ai_name: A histogram's name in OpenTelemetry's conventions, if it has one there.
     """
 
     name: str

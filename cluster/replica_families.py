@@ -6,6 +6,7 @@ forth from scrape to scrape, so replicas tell the router what they count and ser
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -47,16 +48,16 @@ class ReplicaFamilies(Collector):
         """Count together with others from now on."""
         self._exchange = exchange
 
-    def tell(self) -> None:
+    async def tell(self) -> None:
         """Tell the others."""
         if self._exchange is not None:
-            self._exchange.tell_counts(self._counts())
+            self._exchange.tell_counts(await asyncio.to_thread(self._counts))
 
     async def refresh(self) -> None:
         """Hear of the others; raises NotReadyError, and then the last that was heard holds."""
         if self._exchange is None:
             return
-        told = self._counts()
+        told = await asyncio.to_thread(self._counts)
         self._exchange.tell_counts(told)
         self._pooled = await self._exchange.pooled_counts()
         self._told = told

@@ -21,19 +21,13 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import (
-    Span,
-    SpanKind,
-    Status,
-    StatusCode,
-    set_span_in_context,
-)
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
 from ostro.actors.errors import OstroError
 from ostro.cluster.generation import Finished, Started
-from ostro.cluster.metrics_list import METRICS, Kind
+from ostro.cluster.metrics_list import METRICS
 from ostro.cluster.tracing import Origin, Tracer
 from ostro.configs.observability import ObservabilityConfig
 
@@ -81,7 +75,7 @@ class OtelTracer:
                 explicit_bucket_boundaries_advisory=spec.bounds,
             )
             for spec in METRICS.values()
-            if spec.gen_ai_name is not None and spec.kind is Kind.HISTOGRAM
+            if spec.gen_ai_name is not None
         }
 
     def begin(self, origin: Origin) -> OtelTrace:
@@ -110,7 +104,7 @@ class OtelTrace:
 
     def finish(self, started: Started, finished: Finished) -> None:
         """See `RequestTrace.finish`."""
-        timing, usage = finished.timing, finished.usage
+        timing = finished.timing
         span = self._span(started)
         span.set_attributes(_of_the_end(finished))
         if timing.first_token_s is not None and timing.prefill_s is not None:
@@ -121,7 +115,7 @@ class OtelTrace:
         span.end(self._at_ns(timing.total_s))
         self._record("e2e_request_latency_seconds", timing.total_s)
         self._record("time_to_first_token_seconds", timing.first_token_s)
-        gap_s = timing.gap_s(usage.completion_tokens / started.num_choices)
+        gap_s = timing.gap_s(finished.usage.completion_tokens / started.num_choices)
         self._record("request_time_per_output_token_seconds", gap_s)
 
     def fail(self, started: Started | None, error: Exception) -> None:

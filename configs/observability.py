@@ -20,7 +20,8 @@ class ObservabilityConfig:
             (by `traceparent`) and OTEL_TRACES_SAMPLER is not set.
         expert_layers: Whether the rows of every expert are served layer by layer: thousands of
             series instead of one for each expert.
-        max_tenants: Tenants with series of their own; all that come later share "other".
+        max_tenants: Tenants with series of their own at one ingress replica; all that come to it
+            later share "other".
     """
 
     otlp_endpoint: str | None = None

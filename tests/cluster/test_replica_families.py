@@ -70,7 +70,7 @@ def test_every_replica_tells_of_all_and_no_count_ever_falls():
         seen = []
         for serving, scraped in ((one, two), (two, one), (one, one), (two, two), (one, two)):
             await serving.serve(2)
-            serving.exchange.tell_counts(serving.metrics._replicas._counts())
+            await serving.metrics._replicas.tell()
             seen.append(await scraped.scrape())
         return seen
 

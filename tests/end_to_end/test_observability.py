@@ -87,6 +87,8 @@ def test_both_replicas_send_traces_of_the_callers(served, collector):
     def senders() -> set[str]:
         return {attributes(resource)["service.instance.id"] for resource in collector.resources()}
 
+    for _ in range(NUM_REQUESTS):  # no scrape between them: taking turns, it would keep one busy
+        chat(served)
     wait_for(lambda: len(senders()) == 2)
     trace_ids = {span.trace_id.hex() for span in collector.spans()}
     assert trace_ids == {PARENT.split("-")[1]}

@@ -59,9 +59,10 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(served):
-    return openai.OpenAI(
+    with openai.OpenAI(
         base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
-    )
+    ) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +110,13 @@ def test_openai_client_gets_the_same_answer_whole_and_streamed(client):
 
 
 def test_mistral_client_gets_an_answer_whole_and_streamed(served):
-    client = Mistral(api_key="none", server_url=served.url)
     settings = {"model": "tiny", "messages": ask(), "temperature": 0, "max_tokens": 16}
-    whole = client.chat.complete(**settings)
-    text = "".join(
-        event.data.choices[0].delta.content or "" for event in client.chat.stream(**settings)
-    )
+    with Mistral(api_key="none", server_url=served.url) as client:
+        whole = client.chat.complete(**settings)
+        with client.chat.stream(**settings) as events:
+            text = "".join(event.data.choices[0].delta.content or "" for event in events)
+        assert client.models.list().data[0].id == "tiny"
     assert text == (whole.choices[0].message.content or "")
-    assert client.models.list().data[0].id == "tiny"
 
 
 def test_grpc_and_http_give_the_same_tokens(served, channel):

@@ -113,7 +113,7 @@ def _find(source: str | Path) -> Path:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice."""
+    """SafeLoader that refuses a key that stands twice, and whose every error is a YAMLError."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001  # PyYAML's signature
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -124,6 +124,20 @@ class _StrictLoader(yaml.SafeLoader):
             )
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: FBT001  # likewise
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError):  # of a thirteenth month, or `!!int abc`
+            what = f"{str(node.value)[:100]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -132,7 +146,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         ConfigError: It cannot be read, is no YAML, holds something else, or a key stands twice.
     """
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _StrictLoader)
+        values = _parse(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
@@ -157,7 +171,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"override {override!r}: must read key.path=value")
     try:
-        value = yaml.load(text, _StrictLoader)
+        value = _parse(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is no YAML: {error}") from error
     for i, key in enumerate(keys[:-1]):

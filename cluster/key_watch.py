@@ -29,7 +29,7 @@ _POLL_S = 1.0
 _JOIN_TIMEOUT_S = 5.0
 _CALL_TIMEOUT_S = 30.0
 
-Mark = tuple[int, int, int] | None
+Mark = tuple[int, int, int, int] | None
 
 
 def key_publishing(security: SecurityConfig, router: Any) -> AbstractContextManager[None]:
@@ -110,4 +110,5 @@ def _mark(path: Path) -> Mark:
         about = path.stat()
     except OSError:
         return None
-    return about.st_mtime_ns, about.st_size, about.st_ino
+    # The change time too, for a `chmod` that mends a file which was refused.
+    return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino

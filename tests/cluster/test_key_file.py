@@ -203,6 +203,28 @@ def test_a_file_that_breaks_leaves_the_keys_until_it_is_whole_again(path, caplog
     assert caplog.text.count("the keys stay as they were") == 2  # once for each state
 
 
+def test_a_file_that_is_refused_is_taken_once_nobody_else_may_write_it(path, caplog):
+    write_keys(path, TABLE)
+    changed = KeyTable(keys=(key(DIGESTS[1]),))
+    other = path.with_name("other.yaml")
+    write_keys(other, changed)
+    other.chmod(0o666)
+    with publishing(path) as published:
+        other.replace(path)
+        wait_for(lambda: "anybody may write it" in caplog.text)
+        path.chmod(0o600)
+        assert published.get(timeout=WAIT_S) == changed
+
+
+def test_a_slip_in_a_date_ends_no_watch(path, caplog):
+    write_keys(path, TABLE)
+    with publishing(path) as published:
+        write(path, entry().replace('"acme"', '"acme", "expires": 2027-13-01'))
+        wait_for(lambda: "'2027-13-01' is no timestamp" in caplog.text)
+        write_keys(path, TABLE)
+        assert published.get(timeout=WAIT_S) == TABLE
+
+
 def test_a_publication_that_fails_is_tried_again(path, caplog):
     write_keys(path, TABLE)
     published: queue.Queue[KeyTable] = queue.Queue()

@@ -11,7 +11,8 @@ import json
 import logging
 import logging.handlers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 
 from ostro.configs.errors import ConfigError
@@ -67,16 +68,21 @@ class _SharedRotatingFile(logging.handlers.WatchedFileHandler):
         self._max_bytes = max_bytes
         self._num_kept = num_kept
         super().__init__(path, encoding="utf-8")
-        os.chmod(path, _MODE)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line; a failure to write is told on stderr and ends nothing."""
         try:
             if self._is_full():
                 self._rotate()
+            super().emit(record)
         except OSError:
             self.handleError(record)
-        super().emit(record)
+
+    def _open(self) -> TextIOWrapper:
+        """Called by the base class, again whenever the file was put aside."""
+        file = super()._open()
+        os.fchmod(file.fileno(), _MODE)
+        return file
 
     def _is_full(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -84,7 +90,11 @@ class _SharedRotatingFile(logging.handlers.WatchedFileHandler):
         return False
 
     def _rotate(self) -> None:
-        with _locked(self._path.with_name(self._path.name + ".lock")):
+        with self._path.with_name(self._path.name + ".lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another process is at it, and requests do not wait for one
             if not self._is_full():
                 return
             for number in range(self._num_kept - 1, 0, -1):
@@ -94,11 +104,3 @@ class _SharedRotatingFile(logging.handlers.WatchedFileHandler):
 
     def _aside(self, number: int) -> Path:
         return self._path.with_name(f"{self._path.name}.{number}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that renaming a few files needs; a process that dies lets go of it."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +79,33 @@ def test_old_files_are_kept_up_to_a_number(tmp_path):
     kept = {file.name: file for file in tmp_path.iterdir() if not file.name.endswith(".lock")}
     assert set(kept) == {"audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"}
     assert all(file.stat().st_size < 4096 + 100 for file in kept.values())
+    assert all(file.stat().st_mode & 0o007 == 0 for file in kept.values())
     lines = "".join(kept[name].read_text() for name in sorted(kept, reverse=True)).splitlines()
     numbers = [json.loads(line)["number"] for line in lines]
     assert numbers == list(range(numbers[0], 500))
+
+
+def test_a_folder_that_is_gone_is_told_and_ends_nothing(tmp_path, capsys):
+    path = tmp_path / "logs" / "audit.jsonl"
+    log = AuditLog(config(path))
+    shutil.rmtree(path.parent)
+    log.write({"number": 0})
+    assert "FileNotFoundError" in capsys.readouterr().err
+    path.parent.mkdir()
+    log.write({"number": 1})
+    assert path.read_text() == '{"number": 1}\n'
+
+
+def test_who_puts_files_aside_is_not_waited_for(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(config(path, audit_file_bytes=4096, num_audit_files=1))
+    with path.with_name("audit.jsonl.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for number in range(100):
+            log.write({"number": number, "padding": "x" * 50})
+        assert path.read_text().count("\n") == 100
+    log.write({"number": 100})
+    assert path.read_text() == '{"number": 100}\n'
 
 
 def test_several_processes_lose_no_line(tmp_path):

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,6 +69,8 @@ def read_keys(path: Path) -> KeyTable:
             f"{path}: no key file there ({error.strerror}); make one with "
             f"`ostro keys add --file {path} TENANT`"
         ) from None
+    if not stat.S_ISREG(about.st_mode):  # to read a pipe may last for ever
+        raise ConfigError(f"{path}: is no regular file, which a key file must be")
     if about.st_mode & 0o002:
         raise ConfigError(f"{path}: anybody may write it, and make keys; chmod 600 it")
     if about.st_size > _MAX_FILE_BYTES:
@@ -101,7 +104,7 @@ def edited_keys(path: Path) -> Iterator[list[KeyTable]]:
     Raises:
         ConfigError: As `read_keys`, or somebody else has been editing it for ten seconds.
     """
-    with _lock(path):
+    with _lock(path.resolve()):  # one lock, by whatever link they come
         tables = [read_keys(path) if path.exists() else KeyTable()]
         yield tables
         write_keys(path, tables[0])

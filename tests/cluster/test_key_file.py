@@ -101,6 +101,12 @@ def test_a_file_that_anybody_may_write_is_refused(path):
         read_keys(path)
 
 
+def test_a_pipe_is_refused_and_not_waited_for(path):
+    os.mkfifo(path, 0o600)
+    with pytest.raises(ConfigError, match="is no regular file"):
+        read_keys(path)
+
+
 def test_a_file_that_is_not_there_names_the_way_to_make_one(path):
     with pytest.raises(ConfigError, match=r"ostro keys add --file .*keys\.yaml TENANT"):
         read_keys(path)
@@ -138,6 +144,19 @@ def test_editors_take_turns(path):
     for thread in threads:
         thread.join()
     assert len(read_keys(path).keys) == 8
+
+
+def test_editors_take_turns_by_whatever_link_they_come(path, monkeypatch):
+    monkeypatch.setattr(key_file, "_LOCK_TIMEOUT_S", 0.0)
+    write_keys(path, TABLE)
+    link = path.with_name("link.yaml")
+    link.symlink_to(path)
+    with (
+        edited_keys(path),
+        pytest.raises(ConfigError, match="somebody else is editing it"),
+        edited_keys(link),
+    ):
+        pass
 
 
 def test_an_editor_that_does_not_end_is_not_waited_for(path, monkeypatch):

@@ -45,7 +45,13 @@ def build_http_app(
         door: Who may come in; None is everybody.
         adds_request_id: Put `x-request-id` on answers; off where the server around this does.
     """
-    app = FastAPI(title="Ostro", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="Ostro",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # it would send callers of TLS, prompts and all, on to clear text
+    )
     door = door or Door.wide_open()
     for routes in (OpenAIRoutes, ResponsesRoutes, MessagesRoutes, _OwnRoutes):
         routes(lambda: GuardedFrontend(get_frontend(), door), serving, metrics).add_to(app)

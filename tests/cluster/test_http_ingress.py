@@ -483,6 +483,12 @@ def test_a_large_body_is_refused_before_it_is_parsed(strict_face, chunked):
     assert len(frontend.asked) == num_asked
 
 
+def test_a_slash_too_many_is_told_and_redirects_nobody(strict_face):
+    _, http = strict_face
+    answer = http.post("/v1/chat/completions/", json={}, follow_redirects=False)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
+
+
 def test_unknown_routes_and_methods_have_the_same_error_body(strict_face):
     _, http = strict_face
     lost, wrong = http.get("/v2/nothing"), http.get("/v1/chat/completions")

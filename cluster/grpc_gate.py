@@ -27,6 +27,7 @@ from ostro.cluster.key_ring import shown_key
 from ostro.cluster.metrics import Metrics
 
 _Class = TypeVar("_Class", bound=type)
+_ID_CHARS = 200
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -100,7 +101,7 @@ def _visit(methods: Gated, rpc: str, context: GrpcContext) -> Iterator[Call]:
     metadata = text_metadata(context)
     forwarded_for = [value for name, value in metadata if name == "x-forwarded-for"]
     call = Call(
-        request_id=dict(metadata).get("x-request-id", ""),
+        request_id=dict(metadata).get("x-request-id", "")[:_ID_CHARS],
         route=f"grpc {rpc}",
         client=methods._grpc_door.client(context.peer(), forwarded_for),
     )

@@ -37,6 +37,7 @@ SERVICERS = (
     "ostro.cluster.grpc_services.add_health_service",
 )
 _DRAIN_POLL_S = 2.0
+_WATCHES_SHARE = 4  # of a replica's calls, one in so many may be without a key and without an end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,13 @@ class Ingress(GrpcMethods):
         observability = deployment.observability
         self._tracer = make_tracer(observability, card.name, ingress_id, os.environ)
         self._metrics = Metrics(card.name, observability, self._tracer)
-        GrpcMethods.__init__(self, lambda: self._frontend, self._metrics, self._door)
+        GrpcMethods.__init__(
+            self,
+            lambda: self._frontend,
+            self._metrics,
+            self._door,
+            max_watches=deployment.serving.max_ongoing_requests // _WATCHES_SHARE,
+        )
         self._cell.start()
         self._metrics.share(self._cell)
         gc.collect()

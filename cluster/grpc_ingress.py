@@ -24,7 +24,13 @@ from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
     HealthCheckResponse,
 )
 
-from ostro.actors.errors import InvalidRequestError, NotFoundError, NotReadyError, OstroError
+from ostro.actors.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    NotReadyError,
+    OstroError,
+    OverloadedError,
+)
 from ostro.cluster.door import Door
 from ostro.cluster.error_table import public_error
 from ostro.cluster.generation import GenerationEvent
@@ -73,14 +79,25 @@ class GrpcMethods:
         get_frontend: Callable[[], FrontendLike],
         metrics: Metrics,
         door: Door | None = None,
+        max_watches: int = 256,
     ) -> None:
-        """Take the parts; without a door everybody may come in."""
+        """Take the parts.
+
+        Args:
+            get_frontend: Gives the frontend; raises NotReadyError while there is none.
+            metrics: Where requests are counted.
+            door: Who may come in; None is everybody.
+            max_watches: Callers that watch the health at a time. They show no key, and each takes
+                one of the calls that a replica of Ray Serve's can have.
+        """
         self._grpc_door = door = door or Door.wide_open()
         self._grpc_frontend: Callable[[], FrontendLike] = lambda: GuardedFrontend(
             get_frontend(), door
         )
         self._grpc_metrics = metrics
         self._grpc_rate = TokenRate()
+        self._grpc_max_watches = max_watches
+        self._grpc_num_watches = 0
 
     # ---- GenerationService
 
@@ -260,16 +277,22 @@ class GrpcMethods:
         """Health now and at every change."""
         try:
             service = _readable(request).service
-        except InvalidRequestError as error:
+            if self._grpc_num_watches >= self._grpc_max_watches:
+                raise OverloadedError("too many watch the health already; ask with Check")
+        except OstroError as error:
             set_status(grpc_context, error)
             raise
         last = None
-        while True:
-            status = self._health(service)
-            if status != last:
-                last = status
-                yield HealthCheckResponse(status=status)
-            await asyncio.sleep(_POLL_S)
+        self._grpc_num_watches += 1
+        try:
+            while True:
+                status = self._health(service)
+                if status != last:
+                    last = status
+                    yield HealthCheckResponse(status=status)
+                await asyncio.sleep(_POLL_S)
+        finally:
+            self._grpc_num_watches -= 1
 
     # ---- what the methods share
 

@@ -65,9 +65,13 @@ class ByKeyword:
 
 
 @contextlib.asynccontextmanager
-async def face(frontend: ScriptedFrontend | None = None, door: Door | None = None):
+async def face(
+    frontend: ScriptedFrontend | None = None, door: Door | None = None, max_watches: int = 4
+):
     server, frontend = grpc.aio.server(), frontend or ScriptedFrontend()
-    methods = ByKeyword(GrpcMethods(lambda: frontend, Metrics(MODEL), door or make_door()))
+    methods = ByKeyword(
+        GrpcMethods(lambda: frontend, Metrics(MODEL), door or make_door(), max_watches=max_watches)
+    )
     for add in (add_generation_service, add_cluster_service, add_health_service):
         add(methods, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -128,6 +132,26 @@ def test_every_rpc_of_the_protos_is_served_and_gated():
     found = statuses(None)
     assert set(found) == set(METHODS)
     assert those(found, grpc.StatusCode.UNAUTHENTICATED) == set(METHODS) - OPEN
+
+
+def test_strangers_who_watch_leave_room_for_others():
+    async def run():
+        async with face(max_watches=2) as channel:
+            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
+            watches = [watch(b"", timeout=20) for _ in range(2)]
+            for watching in watches:
+                await watching.read()
+            with pytest.raises(grpc.aio.AioRpcError, match="ask with Check") as refused:
+                await call(channel, "Watch")
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            await call(channel, "Check")
+            watches[0].cancel()
+            async with asyncio.timeout(10):
+                while True:
+                    with contextlib.suppress(grpc.aio.AioRpcError):
+                        return await call(channel, "Watch")
+
+    asyncio.run(run())
 
 
 def test_a_key_for_generating_is_good_for_every_rpc_that_is_not_known_to_need_another():
@@ -204,6 +228,18 @@ def test_a_stream_that_is_refused_tells_it_in_its_last_message_too():
 
 
 @pytest.mark.parametrize("metadata", [(("x-api-key", GENERATE),), tuple(bearer(GENERATE).items())])
+def test_a_line_takes_no_id_of_any_length(caplog):
+    caplog.set_level(logging.INFO, logger="ostro.audit")
+
+    async def run():
+        async with face() as channel:
+            metadata = (("x-api-key", GENERATE), ("x-request-id", "x" * 2000))
+            await call(channel, "GetModel", metadata=metadata)
+
+    asyncio.run(run())
+    assert audit_lines(caplog)[0]["request_id"] == "x" * 200
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("Chat", pb.ChatRequest), ("StreamChat", pb.StreamChatRequest)]
 )

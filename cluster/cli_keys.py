@@ -11,6 +11,7 @@ import msgspec
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.key_file import edited_keys, make_key, read_keys
@@ -87,11 +88,11 @@ def list_keys(file: File = _DEFAULT_FILE) -> None:
     for title in ("key", "tenant", "scopes", "expires", "note"):
         keys.add_column(title, no_wrap=title != "note")
     for key in table.keys:
-        keys.add_row(key.key_id, key.tenant, ", ".join(key.scopes), _expiry(key), key.note)
+        # A note is no markup.
+        keys.add_row(key.key_id, key.tenant, ", ".join(key.scopes), _expiry(key), Text(key.note))
     console.print(keys)
     for tenant, quota in table.quotas.items():
-        limits = ", ".join(f"{name} {limit}" for name, limit in msgspec.to_builtins(quota).items())
-        console.print(f"{tenant}: {limits}", markup=False)
+        console.print(f"{tenant}: {_limits(quota)}", markup=False)
 
 
 @app.command()
@@ -139,6 +140,12 @@ def limit(
         if quota != Quota():
             quotas[tenant] = quota
         tables[0] = KeyTable(keys=table.keys, quotas=quotas)
+    make_console(stderr=True).print(f"{tenant}: {_limits(quota)}", markup=False)
+
+
+def _limits(quota: Quota) -> str:
+    limits = msgspec.to_builtins(quota)  # those that are set
+    return ", ".join(f"{name} {limit}" for name, limit in limits.items()) or "not limited"
 
 
 def _moment(text: str) -> datetime:

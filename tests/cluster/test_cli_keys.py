@@ -58,6 +58,11 @@ def test_days_count_from_now(run):
     assert run("list").stdout.count("(over)") == 1
 
 
+def test_a_note_is_shown_as_it_was_written(run):
+    run("add", "acme", "--note", "[bold]of[/red] x")
+    assert "[bold]of[/red] x" in run("list").stdout
+
+
 def test_scopes_are_as_asked(run):
     run("add", "ops", "--scope", "observe", "--scope", "admin", "--scope", "observe")
     assert run.table().keys[0].scopes == (Scope.OBSERVE, Scope.ADMIN)
@@ -82,7 +87,7 @@ def test_a_key_is_removed_by_its_id_and_quotas_with_the_last_one(run):
 def test_a_limit_without_a_number_lifts_the_quotas(run):
     run("add", "acme")
     run("limit", "acme", "--concurrent-requests", "2")
-    run("limit", "acme")
+    assert "acme: not limited" in run("limit", "acme").stderr
     assert run.table().quotas == {}
 
 

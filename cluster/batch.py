@@ -47,19 +47,27 @@ async def run_batch(
         OstroError: The server does not let us in or is gone, or an output cannot be written.
         OSError: The batch cannot be read.
     """
-    with closing(BatchIndex()) as index, ExitStack() as files:
-        opened = [
-            files.enter_context(
-                open_output(path, index, goes_on=batch.goes_on, drops_failed=batch.drops_failed)
-            )
-            for path in (batch.answers, batch.failures)
-            if path is not None
-        ]
-        progress.num_failed_before = index.num_failed
-        run = BatchRun(server, index, opened[0], opened[-1], progress)
-        num_bytes = batch.source.stat().st_size
-        async with shown(progress, num_bytes, console):
-            return await _until_signal(run.run(read_batch(batch.source, batch.effort)))
+    return await _until_signal(_run(batch, server, progress, console))
+
+
+async def _run(
+    batch: Batch, server: BatchServer, progress: BatchProgress, console: Console
+) -> None:
+    async with server.session() as session:
+        await server.knock(session)  # before a file is made or emptied
+        with closing(BatchIndex()) as index, ExitStack() as files:
+            opened = [
+                files.enter_context(
+                    open_output(path, index, goes_on=batch.goes_on, drops_failed=batch.drops_failed)
+                )
+                for path in (batch.answers, batch.failures)
+                if path is not None
+            ]
+            progress.num_failed_before = index.num_failed
+            run = BatchRun(server, session, index, opened[0], opened[-1], progress)
+            num_bytes = batch.source.stat().st_size
+            async with shown(progress, num_bytes, console):
+                await run.run(read_batch(batch.source, batch.effort))
 
 
 async def _until_signal(work: Coroutine[Any, Any, None]) -> bool:

@@ -56,8 +56,11 @@ class LineFault:
     message: str
 
 
-class _Line(msgspec.Struct):
+class _Id(msgspec.Struct):
     custom_id: str
+
+
+class _Line(_Id):
     url: str
     body: dict[str, Any]
     method: str = "POST"
@@ -137,11 +140,9 @@ def _set_effort(line: _Line, effort: str) -> None:
 def _custom_id(data: bytes) -> str | None:
     """The id of a line that is not as it should be, if it can be read."""
     try:
-        line = msgspec.json.decode(data)
+        return msgspec.json.decode(data, type=_Id).custom_id
     except _UNREADABLE:
         return None
-    custom_id = line.get("custom_id") if isinstance(line, dict) else None
-    return custom_id if isinstance(custom_id, str) else None
 
 
 def _fault(number: int, end: int, custom_id: str | None, code: str, why: str) -> LineFault:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sqlite3
 import uuid
 from collections.abc import Iterator
@@ -157,10 +158,12 @@ def _drop_failed(path: Path) -> None:
     """Cut the lines without an answer out; all of them or, if that goes wrong, none."""
     if not path.exists():
         return
+    path = path.resolve()  # a link stays one
     kept = path.with_name(f"{path.name}.kept")
     with _locked(path), _named(kept):
         try:
             with kept.open("wb") as file:
+                shutil.copymode(path, kept)
                 file.writelines(data for data, record in _records(path) if not record.has_failed)
                 file.flush()
                 os.fsync(file.fileno())

@@ -106,6 +106,26 @@ class BatchServer:
         ) as session:
             yield session
 
+    async def knock(self, session: aiohttp.ClientSession) -> None:
+        """Find out whether anybody is there and takes our key.
+
+        Raises:
+            OstroError: Nobody is, or not with this key.
+        """
+        timeout = aiohttp.ClientTimeout(_KNOCK_TIMEOUT_S)
+        try:
+            async with session.get(f"{self.url}/v1/models", timeout=timeout) as answer:
+                status = answer.status
+        except aiohttp.ClientSSLError as error:
+            raise OstroError(f"no TLS connection to {self.url}: {error}") from None
+        except (aiohttp.ClientError, TimeoutError):
+            raise self.unreachable() from None
+        if status in _NOT_LET_IN:
+            raise OstroError(
+                f"{self.url} answers {status}: set OSTRO_API_KEY to a key that it takes",
+                code="unauthenticated",
+            )
+
     def unreachable(self) -> NotReadyError:
         """Nothing answers there."""
         return NotReadyError(
@@ -119,6 +139,7 @@ class BatchRun:
 
     Args:
         server: Where to ask.
+        session: Connections to it.
         index: Of what was read and written.
         answers: Gets a record of each line.
         failures: Gets those of lines without an answer; it may be the same file.
@@ -128,12 +149,14 @@ class BatchRun:
     def __init__(
         self,
         server: BatchServer,
+        session: aiohttp.ClientSession,
         index: BatchIndex,
         answers: IO[bytes],
         failures: IO[bytes],
         progress: BatchProgress,
     ) -> None:
         self._server = server
+        self._session = session
         self._index = index
         self._answers = answers
         self._failures = failures
@@ -143,40 +166,17 @@ class BatchRun:
         """Ask every line that is not answered yet; when cancelled, running requests are given up.
 
         Raises:
-            OstroError: The server does not let us in or is gone, or a file cannot be written.
+            OstroError: The server is gone, or a file cannot be written.
             OSError: The batch cannot be read.
         """
-        async with self._server.session() as session:
-            await self._knock(session)
-            try:
-                async with asyncio.TaskGroup() as workers:
-                    for _ in range(self._server.concurrency):
-                        workers.create_task(self._work(session, lines))
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
-
-    async def _knock(self, session: aiohttp.ClientSession) -> None:
-        """Find out before the first line whether anybody is there and takes our key."""
         try:
-            models, timeout = (
-                f"{self._server.url}/v1/models",
-                aiohttp.ClientTimeout(_KNOCK_TIMEOUT_S),
-            )
-            async with session.get(models, timeout=timeout) as answer:
-                status = answer.status
-        except aiohttp.ClientSSLError as error:
-            raise OstroError(f"no TLS connection to {self._server.url}: {error}") from None
-        except (aiohttp.ClientError, TimeoutError):
-            raise self._server.unreachable() from None
-        if status in _NOT_LET_IN:
-            raise OstroError(
-                f"{self._server.url} answers {status}: set OSTRO_API_KEY to a key that it takes",
-                code="unauthenticated",
-            )
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(self._server.concurrency):
+                    workers.create_task(self._work(lines))
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
 
-    async def _work(
-        self, session: aiohttp.ClientSession, lines: Iterator[BatchLine | LineFault]
-    ) -> None:
+    async def _work(self, lines: Iterator[BatchLine | LineFault]) -> None:
         for read in lines:
             num_bytes = read.end - self._progress.read_bytes
             self._progress.read_bytes = read.end
@@ -190,7 +190,7 @@ class BatchRun:
                 self._write(Record(custom_id=line.custom_id, error=error))
                 await asyncio.sleep(0)
             else:
-                self._write(await self._ask(session, line))
+                self._write(await self._ask(line))
 
     def _write(self, record: Record) -> None:
         file = self._failures if record.has_failed else self._answers
@@ -204,7 +204,7 @@ class BatchRun:
         else:
             self._progress.num_done += 1
 
-    async def _ask(self, session: aiohttp.ClientSession, line: BatchLine) -> Record:
+    async def _ask(self, line: BatchLine) -> Record:
         """Ask until there is an answer that is worth writing.
 
         Raises:
@@ -215,7 +215,7 @@ class BatchRun:
         while True:
             asked_delay_s = None
             try:
-                status, headers, data = await self._post(session, line)
+                status, headers, data = await self._post(line)
             except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
                 if num_failures >= most:
                     raise self._server.unreachable() from None
@@ -232,10 +232,8 @@ class BatchRun:
             num_failures += 1
             await asyncio.sleep(self._server.retries.delay_s(num_failures, asked_delay_s))
 
-    async def _post(
-        self, session: aiohttp.ClientSession, line: BatchLine
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        async with session.post(
+    async def _post(self, line: BatchLine) -> tuple[int, Mapping[str, str], bytes]:
+        async with self._session.post(
             self._server.url + line.url,
             data=msgspec.json.encode(line.body),
             headers={"content-type": "application/json"},

@@ -56,6 +56,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
         (line(url="/v1/embeddings"), "unknown_url", "a", "/v1/messages"),
         (line(method="GET"), "unsupported_value", "a", "method"),
         (line(body={"stream": True}), "unsupported_value", "a", "stream"),
+        (line().replace(b'"x": 1', b'"x": 1e400'), "invalid_line", "a", "out of range"),
         (b"[" * 100_000 + b"\n", "invalid_line", None, "object"),
         (line()[:-2] + b', "more": ' + b"[" * 100_000 + b"\n", "invalid_json", None, "recursion"),
     ],
@@ -135,6 +136,17 @@ def test_what_is_written_is_not_asked_again(tmp_path):
     assert left_to_do(path, *lines, drops_failed=True) == ["b", "c"]
     assert path.read_bytes() == answered("a")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_a_file_without_its_failures_stays_a_link_and_as_private_as_it_was(tmp_path):
+    path, link = tmp_path / "out.jsonl", tmp_path / "link"
+    path.write_bytes(answered("a") + answered("b", 400))
+    path.chmod(0o600)
+    link.symlink_to(path)
+    assert left_to_do(link, asked(1, "a"), asked(2, "b"), drops_failed=True) == ["b"]
+    assert path.read_bytes() == answered("a")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert link.is_symlink()
 
 
 def test_a_torn_last_line_is_cut_off_and_asked_again(tmp_path):

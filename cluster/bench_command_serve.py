@@ -9,7 +9,6 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
@@ -29,7 +28,7 @@ from ostro.cluster.bench_serve import (
 )
 from ostro.cluster.bench_statistics import Slo
 from ostro.cluster.bench_stream import Target
-from ostro.cluster.cli_connection import KEY_VARIABLE
+from ostro.cluster.cli_connection import KEY_VARIABLE, base_url
 from ostro.cluster.cli_console import make_console, plain_errors, print_error
 from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 
@@ -132,8 +131,8 @@ def serve(  # noqa: PLR0913  each is an option
     fields |= {"min_tokens": new_tokens} if min_tokens else {}
     fields |= _parse_object(extra)
     first = Target(
-        name=name or server_name(url),
-        url=server_url(url),
+        name=name or base_url(url).partition("://")[2],
+        url=base_url(url),
         model=model,
         chat=api is Api.CHAT,
         new_tokens=new_tokens,
@@ -145,8 +144,8 @@ def serve(  # noqa: PLR0913  each is an option
     if beside:
         second = replace(
             first,
-            name=beside_name or server_name(beside),
-            url=server_url(beside),
+            name=beside_name or base_url(beside).partition("://")[2],
+            url=base_url(beside),
             model=beside_model or model,
             api_key=beside_api_key,
         )
@@ -176,24 +175,6 @@ def read_loads(concurrency: str | None, request_rate: str, max_in_flight: int) -
     if not loads:
         raise typer.BadParameter("neither --concurrency nor --request-rate asks for anything")
     return loads
-
-
-def server_url(text: str) -> str:
-    """A server's URL without a slash or `/v1` at its end, as people type both.
-
-    Raises:
-        typer.BadParameter: It is no URL of HTTP.
-    """
-    url = text.rstrip("/").removesuffix("/v1").rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise typer.BadParameter(f"{text!r}: must be a URL such as http://127.0.0.1:8000")
-    return url
-
-
-def server_name(text: str) -> str:
-    """What tables call a server that has no name: its address."""
-    return server_url(text).partition("://")[2]
 
 
 def report(runs: Runs, plan: LoadPlan, targets: Sequence[Target], json: Path | None) -> None:

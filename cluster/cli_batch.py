@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit
 
 import typer
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.cli_connection import api_key
+from ostro.cluster.cli_connection import DEFAULT_HTTP_URL, api_key, base_url
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 from ostro.cluster.human_numbers import format_seconds
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ostro.cluster.batch import Batch
     from ostro.cluster.batch_run import BatchServer
 
-_DEFAULT_URL = "http://127.0.0.1:8000"
 _GO_ON = "; the same command with --resume goes on"
 _EXIT_FAILED = 1
 _EXIT_INTERRUPTED = 130
@@ -34,7 +32,7 @@ def run_batch(  # noqa: PLR0913  each is an option
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Where the answers go.")],
     url: Annotated[
         str, typer.Option(metavar="URL", help="The HTTP face of the cluster.")
-    ] = _DEFAULT_URL,
+    ] = DEFAULT_HTTP_URL,
     concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests at a time.")] = 32,
     errors: Annotated[
         Path | None,
@@ -106,22 +104,6 @@ def run_batch(  # noqa: PLR0913  each is an option
         trust=https_context(read_tls(ca, cert, key)),
     )
     raise typer.Exit(_ask(batch, server))
-
-
-def base_url(url: str) -> str:
-    """The base of what a user typed; the `/v1` of an OpenAI client's base URL is taken off.
-
-    Raises:
-        ConfigError: It is no URL of HTTP.
-    """
-    try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        is_fit = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets or a port that are none
-        is_fit = False
-    if not is_fit or parts.query:
-        raise ConfigError(f"--url {url}: must be the URL of the HTTP face, as {_DEFAULT_URL}")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}"
 
 
 def _ask(batch: Batch, server: BatchServer) -> int:

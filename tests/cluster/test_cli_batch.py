@@ -28,7 +28,7 @@ from ostro.cluster.batch import Batch, run_batch
 from ostro.cluster.batch_run import BatchProgress, BatchServer, asked_delay
 from ostro.cluster.batch_view import told
 from ostro.cluster.cli import app
-from ostro.cluster.cli_batch import base_url
+from ostro.cluster.cli_connection import base_url
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.retries import Retries
@@ -296,6 +296,16 @@ def test_nobody_there_is_said_at_once(tmp_path, free_port):
     result = invoke(source, tmp_path / "out", "--url", f"127.0.0.1:{free_port()}")
     assert result.exit_code == 1
     assert "ostro serve" in result.stderr
+    assert not (tmp_path / "out").exists()  # the same command again is not in its own way
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--retry-failed"])
+def test_nothing_is_overwritten_where_nobody_is_there(tmp_path, free_port, option):
+    source, target = write(tmp_path / "in", "a"), tmp_path / "out"
+    target.write_text("my diary")
+    result = invoke(source, target, "--url", f"127.0.0.1:{free_port()}", option)
+    assert result.exit_code == 1
+    assert target.read_text() == "my diary"
 
 
 def test_a_plain_server_asked_for_tls_is_told_apart_from_none(tmp_path):
@@ -401,7 +411,7 @@ def test_overwriting_begins_anew(tmp_path):
         (["in", "out", "--errors", "out"], "different files"),
         (["in", "out", "--resume", "--overwrite"], "one of them"),
         (["in", "out", "--effort", "ultra"], "must be one of none"),
-        (["in", "out", "--url", "grpc://box"], "URL of the HTTP face"),
+        (["in", "out", "--url", "grpc://box"], "URL of an HTTP face"),
         (["in", "/dev/null"], "not a file"),
     ],
 )
@@ -428,7 +438,7 @@ def test_base_url_reads_what_people_type(url, base):
 
 @pytest.mark.parametrize("url", ["", "http://", "http://[", "http://box:port", "ftp://box"])
 def test_base_url_refuses_what_is_no_url(url):
-    with pytest.raises(ConfigError, match="--url"):
+    with pytest.raises(ConfigError, match="HTTP face"):
         base_url(url)
 
 

@@ -27,6 +27,7 @@ from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.ray_environment import prepare_environment
 from ostro.cluster.tekken import write_tekken
+from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ def _cache_dir() -> Path:
 
 
 @app.command()
+@plain_errors()
 def checkpoint(
     directory: Path,
     size: Annotated[str, typer.Option(help="mid (0.9 B parameters) or tiny.")] = "mid",
@@ -62,7 +64,10 @@ def checkpoint(
     shapes = {"mid": MID, "tiny": TINY}
     if size not in shapes:
         raise typer.BadParameter(f"{size!r}: must be one of {', '.join(shapes)}", param_hint="size")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror or error}") from None
     with _console.status(f"writing {size} to {directory}"):
         write_random_checkpoint(directory, shapes[size], seed)
         write_tekken(directory / "tekken.json", shapes[size].vocab_size)

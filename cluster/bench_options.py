@@ -10,7 +10,24 @@ import typer
 
 _Number = TypeVar("_Number", int, float)
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
+
+def _in_a_folder(path: Path | None) -> Path | None:
+    """Refuse before anything is measured what could not be written after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{path.parent}: no such folder")
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        dir_okay=False,
+        writable=True,
+        callback=_in_a_folder,
+        help="Write the figures here as JSON.",
+    ),
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")]
 Checkpoint = Annotated[Path, typer.Option("--model", help="Checkpoint directory.")]
 

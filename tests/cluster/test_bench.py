@@ -34,6 +34,12 @@ from ostro.configs.deployment import Layout
 from ostro.configs.errors import ConfigError
 
 
+def test_a_checkpoint_goes_into_no_folder_that_cannot_be_made():
+    result = CliRunner().invoke(app, ["checkpoint", "/dev/null/mid", "--size", "tiny"])
+    assert result.exit_code == 2
+    assert "error: /dev/null/mid: Not a directory" in result.stderr
+
+
 def test_figure_tells_median_and_half_the_range_over_it():
     figure = Figure("ostro", "decode", "tok/s", (8.0, 10.0, 14.0))
     assert figure.median() == 10.0

@@ -244,7 +244,9 @@ def test_answers_shorter_than_asked_are_remarked():
         (["http://h", "--token-ids", "9:3"], "FIRST:END"),
         (["http://h", "--api", "chat", "--prompt-kind", "tokens"], "text only"),
         (["http://h", "--extra", "[1]"], "JSON object"),
-        (["ftp://h"], "must be a URL"),
+        (["http://h", "--json", "/no/such/figures.json"], "no such folder"),
+        (["http://h", "--json", "/"], "is a directory"),
+        (["ftp://h"], "must be the URL of an HTTP face"),
         (["http://h", "--beside", "http://h/v1/"], "one name"),
     ],
 )

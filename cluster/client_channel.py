@@ -130,8 +130,13 @@ def parse_address(address: str) -> str:
     host, colon, port = bare.rpartition(":")
     if not colon or bare.endswith("]"):
         host, port = bare, str(DEFAULT_PORT)
-    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"{address}: must be HOST:PORT of the gRPC face, as {DEFAULT_ADDRESS}")
+    is_bare_ipv6 = ":" in host and not (host[0] == "[" and host[-1] == "]")
+    is_port = port.isdecimal() and 0 < int(port) < 65536
+    if not host or "/" in host or is_bare_ipv6 or not is_port:
+        raise ConfigError(
+            f"{address}: must be HOST:PORT of the gRPC face, as {DEFAULT_ADDRESS} or "
+            f"[::1]:{DEFAULT_PORT}"
+        )
     return f"{host}:{port}"
 
 

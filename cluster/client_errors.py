@@ -51,9 +51,13 @@ _HANDSHAKES = {
     "WRONG_VERSION_NUMBER": "it speaks plain text",
 }
 _NOBODY = "nothing answers at {}; start a cluster with `ostro serve`"
+_NAMELESS = "no host of the name in {} is known; is it spelt right?"
 _UNREACHABLE = {
     "Failed to connect to remote host": _NOBODY,
-    "resolution failed": _NOBODY,
+    "resolution failed": _NAMELESS,
+    "errors resolving": _NAMELESS,
+    "Handshake read failed": "{} hangs up on TLS; it may speak plain text, or ask for a "
+    "certificate that you did not show",
     "failed to connect to all": "{} hangs up; it may speak TLS where you do not (write https:// "
     "before the address), or ask for a certificate that you did not show",
 }

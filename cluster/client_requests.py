@@ -19,7 +19,7 @@ class Asked(TypedDict, total=False):
         effort: "none", "minimal", "low", "medium", "high", "xhigh" or "max".
         max_thinking_tokens: 0 forbids thinking.
         max_tokens: Thinking and answer together.
-        stop: Strings that end the answer.
+        stop: Strings that end the answer, or one.
         json_schema: The answer is JSON of this schema.
         options: Taken first; what is given by name overrides it.
         request_id: To act on the generation while it runs; made up if it is left out.
@@ -32,7 +32,7 @@ class Asked(TypedDict, total=False):
     temperature: float
     top_p: float
     seed: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     json_schema: str | Mapping[str, Any]
     options: pb.GenerationOptions
     request_id: str
@@ -150,8 +150,12 @@ def options_of(asked: Asked) -> pb.GenerationOptions:
     """The options of a request.
 
     Raises:
-        InvalidRequestError: A value that its field cannot hold; `param` names it.
+        InvalidRequestError: No such option, or a value that its field cannot hold; `param` names
+            it.
     """
+    for name in asked.keys() - Asked.__annotations__.keys():
+        names = ", ".join(Asked.__annotations__)
+        raise InvalidRequestError(f"{name}: no such option; there are {names}", param=name)
     options = pb.GenerationOptions()
     if "options" in asked:
         options.CopyFrom(asked["options"])
@@ -161,8 +165,9 @@ def options_of(asked: Asked) -> pb.GenerationOptions:
             _set(getattr(options, place), name, value)
     if asked.get("effort") is not None:
         _set(options.reasoning, "effort", effort_number(asked["effort"]))
-    if asked.get("stop"):
-        options.stopping.stop[:] = asked["stop"]
+    stop = asked.get("stop")
+    if stop is not None:
+        options.stopping.stop[:] = [stop] if isinstance(stop, str) else stop
     if asked.get("json_schema") is not None:
         options.output_format.json_schema = _json_text(asked["json_schema"])
     return options

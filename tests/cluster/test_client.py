@@ -189,12 +189,22 @@ def test_what_is_asked_by_name_arrives(frontend, client):
 
 @pytest.mark.parametrize(
     ("asked", "field"),
-    [({"effort": "ultra"}, "effort"), ({"max_tokens": -1}, "max_tokens"), ({"seed": "x"}, "seed")],
+    [
+        ({"effort": "ultra"}, "effort"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"seed": "x"}, "seed"),
+        ({"max_token": 5}, "max_token"),
+    ],
 )
 def test_what_no_field_can_hold_is_refused_by_name(client, asked, field):
     with pytest.raises(InvalidRequestError) as refused:
         client.chat("Hi", **asked)
     assert refused.value.param == field
+
+
+def test_one_stop_string_may_stand_alone(frontend, client):
+    client.chat("Hi", stop="END")
+    assert frontend.asked[-1].options.stop == ("END",)
 
 
 def test_a_stream_without_resume_asks_for_nothing_of_its_own(frontend, client):
@@ -502,7 +512,9 @@ def test_parse_address_reads_what_people_type(url, address):
     assert parse_address(url) == address
 
 
-@pytest.mark.parametrize("url", ["", ":9000", "http://box:8000", "box:port", "box:70000"])
+@pytest.mark.parametrize(
+    "url", ["", ":9000", "http://box:8000", "box:port", "box:70000", "::1", "fe80::1:9000"]
+)
 def test_parse_address_refuses_what_is_no_address(url):
     with pytest.raises(ConfigError, match="HOST:PORT"):
         parse_address(url)

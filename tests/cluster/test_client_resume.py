@@ -151,10 +151,29 @@ class Failed(grpc.RpcError):
 
 
 @pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:9000: Failed to "
+         "connect to remote host: Connection refused", "ostro serve"),
+        ("errors resolving box:9000: [field:hostname lookup error:address lookup failed for "
+         "box:9000: Domain name not found]", "spelt right"),
+        ("DNS resolution failed for box", "spelt right"),
+        ("failed to connect to all addresses; last error: UNAVAILABLE: ipv4:10.0.0.1:9000: "
+         "Handshake read failed (Socket closed)", "it may speak plain text"),
+        ("failed to connect to all addresses; last error: UNAVAILABLE: ipv4:10.0.0.1:9000: "
+         "Socket closed", "write https://"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_reached_is_told_with_a_way_out(text, way_out):
+    error = error_of_call(Failed(grpc.StatusCode.UNAVAILABLE, text), "box:9000")
+    assert error.code == "unreachable"
+    assert way_out in error.message
+
+
+@pytest.mark.parametrize(
     ("code", "text", "cls", "retryable"),
     [
         ("UNAVAILABLE", "Failed to connect to remote host", ConnectionLostError, True),
-        ("UNAVAILABLE", "DNS resolution failed for box", ConnectionLostError, True),
         ("UNAVAILABLE", "Socket closed", ConnectionLostError, True),
         ("INTERNAL", "Received RST_STREAM with error code 2", ConnectionLostError, True),
         ("UNKNOWN", "Stream removed", ConnectionLostError, True),

@@ -6,6 +6,7 @@ the log, the caller sees only that something broke.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,12 +141,11 @@ def in_words_of(error: OstroError, names: Mapping[str, str]) -> OstroError:
     name = error.param or ""
     if name not in names:
         return error
-    message = error.message
-    if message.startswith(name):
-        message = names[name] + message.removeprefix(name)
-    return type(error)(
-        message, code=error.code, param=names[name], retry_after_s=error.retry_after_s
-    )
+    told = copy.copy(error)
+    told.param = names[name]
+    if error.message.startswith(name):
+        told.message = names[name] + error.message.removeprefix(name)
+    return told
 
 
 def error_fields(error: OstroError) -> dict[str, object]:

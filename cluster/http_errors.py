@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -11,15 +12,28 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from ostro.actors.errors import NotFoundError, OstroError
-from ostro.cluster.error_table import answer_for, error_body, error_headers, public_error
+from ostro.cluster.error_table import (
+    answer_for,
+    error_body,
+    error_headers,
+    in_words_of,
+    public_error,
+)
 from ostro.cluster.http_body import SchemaError
 from ostro.cluster.http_routes import json_response
+from ostro.cluster.messages_fields import OWN_NAMES as MESSAGES_NAMES
 from ostro.cluster.messages_fields import message_error
 from ostro.cluster.request_id import id_headers, request_id_of
+from ostro.cluster.responses_fields import OWN_NAMES as RESPONSES_NAMES
 
 logger = logging.getLogger(__name__)
 
 _MESSAGES_PATH = "/v1/messages"
+_OWN_NAMES: dict[str, Mapping[str, str]] = {
+    _MESSAGES_PATH: MESSAGES_NAMES,
+    "/v1/responses": RESPONSES_NAMES,
+    "/v1/completions": {"top_logprobs": "logprobs"},
+}
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -47,12 +61,20 @@ def refusal(
     detail = error.detail if isinstance(error, SchemaError) else None
     status = status or (answer_for(error).http_status if detail is None else 422)
     headers = {**error_headers(error), **(headers or {})}
-    path = scope["path"]
-    if path == _MESSAGES_PATH or path.startswith(_MESSAGES_PATH + "/"):
+    route = _known_route(scope["path"])
+    if detail is None:  # what broke the schema has the body's own names
+        error = in_words_of(error, _OWN_NAMES.get(route, {}))
+    if route == _MESSAGES_PATH:
         request_id = request_id_of(scope)
         body = message_error(error, request_id)
         return json_response(body, {**headers, "request-id": request_id}, status)
     return json_response(error_body(error, detail), headers, status)
+
+
+def _known_route(path: str) -> str:
+    """The path in `_OWN_NAMES` that this one is, or is under; itself if there is none."""
+    path = path.removeprefix("/mistral")
+    return next((r for r in _OWN_NAMES if path == r or path.startswith(r + "/")), path)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

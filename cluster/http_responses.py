@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ostro.actors.errors import InvalidRequestError
-from ostro.cluster.generation import GenerationEvent
 from ostro.cluster.http_answer import GatheredAnswer
 from ostro.cluster.http_routes import V1, HttpRoutes, json_response
-from ostro.cluster.metrics import closing_events
 from ostro.cluster.model_card import check_model_name
 from ostro.cluster.responses_answer import ResponseAnswer
 from ostro.cluster.responses_fields import response_head
-from ostro.cluster.responses_request import (
-    chat_generation,
-    in_own_words,
-    prompted_chat,
-)
+from ostro.cluster.responses_request import chat_generation, prompted_chat
 from ostro.cluster.responses_schema import InputTokensRequest, ResponsesRequest
 from ostro.cluster.responses_stream import ResponseWriter
 
@@ -40,7 +31,7 @@ class ResponsesRoutes(HttpRoutes):
         chat = chat_generation(body)
         frontend = self.frontend
         head = response_head(body, chat.options, frontend.card.name)
-        events = self.watched(_told_in_own_words(frontend.chat(chat)), request)
+        events = self.watched(frontend.chat(chat), request)
         if body.stream:
             return self.stream(events, ResponseWriter(head), headers)
         answer = ResponseAnswer(head)
@@ -52,20 +43,6 @@ class ResponsesRoutes(HttpRoutes):
         chat = prompted_chat(body)
         frontend = self.frontend
         check_model_name(frontend.card, body.model)
-        try:
-            tokens = await frontend.tokenize_chat(chat.messages, chat.tools, chat.options.effort)
-        except InvalidRequestError as error:
-            raise in_own_words(error) from error
+        tokens = await frontend.tokenize_chat(chat.messages, chat.tools, chat.options.effort)
         counted = {"object": "response.input_tokens", "input_tokens": len(tokens)}
         return json_response(counted, headers)
-
-
-async def _told_in_own_words(
-    events: AsyncIterator[GenerationEvent],
-) -> AsyncGenerator[GenerationEvent, None]:
-    try:
-        async with closing_events(events) as source:
-            async for event in source:
-                yield event
-    except InvalidRequestError as error:
-        raise in_own_words(error) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.error_table import answer_for, in_words_of, public_message
+from ostro.cluster.error_table import answer_for, public_message
 from ostro.cluster.generation import Finished, Started
 from ostro.cluster.messages_request import CALL_ID_PREFIX
 
@@ -25,13 +25,14 @@ _ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
 }
-# Names that the one request model has from the other dialect.
-_OWN_NAMES = {
+# Names that the one request model has from another dialect.
+OWN_NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "thinking_token_budget": "thinking.budget_tokens",
@@ -81,13 +82,12 @@ def tool_use_fields(call_id: str, name: str) -> Json:
 
 def message_error(error: OstroError, request_id: str) -> Json:
     """The error body of this dialect; `details` has what its four words cannot say."""
-    told = in_words_of(error, _OWN_NAMES)
     return {
         "type": "error",
         "error": {
-            "type": _ERROR_TYPES.get(answer_for(told).http_status, "api_error"),
-            "message": public_message(told),
-            "details": {"error_code": told.code, "param": told.param},
+            "type": _ERROR_TYPES.get(answer_for(error).http_status, "api_error"),
+            "message": public_message(error),
+            "details": {"error_code": error.code, "param": error.param},
         },
         "request_id": request_id,
     }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ostro.actors.errors import OstroError
+from ostro.cluster.error_table import in_words_of
 from ostro.cluster.generation import (
     Finished,
     GenerationEvent,
@@ -19,6 +20,7 @@ from ostro.cluster.generation import (
     ToolCallDone,
 )
 from ostro.cluster.messages_fields import (
+    OWN_NAMES,
     SIGNATURE,
     Json,
     head,
@@ -58,7 +60,8 @@ class MessageEventWriter:
 
     def failure(self, error: OstroError) -> bytes:
         """The last chunk of a stream that failed after it began."""
-        return _event("error", message_error(error, self._request_id))
+        told = in_words_of(error, OWN_NAMES)
+        return _event("error", message_error(told, self._request_id))
 
     def _start(self, event: Started) -> bytes:
         usage = input_usage(event.num_prompt_tokens, event.num_cached_tokens)

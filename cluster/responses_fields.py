@@ -5,11 +5,17 @@ from __future__ import annotations
 import time
 
 from ostro.actors.errors import InvalidRequestError, OstroError, OverloadedError
-from ostro.cluster.error_table import error_fields
+from ostro.cluster.error_table import error_fields, in_words_of
 from ostro.cluster.generation import GenerationOptions, Usage
 from ostro.cluster.openai_fields import Json
 from ostro.cluster.responses_schema import FlatTool, ResponsesRequest
 
+# Names that the one request model has from another dialect.
+OWN_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+}
 _STATUSES = {"length": "incomplete", "model_length": "incomplete", "cancelled": "cancelled"}
 
 
@@ -76,7 +82,7 @@ def response_error(error: OstroError) -> Json:
         code = "invalid_prompt"
     elif isinstance(error, OverloadedError):
         code = "rate_limit_exceeded"
-    return {**error_fields(error), "code": code}
+    return {**error_fields(in_words_of(error, OWN_NAMES)), "code": code}
 
 
 def _format_fields(body: ResponsesRequest) -> Json:

@@ -11,8 +11,7 @@ import uuid
 from dataclasses import replace
 from typing import NoReturn
 
-from ostro.actors.errors import InvalidRequestError, OstroError
-from ostro.cluster.error_table import in_words_of
+from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import (
     AnswerFormat,
     ChatGeneration,
@@ -30,12 +29,6 @@ from ostro.cluster.responses_schema import (
 )
 
 _NOT_STORED = "nothing is stored: send the whole conversation in input"
-# What the shared request model calls the fields that this dialect names otherwise.
-_OWN_NAMES = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "reasoning_effort": "reasoning.effort",
-}
 
 
 def chat_generation(body: ResponsesRequest) -> ChatGeneration:
@@ -98,11 +91,6 @@ def prompted_chat(body: InputTokensRequest) -> ChatGeneration:
             answer_format=_answer_format(body),
         ),
     )
-
-
-def in_own_words(error: InvalidRequestError) -> OstroError:
-    """A refusal of the shared request model, with the names that this dialect's callers know."""
-    return in_words_of(error, _OWN_NAMES)
 
 
 def _refuse(param: str, why: str) -> NoReturn:

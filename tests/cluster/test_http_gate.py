@@ -281,6 +281,14 @@ def test_more_max_tokens_than_the_tenant_may_have_are_refused(shared):
     assert (error["code"], error["param"]) == ("above_quota", "max_tokens")
 
 
+def test_more_max_tokens_than_the_tenant_may_have_are_refused_in_the_dialects_words(shared):
+    body = {"input": "Hi.", "max_output_tokens": MAX_TOKENS + 1}
+    answer = shared.post("/mistral/v1/responses", json=body, headers=bearer(LIMITED))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "max_output_tokens")
+    assert error["message"].startswith("max_output_tokens=")
+
+
 def test_a_quota_that_is_used_up_is_429_with_the_time_to_wait():
     used_up = QuotaError("used up", param="tokens_per_minute", retry_after_s=12.3)
     with face(ScriptedFrontend(used_up)) as client:

@@ -24,6 +24,7 @@ from scripted_frontend import (
 from ostro.actors.errors import (
     CheckpointError,
     DeadlineError,
+    InvalidRequestError,
     NotReadyError,
     OverloadedError,
     ShardLostError,
@@ -356,6 +357,16 @@ def test_the_mistral_client_reads_error_bodies(model, status):
     ):
         client.chat.complete(model=model, messages=HELLO)
     assert told.value.status_code == status
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/mistral/v1/completions"])
+def test_a_completion_is_refused_by_the_name_of_its_own_field(path):
+    error = InvalidRequestError("top_logprobs must be at most 20", param="top_logprobs")
+    with face(ScriptedFrontend(error)) as http:
+        told = http.post(path, json={"prompt": "Hi", "logprobs": 21}).json()["error"]
+        chat = http.post("/v1/chat/completions", json=CHAT).json()["error"]
+    assert (told["param"], told["message"]) == ("logprobs", "logprobs must be at most 20")
+    assert chat["param"] == "top_logprobs"
 
 
 def test_a_schema_error_lists_its_fields():

@@ -231,6 +231,15 @@ def test_unknown_fields_are_named_or_refused():
     assert refused.json()["error"]["details"]["param"] == "context_management"
 
 
+def test_an_unknown_field_of_another_dialect_is_refused_under_its_own_name():
+    body = ASKED | {"stop": ["x"], "strict": True}  # `stop` is what the request model says
+    with face(ScriptedFrontend()) as http:
+        refused = http.post("/v1/messages", json=body)
+    error = refused.json()["error"]
+    assert (refused.status_code, error["details"]["param"]) == (422, "stop")
+    assert error["message"] == "stop: no such field is known"
+
+
 def test_sealed_thinking_is_named_as_of_no_effect():
     sealed = {"type": "redacted_thinking", "data": "EqQB"}
     turn = {"role": "assistant", "content": [sealed, {"type": "text", "text": "Hi."}]}

@@ -7,8 +7,10 @@ import base64
 import pytest
 
 from ostro.actors.errors import InvalidRequestError
+from ostro.cluster.error_table import in_words_of
 from ostro.cluster.generation import ChatGeneration, Constraint, ToolChoice
-from ostro.cluster.responses_request import chat_generation, in_own_words
+from ostro.cluster.responses_fields import OWN_NAMES
+from ostro.cluster.responses_request import chat_generation
 from ostro.cluster.responses_schema import ResponsesRequest
 
 PIXEL = "data:image/png;base64," + base64.b64encode(b"png").decode()
@@ -169,5 +171,5 @@ def test_parallel_calls_can_be_forbidden() -> None:
 def test_refusals_are_told_in_the_words_of_the_dialect(
     param, message, own_param, own_message
 ) -> None:
-    told = in_own_words(InvalidRequestError(message, code="odd", param=param))
+    told = in_words_of(InvalidRequestError(message, code="odd", param=param), OWN_NAMES)
     assert (told.param, told.message, told.code) == (own_param, own_message, "odd")

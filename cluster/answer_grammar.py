@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NoReturn
 
 import msgspec
 from llguidance import LLMatcher
@@ -33,6 +32,7 @@ from ostro.cluster.generation import (
     ToolChoice,
 )
 from ostro.cluster.prompt import PromptBuilder, SpecialTokens
+from ostro.cluster.refusals import refuse
 
 _COMPILE_TIMEOUT_S = 10.0
 # Blanks between the parts of JSON: one, or a new line and its indent. Were any allowed, a model
@@ -119,7 +119,7 @@ class AnswerGrammars:
             matcher = self._compiled(params.text)
         except GrammarError as error:
             self._blame(parts)
-            _refuse(parts[0].where if len(parts) == 1 else "tools", error.message)
+            refuse(parts[0].where if len(parts) == 1 else "tools", error.message)
         try:
             AnswerGrammar(matcher, params)
         except GrammarError as error:
@@ -131,7 +131,7 @@ class AnswerGrammars:
             try:
                 self._compiled(_joined([f"start: @{part.name}"], [part]))
             except GrammarError as error:
-                _refuse(part.where, error.message)
+                refuse(part.where, error.message)
 
     def _compiled(self, text: str) -> LLMatcher:
         compiling: Future[LLMatcher] = self._compiler.compile(text)
@@ -144,11 +144,11 @@ class AnswerGrammars:
 
 def _check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
     if choice.mode not in ("auto", "none", "required"):
-        _refuse("tool_choice", "must be 'auto', 'none', 'required' or a function")
+        refuse("tool_choice", "must be 'auto', 'none', 'required' or a function")
     if choice.mode == "required" and not tools:
-        _refuse("tool_choice", "no tools are on offer that could be called")
+        refuse("tool_choice", "no tools are on offer that could be called")
     if choice.name is not None and choice.name not in {tool.name for tool in tools}:
-        _refuse("tool_choice", f"no tool on offer is named {choice.name[:100]!r}")
+        refuse("tool_choice", f"no tool on offer is named {choice.name[:100]!r}")
 
 
 def _call_parts(chat: ChatGeneration) -> Iterator[_Part]:
@@ -195,7 +195,7 @@ def _answer_rules(answer: AnswerFormat, name: str = "start") -> list[str]:
 def _answer_part(answer: AnswerFormat) -> _Part:
     where = answer.where
     if len(answer.text) > MAX_GRAMMAR_BYTES:
-        _refuse(where, f"takes at most {MAX_GRAMMAR_BYTES} bytes")
+        refuse(where, f"takes at most {MAX_GRAMMAR_BYTES} bytes")
     match answer.constraint:
         case Constraint.JSON_OBJECT:
             body = _json_body(_ANY_OBJECT, where)
@@ -212,14 +212,14 @@ def _schema(text: str, where: str) -> dict[str, object]:
     try:
         return msgspec.json.decode(text, type=dict[str, object])
     except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
-        _refuse(where, f"must be a JSON Schema, an object of JSON ({str(error)[:100]})")
+        refuse(where, f"must be a JSON Schema, an object of JSON ({str(error)[:100]})")
 
 
 def _arguments_schema(tool: Tool, where: str) -> dict[str, object]:
     """A schema of arguments; those that it does not name are not taken, unless it says so."""
     schema = {"type": "object", **tool.parameters}
     if schema["type"] != "object":
-        _refuse(where, "must have type 'object'")
+        refuse(where, "must have type 'object'")
     return schema if _OPENS & schema.keys() else {**schema, "additionalProperties": False}
 
 
@@ -227,7 +227,7 @@ def _json_body(schema: dict[str, object], where: str) -> dict[str, object]:
     """A schema with our default for blanks; callers may set llguidance's options themselves."""
     options = schema.get("x-guidance", {})
     if not isinstance(options, dict):
-        _refuse(where, "x-guidance must be an object")
+        refuse(where, "x-guidance must be an object")
     return {
         "json_schema": {**schema, "x-guidance": {"whitespace_pattern": _JSON_BLANKS, **options}}
     }
@@ -237,7 +237,7 @@ def _regex_body(expression: str, where: str) -> dict[str, object]:
     try:
         (grammar,) = json.loads(LLMatcher.grammar_from_regex(expression))["grammars"]
     except UnicodeEncodeError:
-        _refuse(where, "is not valid Unicode text")
+        refuse(where, "is not valid Unicode text")
     return {"lark_grammar": grammar["lark_grammar"]}
 
 
@@ -246,8 +246,4 @@ def _joined(rules: Sequence[str], parts: Sequence[_Part]) -> str:
     try:
         return json.dumps({"grammars": [lark, *({"name": p.name, **p.body} for p in parts)]})
     except RecursionError:
-        _refuse(parts[0].where, "is too deep")
-
-
-def _refuse(where: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{where}: {why}", code="unsupported_value", param=where)
+        refuse(parts[0].where, "is too deep")

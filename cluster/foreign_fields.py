@@ -6,7 +6,7 @@ They are refused with the way out. What is unknown besides only gets named to th
 from __future__ import annotations
 
 from ostro.actors.errors import InvalidRequestError
-from ostro.cluster.openai_schema import SamplingFields
+from ostro.cluster.openai_schema import CompletionFields
 
 _EFFORT = "use reasoning_effort"
 _BUDGET = "use thinking_token_budget"
@@ -31,7 +31,7 @@ _WAYS_OUT = {
 }
 
 
-def refuse_foreign_fields(body: SamplingFields) -> None:
+def refuse_foreign_fields(body: CompletionFields) -> None:
     """Let no field pass that asks for another answer.
 
     Raises:

@@ -137,7 +137,6 @@ class ChatMessage:
         thinking_closed: Of a prefix without text: the thinking is over, the answer comes next.
         tool_calls: Assistant only.
         tool_call_id: Tool only: the call this answers.
-        tool_name: Tool only, if known.
         prefix: Last assistant message only: the answer continues this text.
         where: Its place in the request, as its caller knows it; "" for `messages` and its index.
     """
@@ -149,7 +148,6 @@ class ChatMessage:
     thinking_closed: bool = False
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
-    tool_name: str | None = None
     prefix: bool = False
     where: str = ""
 

@@ -7,7 +7,6 @@ name it as HTTP callers know it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import msgspec
 
@@ -27,6 +26,7 @@ from ostro.cluster.generation import (
 from ostro.cluster.grpc_answer import EFFORT_NUMBERS
 from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_request import short_call_id
+from ostro.cluster.refusals import refuse
 from ostro.protos import generation_pb2 as pb
 
 _ROLES = {
@@ -53,7 +53,7 @@ def effort_name(effort: int) -> str | None:
     if effort == pb.REASONING_EFFORT_UNSPECIFIED:
         return None
     if effort not in _EFFORTS:
-        _refuse("options.reasoning.effort", f"no effort has the number {effort}")
+        refuse("options.reasoning.effort", f"no effort has the number {effort}")
     return _EFFORTS[effort]
 
 
@@ -80,7 +80,7 @@ def text_generation(request: pb.StreamGenerateRequest) -> TextGeneration:
     """
     which = request.WhichOneof("prompt")
     if which is None:
-        _refuse("prompt", "send text or tokens")
+        refuse("prompt", "send text or tokens")
     return TextGeneration(
         model=request.model,
         prompts=(request.text if which == "text" else tuple(request.tokens.ids),),
@@ -91,11 +91,10 @@ def text_generation(request: pb.StreamGenerateRequest) -> TextGeneration:
 def conversation_messages(conversation: pb.Conversation) -> tuple[ChatMessage, ...]:
     """The messages of a conversation with at least one."""
     if not conversation.messages:
-        _refuse("conversation.messages", "at least one message is needed")
-    names = {call.id: call.name for m in conversation.messages for call in m.tool_calls}
+        refuse("conversation.messages", "at least one message is needed")
     last = len(conversation.messages) - 1
     return tuple(
-        _chat_message(message, f"conversation.messages[{i}]", names, is_last=i == last)
+        _chat_message(message, f"conversation.messages[{i}]", is_last=i == last)
         for i, message in enumerate(conversation.messages)
     )
 
@@ -105,31 +104,24 @@ def tools_on_offer(tools: Sequence[pb.Tool]) -> tuple[Tool, ...]:
     return tuple(_tool(tool, f"conversation.tools[{i}]") for i, tool in enumerate(tools))
 
 
-def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
-
-
-def _chat_message(
-    message: pb.Message, path: str, names: dict[str, str], *, is_last: bool
-) -> ChatMessage:
+def _chat_message(message: pb.Message, path: str, *, is_last: bool) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
-        _refuse(f"{path}.role", "must be SYSTEM, USER, ASSISTANT or TOOL")
+        refuse(f"{path}.role", "must be SYSTEM, USER, ASSISTANT or TOOL")
     thinking, text, images = _content(message, path, role)
     if role == "tool":
         if not message.tool_call_id:
-            _refuse(f"{path}.tool_call_id", "a tool message must name the call it answers")
+            refuse(f"{path}.tool_call_id", "a tool message must name the call it answers")
         return ChatMessage(
             role=role,
             text=text,
             images=images,
             tool_call_id=short_call_id(message.tool_call_id),
-            tool_name=names.get(message.tool_call_id),
         )
     if message.prefix and (role != "assistant" or not is_last):
-        _refuse(f"{path}.prefix", "only the last message can be continued, an assistant's")
+        refuse(f"{path}.prefix", "only the last message can be continued, an assistant's")
     if message.tool_calls and role != "assistant":
-        _refuse(f"{path}.tool_calls", "only an assistant calls tools")
+        refuse(f"{path}.tool_calls", "only an assistant calls tools")
     return ChatMessage(
         role=role,
         text=text,
@@ -160,7 +152,7 @@ def _content(message: pb.Message, path: str, role: str) -> tuple[str, str, tuple
         elif which == "image":
             images.append(_image(part.image, where, num_chars))
         else:
-            _refuse(where, f"a part with {which or 'nothing'} in it is not taken here")
+            refuse(where, f"a part with {which or 'nothing'} in it is not taken here")
     return "".join(thinking), "".join(text), tuple(images)
 
 
@@ -183,7 +175,7 @@ def _tool(tool: pb.Tool, path: str) -> Tool:
 
 def _tool_choice(choice: pb.ToolChoice) -> ToolChoice:
     if choice.mode not in _TOOL_MODES:
-        _refuse("conversation.tool_choice.mode", f"no mode has the number {choice.mode}")
+        refuse("conversation.tool_choice.mode", f"no mode has the number {choice.mode}")
     name = choice.name or None
     return ToolChoice(
         mode="required" if name else _TOOL_MODES[choice.mode],
@@ -203,7 +195,7 @@ def _answer_format(output: pb.OutputFormat) -> AnswerFormat | None:
 
 def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOptions:
     if options.logprobs.prompt:
-        _refuse("options.logprobs.prompt", "logprobs of prompt tokens are not served")
+        refuse("options.logprobs.prompt", "logprobs of prompt tokens are not served")
     reasoning, sampling, stopping = options.reasoning, options.sampling, options.stopping
     budget = reasoning.max_thinking_tokens
     return GenerationOptions(

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from ostro.actors.errors import InvalidRequestError, SlowBodyError, TooLargeError
-from ostro.cluster.openai_schema import Wire, fields_without_effect, unknown_fields
+from ostro.cluster.wire_schema import RequestBody, ignored_fields
 from ostro.configs.deployment import ServingConfig
 
-Body = TypeVar("Body", bound=Wire)
+Body = TypeVar("Body", bound=RequestBody)
 
 _LARGE_BYTES = 2**18  # above it (about 1 ms of work) parsing leaves the event loop
 _MAX_SHOWN_CHARS = 100
@@ -76,11 +76,10 @@ def _parse(data: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         body = kind.model_validate(value)
     except ValidationError as error:
         raise _schema_error(error) from None
-    ignored = dict.fromkeys(unknown_fields(body), "no such field is known")
-    ignored |= dict.fromkeys(fields_without_effect(body), "this has no effect here")
+    ignored = ignored_fields(body)
     if not ignored:
         return body, {}
-    if getattr(body, "strict", False):
+    if body.strict:
         raise _ignored_error(ignored)
     shown = [_NOT_A_FIELD_NAME.sub("?", name)[:_MAX_SHOWN_CHARS] for name in ignored]
     return body, {"x-ignored-fields": ", ".join(shown[:_MAX_SHOWN_FIELDS])}

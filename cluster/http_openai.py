@@ -18,9 +18,9 @@ from ostro.cluster.openai_fields import AnswerStyle, Json, ThinkingForm
 from ostro.cluster.openai_request import chat_generation, text_generation
 from ostro.cluster.openai_schema import (
     ChatCompletionRequest,
+    CompletionFields,
     CompletionRequest,
     ControlBody,
-    SamplingFields,
 )
 from ostro.cluster.openai_stream import ChatEventWriter, TextEventWriter
 from ostro.cluster.tracing import TEXT_COMPLETION
@@ -93,7 +93,7 @@ def _thinking_form(asked: str | None, request: Request) -> ThinkingForm:
     return ThinkingForm.CHUNKS if is_mistral else ThinkingForm.FIELDS
 
 
-def _style(body: SamplingFields, form: ThinkingForm, *, logprobs: bool) -> AnswerStyle:
+def _style(body: CompletionFields, form: ThinkingForm, *, logprobs: bool) -> AnswerStyle:
     options = body.stream_options
     return AnswerStyle(
         form=form,

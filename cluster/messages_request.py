@@ -10,7 +10,6 @@ import json
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import (
@@ -34,10 +33,9 @@ from ostro.cluster.messages_schema import (
     MessagesRequest,
 )
 from ostro.cluster.openai_request import short_call_id
+from ostro.cluster.refusals import present, refuse
 
 CALL_ID_PREFIX = "toolu_"
-
-_T = TypeVar("_T")
 
 _THINKING_EFFORT = "high"  # what the dialect takes for granted where thinking is asked for
 _TOOL_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}
@@ -88,16 +86,15 @@ def conversation(body: CountTokensRequest) -> tuple[ChatMessage, ...]:
     messages = []
     if body.system:
         messages.append(_system_message(body.system, "system"))
-    tool_names: dict[str, str] = {}
     last = len(body.messages) - 1
     for i, message in enumerate(body.messages):
         where = f"messages[{i}]"
         if message.role == "system":
             messages.append(_system_message(message.content, f"{where}.content"))
         elif message.role == "assistant":
-            messages.append(_assistant_message(message, where, tool_names, is_last=i == last))
+            messages.append(_assistant_message(message, where, is_last=i == last))
         else:
-            messages += _user_messages(message, where, tool_names)
+            messages += _user_messages(message, where)
     return tuple(messages)
 
 
@@ -108,8 +105,8 @@ def tools_on_offer(tools: Sequence[CustomTool]) -> tuple[Tool, ...]:
         where = f"tools[{i}]"
         if tool.type not in (None, "custom"):
             kind = str(tool.type)[:40]
-            _refuse(where, f"{kind!r} is a tool of Anthropic's: only custom tools are served")
-        schema = _present(tool.input_schema, f"{where}.input_schema")
+            refuse(where, f"{kind!r} is a tool of Anthropic's: only custom tools are served")
+        schema = present(tool.input_schema, f"{where}.input_schema")
         offered.append(
             Tool(
                 name=tool.name,
@@ -136,7 +133,7 @@ def reasoning(body: CountTokensRequest) -> Reasoning:
     budget = None
     if thinking.type == "enabled":
         where = "thinking.budget_tokens"
-        budget = _present(thinking.budget_tokens, where)
+        budget = present(thinking.budget_tokens, where)
         if budget < 1:
             raise InvalidRequestError(f"{where} must be a whole number of at least 1", param=where)
     return Reasoning(
@@ -155,12 +152,12 @@ class _Content:
 
     def add(self, block: Block, where: str) -> None:
         if block.type == "text":
-            self.text += _present(block.text, f"{where}.text")
+            self.text += present(block.text, f"{where}.text")
         elif block.type == "image":
-            source = _present(block.source, f"{where}.source")
+            source = present(block.source, f"{where}.source")
             self.images.append(_image(source, where, at=len(self.text)))
         else:
-            _refuse(where, f"blocks of type {block.type[:40]!r} are not served in this place")
+            refuse(where, f"blocks of type {block.type[:40]!r} are not served in this place")
 
     def message(self, role: str, where: str) -> ChatMessage:
         return ChatMessage(role=role, text=self.text, images=tuple(self.images), where=where)
@@ -177,14 +174,12 @@ def _system_message(content: str | Sequence[Block], where: str) -> ChatMessage:
     texts = []
     for block, place in _blocks(content, where):
         if block.type != "text":
-            _refuse(place, "a system prompt is of text blocks")
-        texts.append(_present(block.text, f"{place}.text"))
+            refuse(place, "a system prompt is of text blocks")
+        texts.append(present(block.text, f"{place}.text"))
     return ChatMessage(role="system", text="\n\n".join(texts), where=where)
 
 
-def _user_messages(
-    message: MessageIn, where: str, tool_names: dict[str, str]
-) -> Iterable[ChatMessage]:
+def _user_messages(message: MessageIn, where: str) -> Iterable[ChatMessage]:
     """The results among the blocks, and the text and images between them."""
     said: _Content | None = None
     for block, place in _blocks(message.content, f"{where}.content"):
@@ -195,13 +190,13 @@ def _user_messages(
         if said is not None:
             yield said.message("user", where)
             said = None
-        yield _tool_message(block, place, tool_names)
+        yield _tool_message(block, place)
     if said is not None or not message.content:
         yield (said or _Content()).message("user", where)
 
 
-def _tool_message(block: Block, where: str, tool_names: dict[str, str]) -> ChatMessage:
-    call_id = _present(block.tool_use_id, f"{where}.tool_use_id")
+def _tool_message(block: Block, where: str) -> ChatMessage:
+    call_id = present(block.tool_use_id, f"{where}.tool_use_id")
     # The model's format has no place for a failure but the text.
     result = _Content("Error: " if block.is_error else "")
     for inner, place in _blocks(block.content or "", f"{where}.content"):
@@ -211,25 +206,21 @@ def _tool_message(block: Block, where: str, tool_names: dict[str, str]) -> ChatM
         text=result.text,
         images=tuple(result.images),
         tool_call_id=_call_id(call_id),
-        tool_name=tool_names.get(call_id),
         where=where,
     )
 
 
-def _assistant_message(
-    message: MessageIn, where: str, tool_names: dict[str, str], *, is_last: bool
-) -> ChatMessage:
+def _assistant_message(message: MessageIn, where: str, *, is_last: bool) -> ChatMessage:
     said = _Content()
     thinking: list[str] = []
     calls: list[ToolCall] = []
     for block, place in _blocks(message.content, f"{where}.content"):
         if block.type == "thinking":
-            thinking.append(_present(block.thinking, f"{place}.thinking"))
+            thinking.append(present(block.thinking, f"{place}.thinking"))
         elif block.type == "redacted_thinking":
             continue  # sealed by another server: nobody here can read it
         elif block.type == "tool_use":
             calls.append(_tool_call(block, place))
-            tool_names[_present(block.id, f"{place}.id")] = calls[-1].name
         else:
             said.add(block, place)
     return ChatMessage(
@@ -246,9 +237,9 @@ def _assistant_message(
 
 def _tool_call(block: Block, where: str) -> ToolCall:
     return ToolCall(
-        call_id=_call_id(_present(block.id, f"{where}.id")),
-        name=_present(block.name, f"{where}.name"),
-        arguments=json.dumps(_present(block.input, f"{where}.input"), ensure_ascii=False),
+        call_id=_call_id(present(block.id, f"{where}.id")),
+        name=present(block.name, f"{where}.name"),
+        arguments=json.dumps(present(block.input, f"{where}.input"), ensure_ascii=False),
     )
 
 
@@ -258,18 +249,18 @@ def _call_id(call_id: str) -> str:
 
 def _image(source: ImageSource, where: str, *, at: int) -> ImageFile:
     if source.type == "url":
-        return image_of_uri(_present(source.url, f"{where}.source.url"), where, at=at)
+        return image_of_uri(present(source.url, f"{where}.source.url"), where, at=at)
     if source.type != "base64":
         kind = source.type[:40]
-        _refuse(where, f"images of source {kind!r} are not served: send type 'base64'")
-    return ImageFile(data=_present(source.data, f"{where}.source.data"), where=where, at=at)
+        refuse(where, f"images of source {kind!r} are not served: send type 'base64'")
+    return ImageFile(data=present(source.data, f"{where}.source.data"), where=where, at=at)
 
 
 def _tool_choice(body: MessagesRequest) -> ToolChoice:
     choice = body.tool_choice
     if choice is None:
         return ToolChoice()
-    name = _present(choice.name, "tool_choice.name") if choice.type == "tool" else None
+    name = present(choice.name, "tool_choice.name") if choice.type == "tool" else None
     return ToolChoice(
         mode=_TOOL_CHOICES[choice.type], name=name, parallel=not choice.disable_parallel_tool_use
     )
@@ -283,13 +274,3 @@ def _answer_format(body: MessagesRequest) -> AnswerFormat | None:
         text=json.dumps(body.output_config.format.schema_, ensure_ascii=False),
         where="output_config.format",
     )
-
-
-def _present(value: _T | None, where: str) -> _T:
-    if value is None:
-        raise InvalidRequestError(f"{where} is missing", param=where)
-    return value
-
-
-def _refuse(where: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{where}: {why}", code="unsupported_value", param=where)

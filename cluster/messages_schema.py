@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ostro.cluster.openai_schema import Wire
+from ostro.cluster.wire_schema import RequestBody, Wire
 
 
 class ImageSource(Wire):
@@ -98,7 +98,7 @@ class Metadata(Wire):
     user_id: str | None = None
 
 
-class CountTokensRequest(Wire):
+class CountTokensRequest(RequestBody):
     """Body of POST /v1/messages/count_tokens: what makes a prompt."""
 
     model: str
@@ -108,7 +108,6 @@ class CountTokensRequest(Wire):
     tool_choice: ToolChoiceIn | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    strict: bool | None = None
     # Accepted and without effect.
     cache_control: dict[str, object] | None = None
 

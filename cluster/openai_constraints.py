@@ -6,22 +6,21 @@
 from __future__ import annotations
 
 import json
-from typing import NoReturn
 
-from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import AnswerFormat, Constraint, Tool, ToolChoice
 from ostro.cluster.openai_schema import (
     ChatCompletionRequest,
+    CompletionFields,
     ResponseFormat,
-    SamplingFields,
     StructuredOutputs,
 )
+from ostro.cluster.refusals import refuse
 
 _MODES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
 _KNOWN_MODES = "must be 'auto', 'none', 'required', 'any', a function or allowed_tools"
 
 
-def answer_format(body: SamplingFields) -> AnswerFormat | None:
+def answer_format(body: CompletionFields) -> AnswerFormat | None:
     """The form that the answer must have; None leaves it free.
 
     Raises:
@@ -29,12 +28,12 @@ def answer_format(body: SamplingFields) -> AnswerFormat | None:
     """
     for name in body.model_extra or ():
         if name.startswith("guided_"):
-            _refuse(name, f"use structured_outputs.{name.removeprefix('guided_')}")
+            refuse(name, f"use structured_outputs.{name.removeprefix('guided_')}")
     response = None if body.response_format is None else _response_format(body.response_format)
     if body.structured_outputs is None:
         return response
     if response is not None:
-        _refuse("structured_outputs", "does not go with response_format: send one of them")
+        refuse("structured_outputs", "does not go with response_format: send one of them")
     return _structured_outputs(body.structured_outputs)
 
 
@@ -48,13 +47,13 @@ def tool_choice(body: ChatCompletionRequest) -> ToolChoice:
     parallel = body.parallel_tool_calls is not False
     if isinstance(choice, str):
         if choice not in _MODES:
-            _refuse("tool_choice", _KNOWN_MODES)
+            refuse("tool_choice", _KNOWN_MODES)
         return ToolChoice(mode=_MODES[choice], parallel=parallel)
     if choice.get("type", "function") == "function":
         return ToolChoice(mode="required", name=_function_name(choice), parallel=parallel)
     mode = _allowed(choice).get("mode")
     if mode not in ("auto", "required"):
-        _refuse("tool_choice.allowed_tools.mode", "must be 'auto' or 'required'")
+        refuse("tool_choice.allowed_tools.mode", "must be 'auto' or 'required'")
     return ToolChoice(mode=str(mode), parallel=parallel)
 
 
@@ -69,18 +68,18 @@ def allowed_tools(body: ChatCompletionRequest, tools: tuple[Tool, ...]) -> tuple
         return tools
     allowed = _allowed(choice).get("tools")
     if not isinstance(allowed, list) or not allowed:
-        _refuse("tool_choice.allowed_tools.tools", "must be a list of functions")
+        refuse("tool_choice.allowed_tools.tools", "must be a list of functions")
     names = {_function_name(function) for function in allowed}
     unknown = sorted(names - {tool.name for tool in tools})
     if unknown:
-        _refuse("tool_choice.allowed_tools.tools", f"{unknown[0][:100]!r} is not on offer")
+        refuse("tool_choice.allowed_tools.tools", f"{unknown[0][:100]!r} is not on offer")
     return tuple(tool for tool in tools if tool.name in names)
 
 
 def _allowed(choice: dict[str, object]) -> dict[str, object]:
     allowed = choice.get("allowed_tools")
     if choice["type"] != "allowed_tools" or not isinstance(allowed, dict):
-        _refuse("tool_choice", _KNOWN_MODES)
+        refuse("tool_choice", _KNOWN_MODES)
     return allowed
 
 
@@ -88,7 +87,7 @@ def _function_name(choice: object) -> str:
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        _refuse("tool_choice", "a function is named by {'type': 'function', 'function': {'name'}}")
+        refuse("tool_choice", "a function is named by {'type': 'function', 'function': {'name'}}")
     return name
 
 
@@ -98,17 +97,17 @@ def _response_format(response: ResponseFormat) -> AnswerFormat | None:
     if response.type == "json_object":
         return AnswerFormat(constraint=Constraint.JSON_OBJECT)
     if response.type != "json_schema":
-        _refuse("response_format.type", "must be 'text', 'json_object' or 'json_schema'")
+        refuse("response_format.type", "must be 'text', 'json_object' or 'json_schema'")
     where = "response_format.json_schema.schema"
     if response.json_schema is None or response.json_schema.schema_ is None:
-        _refuse(where, "is missing")
+        refuse(where, "is missing")
     return _json_schema(response.json_schema.schema_, where)
 
 
 def _structured_outputs(asked: StructuredOutputs) -> AnswerFormat:
     path = "structured_outputs"
     for name in asked.model_extra or ():
-        _refuse(f"{path}.{name[:100]}", "not served")
+        refuse(f"{path}.{name[:100]}", "not served")
     found: list[AnswerFormat] = []
     if asked.json_ is not None:
         found.append(_json_schema(asked.json_, f"{path}.json"))
@@ -123,7 +122,7 @@ def _structured_outputs(asked: StructuredOutputs) -> AnswerFormat:
         where = f"{path}.json_object"
         found.append(AnswerFormat(constraint=Constraint.JSON_OBJECT, where=where))
     if len(found) != 1:
-        _refuse(path, "takes one of json, regex, choice, grammar and json_object")
+        refuse(path, "takes one of json, regex, choice, grammar and json_object")
     return found[0]
 
 
@@ -131,22 +130,18 @@ def _json_schema(schema: str | dict[str, object], where: str) -> AnswerFormat:
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
     except RecursionError:
-        _refuse(where, "is too deep")
+        refuse(where, "is too deep")
     return AnswerFormat(constraint=Constraint.JSON_SCHEMA, text=text, where=where)
 
 
 def _choice(choices: list[str], where: str) -> AnswerFormat:
     if not choices:
-        _refuse(where, "needs at least one text")
+        refuse(where, "needs at least one text")
     text = "start: " + " | ".join(map(json.dumps, choices))
     return AnswerFormat(constraint=Constraint.LARK, text=text, where=where)
 
 
 def _lark(grammar: str, where: str) -> AnswerFormat:
     if "::=" in grammar:
-        _refuse(where, "write it in Lark: 'start: ...', not 'root ::= ...'")
+        refuse(where, "write it in Lark: 'start: ...', not 'root ::= ...'")
     return AnswerFormat(constraint=Constraint.LARK, text=grammar, where=where)
-
-
-def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NoReturn
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.foreign_fields import refuse_foreign_fields
@@ -27,13 +26,15 @@ from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_constraints import allowed_tools, answer_format, tool_choice
 from ostro.cluster.openai_schema import (
     ChatCompletionRequest,
+    CompletionFields,
     CompletionRequest,
     Message,
     Part,
-    SamplingFields,
     ToolCallIn,
     ToolIn,
 )
+from ostro.cluster.refusals import present, refuse
+from ostro.cluster.wire_schema import SamplingFields
 
 _DEFAULT_COMPLETION_TOKENS = 16  # what the dialect promises for /v1/completions
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -73,7 +74,7 @@ def text_generation(body: CompletionRequest) -> TextGeneration:
     """
     _refuse_unserved(body)
     if body.suffix:
-        _refuse("suffix", "filling in the middle is not served")
+        refuse("suffix", "filling in the middle is not served")
     max_tokens = _DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     return TextGeneration(
         model=body.model,
@@ -87,15 +88,11 @@ def chat_messages(
     messages: Sequence[Message], *, continue_final: bool = False
 ) -> tuple[ChatMessage, ...]:
     """Messages with their parts joined, and thinking and images told from their text."""
-    names = {
-        call.id: call.function.name for message in messages for call in message.tool_calls or ()
-    }
     last = len(messages) - 1
     return tuple(
         _chat_message(
             message,
             f"messages[{i}]",
-            names,
             is_last=i == last,
             continues=continue_final and i == last,
         )
@@ -108,7 +105,7 @@ def tools_on_offer(tools: Sequence[ToolIn]) -> tuple[Tool, ...]:
     offered = []
     for i, tool in enumerate(tools):
         if tool.type != "function" or tool.function is None:
-            _refuse(f"tools[{i}]", "only tools of type 'function' are served")
+            refuse(f"tools[{i}]", "only tools of type 'function' are served")
         function = tool.function
         offered.append(
             Tool(
@@ -121,57 +118,11 @@ def tools_on_offer(tools: Sequence[ToolIn]) -> tuple[Tool, ...]:
     return tuple(offered)
 
 
-def short_call_id(call_id: str) -> str:
-    """A tool call id of nine characters of [a-zA-Z0-9]; other ids map to one, always the same."""
-    if _CALL_ID.fullmatch(call_id):
-        return call_id
-    return hashlib.blake2b(call_id.encode(), digest_size=5).hexdigest()[:9]
-
-
-def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
-
-
-def _refuse_unserved(body: SamplingFields) -> None:
-    refuse_foreign_fields(body)
-    if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
-        _refuse("best_of", "every sampled answer is returned; leave it out, or let it equal n")
-    if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
-        _refuse("prompt_logprobs", "logprobs of prompt tokens are not served")
-    if body.top_prompt_logprobs:
-        _refuse("top_prompt_logprobs", "logprobs of prompt tokens are not served")
-    if body.store:
-        _refuse("store", "answers are not stored")
-
-
-def _refuse_unserved_chat(body: ChatCompletionRequest) -> None:
-    if body.prompt_mode is not None:
-        _refuse("prompt_mode", "not known to this model; use reasoning_effort")
-    if body.safe_prompt:
-        _refuse("safe_prompt", "no safety prompt is added")
-    if body.guardrails:
-        _refuse("guardrails", "not served")
-    if body.prediction is not None:
-        _refuse("prediction", "not served")
-    if body.modalities is not None and body.modalities != ["text"]:
-        _refuse("modalities", "only ['text'] is served")
-
-
-def _options(
-    body: SamplingFields,
-    *,
-    max_tokens: int | None,
-    num_logprobs: int | None,
-    effort: str | None = None,
-    thinking_token_budget: int | None = None,
-    omit_thinking: bool = False,
-) -> GenerationOptions:
+def sampling_options(body: SamplingFields) -> GenerationOptions:
+    """The options that dialects have under the same names."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     return GenerationOptions(
         request_id=body.request_id,
-        effort=effort,
-        thinking_token_budget=thinking_token_budget,
-        omit_thinking=omit_thinking,
         temperature=body.temperature,
         top_p=body.top_p,
         top_k=0 if body.top_k == -1 else body.top_k,
@@ -179,24 +130,74 @@ def _options(
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         repetition_penalty=body.repetition_penalty,
-        seed=_one_of(body, "seed", "random_seed"),
-        logit_bias=_logit_bias(body.logit_bias or {}),
-        max_tokens=max_tokens,
+        seed=body.seed,
         min_tokens=body.min_tokens or 0,
         stop=tuple(stop),
-        stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
-        num_logprobs=num_logprobs,
         cache_key=body.cache_salt or body.prompt_cache_key or "",
         priority=body.priority or 0,
         queue_timeout_s=body.queue_timeout,
+    )
+
+
+def short_call_id(call_id: str) -> str:
+    """A tool call id of nine characters of [a-zA-Z0-9]; other ids map to one, always the same."""
+    if _CALL_ID.fullmatch(call_id):
+        return call_id
+    return hashlib.blake2b(call_id.encode(), digest_size=5).hexdigest()[:9]
+
+
+def _refuse_unserved(body: CompletionFields) -> None:
+    refuse_foreign_fields(body)
+    if body.best_of is not None and body.best_of != (1 if body.n is None else body.n):
+        refuse("best_of", "every sampled answer is returned; leave it out, or let it equal n")
+    if body.prompt_logprobs is not None and body.prompt_logprobs is not False:
+        refuse("prompt_logprobs", "logprobs of prompt tokens are not served")
+    if body.top_prompt_logprobs:
+        refuse("top_prompt_logprobs", "logprobs of prompt tokens are not served")
+    if body.store:
+        refuse("store", "answers are not stored")
+
+
+def _refuse_unserved_chat(body: ChatCompletionRequest) -> None:
+    if body.prompt_mode is not None:
+        refuse("prompt_mode", "not known to this model; use reasoning_effort")
+    if body.safe_prompt:
+        refuse("safe_prompt", "no safety prompt is added")
+    if body.guardrails:
+        refuse("guardrails", "not served")
+    if body.prediction is not None:
+        refuse("prediction", "not served")
+    if body.modalities is not None and body.modalities != ["text"]:
+        refuse("modalities", "only ['text'] is served")
+
+
+def _options(
+    body: CompletionFields,
+    *,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    effort: str | None = None,
+    thinking_token_budget: int | None = None,
+    omit_thinking: bool = False,
+) -> GenerationOptions:
+    return replace(
+        sampling_options(body),
+        effort=effort,
+        thinking_token_budget=thinking_token_budget,
+        omit_thinking=omit_thinking,
+        seed=_one_of(body, "seed", "random_seed"),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        num_logprobs=num_logprobs,
         return_token_ids=bool(body.return_token_ids),
         answer_format=answer_format(body),
         num_choices=1 if body.n is None else body.n,
     )
 
 
-def _one_of(body: SamplingFields, name: str, other_name: str) -> int | None:
+def _one_of(body: CompletionFields, name: str, other_name: str) -> int | None:
     """The value of a field with two names; both may be given if they agree."""
     value: int | None = getattr(body, name)
     other: int | None = getattr(body, other_name)
@@ -239,13 +240,13 @@ def _prompts(
     )
 
 
-def _chat_message(
-    message: Message, path: str, names: dict[str, str], *, is_last: bool, continues: bool
-) -> ChatMessage:
+def _chat_message(message: Message, path: str, *, is_last: bool, continues: bool) -> ChatMessage:
     thinking, text, images = _content(message, path)
     role = "system" if message.role == "developer" else message.role
     if role == "tool":
-        return _tool_message(message, path, ChatMessage(role=role, text=text, images=images), names)
+        return ChatMessage(
+            role=role, text=text, images=images, tool_call_id=_answered_call(message, path)
+        )
     prefix = bool(message.prefix) or continues
     if prefix and (role != "assistant" or not is_last):
         raise InvalidRequestError(
@@ -272,20 +273,13 @@ def _closes_thinking(message: Message) -> bool:
     return bool(thinking) and thinking[-1].closed is True
 
 
-def _tool_message(
-    message: Message, path: str, result: ChatMessage, names: dict[str, str]
-) -> ChatMessage:
-    call_id = message.tool_call_id
-    if call_id is None:
+def _answered_call(message: Message, path: str) -> str:
+    where = f"{path}.tool_call_id"
+    if message.tool_call_id is None:
         raise InvalidRequestError(
-            f"{path}.tool_call_id: a tool message must name the call it answers",
-            param=f"{path}.tool_call_id",
+            f"{where}: a tool message must name the call it answers", param=where
         )
-    return replace(
-        result,
-        tool_call_id=short_call_id(call_id),
-        tool_name=message.name or names.get(call_id),
-    )
+    return short_call_id(message.tool_call_id)
 
 
 def _tool_call(call: ToolCallIn) -> ToolCall:
@@ -311,15 +305,17 @@ def _content(message: Message, path: str) -> tuple[str, str, tuple[ImageFile, ..
             images.append(image_of_uri(_image_url(part, where), where, at=num_chars))
         else:
             is_refusal = part.type == "refusal" and message.role == "assistant"
-            text.append(_refusal(part, where) if is_refusal else _part_text(part, where))
+            text.append(
+                present(part.refusal, f"{where}.refusal") if is_refusal else _part_text(part, where)
+            )
             num_chars += len(text[-1])
     return "".join(thinking), "".join(text), tuple(images)
 
 
 def _image_url(part: Part, where: str) -> str:
-    if part.image_url is None:
-        raise InvalidRequestError(f"{where}.image_url is missing", param=f"{where}.image_url")
-    return part.image_url if isinstance(part.image_url, str) else part.image_url.url
+    if isinstance(part.image_url, str):
+        return part.image_url
+    return present(part.image_url, f"{where}.image_url").url
 
 
 def _thinking_text(part: Part, where: str) -> str:
@@ -329,17 +325,9 @@ def _thinking_text(part: Part, where: str) -> str:
     return "".join(_part_text(piece, f"{where}.thinking[{k}]") for k, piece in enumerate(inner))
 
 
-def _refusal(part: Part, where: str) -> str:
-    if part.refusal is None:
-        raise InvalidRequestError(f"{where}.refusal is missing", param=f"{where}.refusal")
-    return part.refusal
-
-
 def _part_text(part: Part, where: str) -> str:
     if part.type in _OTHER_IMAGE_TYPES:
-        _refuse(where, "send an image as a part of type 'image_url'")
+        refuse(where, "send an image as a part of type 'image_url'")
     if part.type != "text":
-        _refuse(where, f"parts of type {part.type[:40]!r} are not served in this message")
-    if part.text is None:
-        raise InvalidRequestError(f"{where}.text is missing", param=f"{where}.text")
-    return part.text
+        refuse(where, f"parts of type {part.type[:40]!r} are not served in this message")
+    return present(part.text, f"{where}.text")

@@ -9,17 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Wire(BaseModel):
-    """A JSON object from a caller: strict types, unknown fields kept for `unknown_fields`."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-
-    def without_effect(self) -> Iterator[str]:
-        """Paths in it of known fields whose value changes nothing, such as `reasoning.summary`."""
-        return iter(())
+from ostro.cluster.wire_schema import RequestBody, SamplingFields, Wire
 
 
 class ImageUrl(Wire):
@@ -35,10 +27,10 @@ class ImageUrl(Wire):
 
 
 _FIELDS_OF_PART = {
-    "text": {"text"},
-    "refusal": {"refusal"},
-    "thinking": {"thinking", "closed", "signature"},
-    "image_url": {"image_url"},
+    "text": {"type", "text"},
+    "refusal": {"type", "refusal"},
+    "thinking": {"type", "thinking", "closed", "signature"},
+    "image_url": {"type", "image_url"},
 }
 
 
@@ -55,9 +47,9 @@ class Part(Wire):
 
     def without_effect(self) -> Iterator[str]:
         """What belongs to a part of another type."""
-        counted = _FIELDS_OF_PART.get(self.type, set())
-        for name in type(self).model_fields:
-            if name != "type" and name not in counted and getattr(self, name) is not None:
+        counted = _FIELDS_OF_PART.get(self.type, {"type"})
+        for name, value in vars(self).items():
+            if value is not None and name not in counted:
                 yield name
 
 
@@ -91,7 +83,7 @@ class Message(Wire):
     """One message; `reasoning` and `reasoning_content` are two names of one thing.
 
     An assistant's `refusal` is its text if there is no other, and its thinking may stand among the
-    parts of `content` instead.
+    parts of `content` instead. A tool's `name` is a label: its call says it.
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -170,36 +162,15 @@ class StructuredOutputs(Wire):
     json_object: bool | None = None
 
 
-ONLY_TIERS = (None, "auto", "default", "standard_only")  # names of the one service there is
-
-
-class SamplingFields(Wire):
+class CompletionFields(SamplingFields):
     """The fields that chat and text completions share."""
 
     model: str = ""
-    request_id: str | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
-    strict: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
     random_seed: int | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
-    min_tokens: int | None = None
-    stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    cache_salt: str | None = None
-    prompt_cache_key: str | None = None
-    priority: int | None = None
-    queue_timeout: float | None = None
     return_token_ids: bool | None = None
     n: int | None = None
     best_of: int | None = None
@@ -207,24 +178,16 @@ class SamplingFields(Wire):
     structured_outputs: StructuredOutputs | None = None
     prompt_logprobs: bool | int | None = None
     top_prompt_logprobs: int | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    # Labels for the caller's own records: accepted and without effect on the answer.
-    user: str | None = None
-    metadata: dict[str, object] | None = None
-    safety_identifier: str | None = None
+    metadata: dict[str, object] | None = None  # a label, as `user` is
 
     def without_effect(self) -> Iterator[str]:
-        """What only streams know, a second key of the cache, a service that is not offered."""
+        """Also what only streams know."""
+        yield from super().without_effect()
         if self.stream_options is not None and not self.stream:
             yield "stream_options"
-        if self.cache_salt and self.prompt_cache_key:
-            yield "prompt_cache_key"
-        if self.service_tier not in ONLY_TIERS:
-            yield "service_tier"
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(CompletionFields):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -245,7 +208,7 @@ class ChatCompletionRequest(SamplingFields):
     modalities: list[str] | None = None
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(CompletionFields):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -254,7 +217,7 @@ class CompletionRequest(SamplingFields):
     suffix: str | None = None
 
 
-class TokenizeBody(Wire):
+class TokenizeBody(RequestBody):
     """Body of POST /tokenize: a text, or a conversation as it would be prompted."""
 
     model: str = ""
@@ -272,42 +235,15 @@ class TokenizeBody(Wire):
             yield "add_special_tokens"
 
 
-class DetokenizeBody(Wire):
+class DetokenizeBody(RequestBody):
     """Body of POST /detokenize."""
 
     model: str = ""
     tokens: list[int]
 
 
-class ControlBody(Wire):
+class ControlBody(RequestBody):
     """Body of POST /v1/chat/completions/control."""
 
     id: str
     action: Literal["reasoning_end", "cancel"]
-
-
-def unknown_fields(body: Wire) -> Iterator[str]:
-    """Paths of the fields that no model declares, such as `messages[0].mood`; null asks nothing."""
-    for path, part in _objects(body):
-        yield from (
-            path + name for name, value in (part.model_extra or {}).items() if value is not None
-        )
-
-
-def fields_without_effect(body: Wire) -> Iterator[str]:
-    """Paths of the declared fields whose value changes nothing, such as `messages[0].name`."""
-    for path, part in _objects(body):
-        yield from (path + name for name in part.without_effect())
-
-
-def _objects(body: Wire, path: str = "") -> Iterator[tuple[str, Wire]]:
-    """The body and every object in it, each with what its fields' paths begin with."""
-    yield path, body
-    for name in type(body).model_fields:
-        value = getattr(body, name)
-        if isinstance(value, Wire):
-            yield from _objects(value, f"{path}{name}.")
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                if isinstance(item, Wire):
-                    yield from _objects(item, f"{path}{name}[{i}].")

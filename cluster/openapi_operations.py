@@ -22,9 +22,9 @@ from ostro.cluster.openai_schema import (
     ControlBody,
     DetokenizeBody,
     TokenizeBody,
-    Wire,
 )
 from ostro.cluster.responses_schema import InputTokensRequest, ResponsesRequest
+from ostro.cluster.wire_schema import RequestBody
 
 Json = dict[str, object]
 
@@ -48,7 +48,7 @@ class Operation:
 
     summary: str
     answer: type[BaseModel] | None = None
-    body: type[Wire] | None = None
+    body: type[RequestBody] | None = None
     example: Json = field(default_factory=dict)
     event: type[BaseModel] | None = None
     ends_in_done: bool = False

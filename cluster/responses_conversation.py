@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import ChatMessage, ImageFile, ToolCall
 from ostro.cluster.images import image_of_uri
 from ostro.cluster.openai_request import short_call_id
+from ostro.cluster.refusals import present, refuse
 from ostro.cluster.responses_schema import InputItem, ItemPart
 
 _TEXT_TYPES = ("input_text", "output_text", "reasoning_text", "text")
@@ -65,7 +65,6 @@ class _Conversation:
     def __init__(self) -> None:
         self._messages: list[ChatMessage] = []
         self._turn: _Turn | None = None
-        self._tool_names: dict[str, str] = {}
 
     def messages(self) -> tuple[ChatMessage, ...]:
         self._end_turn()
@@ -85,20 +84,19 @@ class _Conversation:
         elif item.type == "function_call_output":
             self._add_result(item, path)
         elif item.type == "item_reference":
-            _refuse(path, "nothing is stored: send the item itself")
+            refuse(path, "nothing is stored: send the item itself")
         else:
-            _refuse(path, f"items of type {(item.type or '')[:40]!r} are not served")
+            refuse(path, f"items of type {(item.type or '')[:40]!r} are not served")
 
     def _add_message(self, item: InputItem, path: str) -> None:
-        if item.role is None:
-            raise _missing(f"{path}.role")
+        asked_role = present(item.role, f"{path}.role")
         text, images = _content(item.content, f"{path}.content")
-        if item.role != "assistant":
-            role = "system" if item.role == "developer" else item.role
+        if asked_role != "assistant":
+            role = "system" if asked_role == "developer" else asked_role
             self.add(ChatMessage(role=role, text=text, images=images, where=path))
             return
         if images:
-            _refuse(images[0].where, "an assistant's message has no images")
+            refuse(images[0].where, "an assistant's message has no images")
         turn = self._turn
         if turn is None or turn.text is not None or turn.calls:
             turn = self._begin_turn(path)
@@ -114,28 +112,19 @@ class _Conversation:
         turn.thinking.append(text)
 
     def _add_call(self, item: InputItem, path: str) -> None:
-        for name in ("call_id", "name", "arguments"):
-            if getattr(item, name) is None:
-                raise _missing(f"{path}.{name}")
+        call = ToolCall(
+            call_id=short_call_id(present(item.call_id, f"{path}.call_id")),
+            name=present(item.name, f"{path}.name"),
+            arguments=present(item.arguments, f"{path}.arguments"),
+        )
         turn = self._turn or self._begin_turn(path)
-        call_id, name = short_call_id(item.call_id or ""), item.name or ""
-        turn.calls.append(ToolCall(call_id=call_id, name=name, arguments=item.arguments or ""))
-        self._tool_names[call_id] = name
+        turn.calls.append(call)
 
     def _add_result(self, item: InputItem, path: str) -> None:
-        if item.call_id is None:
-            raise _missing(f"{path}.call_id")
+        call_id = short_call_id(present(item.call_id, f"{path}.call_id"))
         text, images = _content(item.output, f"{path}.output")
-        call_id = short_call_id(item.call_id)
         self.add(
-            ChatMessage(
-                role="tool",
-                text=text,
-                images=images,
-                tool_call_id=call_id,
-                tool_name=self._tool_names.get(call_id),
-                where=path,
-            )
+            ChatMessage(role="tool", text=text, images=images, tool_call_id=call_id, where=path)
         )
 
     def _begin_turn(self, where: str) -> _Turn:
@@ -153,14 +142,12 @@ def _content(
     content: str | Sequence[ItemPart] | None, path: str
 ) -> tuple[str, tuple[ImageFile, ...]]:
     """Text and images of an item."""
-    if content is None:
-        raise _missing(path)
     if isinstance(content, str):
         return content, ()
     text: list[str] = []
     images: list[ImageFile] = []
     num_chars = 0
-    for j, part in enumerate(content):
+    for j, part in enumerate(present(content, path)):
         where = f"{path}[{j}]"
         if part.type == "input_image":
             images.append(image_of_uri(_image_url(part, where), where, at=num_chars))
@@ -172,25 +159,12 @@ def _content(
 
 def _image_url(part: ItemPart, where: str) -> str:
     if part.file_id is not None:
-        _refuse(f"{where}.file_id", "no files are stored: send the image in image_url")
-    if part.image_url is None:
-        raise _missing(f"{where}.image_url")
-    return part.image_url
+        refuse(f"{where}.file_id", "no files are stored: send the image in image_url")
+    return present(part.image_url, f"{where}.image_url")
 
 
 def _part_text(part: ItemPart, where: str) -> str:
     name = "refusal" if part.type == "refusal" else "text"
     if name == "text" and part.type not in _TEXT_TYPES:
-        _refuse(where, f"parts of type {part.type[:40]!r} are not served")
-    text = part.refusal if name == "refusal" else part.text
-    if text is None:
-        raise _missing(f"{where}.{name}")
-    return text
-
-
-def _missing(where: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{where} is missing", param=where)
-
-
-def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
+        refuse(where, f"parts of type {part.type[:40]!r} are not served")
+    return present(part.refusal if name == "refusal" else part.text, f"{where}.{name}")

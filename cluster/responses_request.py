@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import replace
-from typing import NoReturn
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import (
@@ -20,6 +19,8 @@ from ostro.cluster.generation import (
     Tool,
     ToolChoice,
 )
+from ostro.cluster.openai_request import sampling_options
+from ostro.cluster.refusals import present, refuse
 from ostro.cluster.responses_conversation import conversation_messages
 from ostro.cluster.responses_schema import (
     LOGPROBS,
@@ -38,33 +39,20 @@ def chat_generation(body: ResponsesRequest) -> ChatGeneration:
         InvalidRequestError: A field makes no sense or is not served; `param` names it.
     """
     if body.background:
-        _refuse("background", "no answer is made in the background: use stream")
+        refuse("background", "no answer is made in the background: use stream")
     if body.store:
-        _refuse("store", "answers are not stored")
+        refuse("store", "answers are not stored")
     if body.moderation is not None:
-        _refuse("moderation", "not served")
+        refuse("moderation", "not served")
     chat = prompted_chat(body)
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     options = replace(
-        chat.options,
+        sampling_options(body),
         request_id=body.request_id or f"resp_{uuid.uuid4().hex}",
+        effort=chat.options.effort,
+        answer_format=chat.options.answer_format,
         thinking_token_budget=body.thinking_token_budget,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=0 if body.top_k == -1 else body.top_k,
-        min_p=body.min_p,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
-        seed=body.seed,
         max_tokens=body.max_output_tokens,
-        min_tokens=body.min_tokens or 0,
-        stop=tuple(stop),
-        ignore_eos=bool(body.ignore_eos),
         num_logprobs=_num_logprobs(body),
-        cache_key=body.cache_salt or body.prompt_cache_key or "",
-        priority=body.priority or 0,
-        queue_timeout_s=body.queue_timeout,
     )
     return replace(chat, options=options)
 
@@ -77,9 +65,9 @@ def prompted_chat(body: InputTokensRequest) -> ChatGeneration:
     """
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(body, name) is not None:
-            _refuse(name, _NOT_STORED)
+            refuse(name, _NOT_STORED)
     if body.truncation not in (None, "disabled"):
-        _refuse("truncation", "only 'disabled' is served: what is too long is refused")
+        refuse("truncation", "only 'disabled' is served: what is too long is refused")
     tools, choice = _tools(body)
     return ChatGeneration(
         model=body.model,
@@ -91,10 +79,6 @@ def prompted_chat(body: InputTokensRequest) -> ChatGeneration:
             answer_format=_answer_format(body),
         ),
     )
-
-
-def _refuse(param: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{param}: {why}", code="unsupported_value", param=param)
 
 
 def _num_logprobs(body: ResponsesRequest) -> int | None:
@@ -115,10 +99,8 @@ def _answer_format(body: InputTokensRequest) -> AnswerFormat | None:
     if asked.type == "json_object":
         return AnswerFormat(constraint=Constraint.JSON_OBJECT, where=where)
     if asked.type != "json_schema":
-        _refuse(f"{where}.type", "must be 'text', 'json_object' or 'json_schema'")
-    if asked.json_schema is None:
-        raise InvalidRequestError(f"{where}.schema is missing", param=f"{where}.schema")
-    schema = json.dumps(asked.json_schema, ensure_ascii=False)
+        refuse(f"{where}.type", "must be 'text', 'json_object' or 'json_schema'")
+    schema = json.dumps(present(asked.json_schema, f"{where}.schema"), ensure_ascii=False)
     return AnswerFormat(constraint=Constraint.JSON_SCHEMA, text=schema, where=where)
 
 
@@ -140,7 +122,7 @@ def _tools(body: InputTokensRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
         allowed = _allowed(asked, names)
         tools = tuple(tool for tool in tools if tool.name in allowed)
     else:
-        _refuse("tool_choice", "only types 'function' and 'allowed_tools' are served")
+        refuse("tool_choice", "only types 'function' and 'allowed_tools' are served")
     if choice.mode == "required" and not tools:
         raise InvalidRequestError("tool_choice: there is no tool to call", param="tool_choice")
     return tools, choice
@@ -148,11 +130,9 @@ def _tools(body: InputTokensRequest) -> tuple[tuple[Tool, ...], ToolChoice]:
 
 def _tool(tool: FlatTool, path: str) -> Tool:
     if tool.type != "function":
-        _refuse(path, "only tools of type 'function' are served: the server runs none itself")
-    if tool.name is None:
-        raise InvalidRequestError(f"{path}.name is missing", param=f"{path}.name")
+        refuse(path, "only tools of type 'function' are served: the server runs none itself")
     return Tool(
-        name=tool.name,
+        name=present(tool.name, f"{path}.name"),
         description=tool.description or "",
         parameters=tool.parameters or {},
         strict=bool(tool.strict),
@@ -176,7 +156,7 @@ def _allowed(asked: dict[str, object], names: set[str]) -> set[str]:
 
 def _name_on_offer(asked: object, names: set[str], where: str) -> str:
     if not isinstance(asked, dict) or asked.get("type") != "function":
-        _refuse(where, "only functions can be named")
+        refuse(where, "only functions can be named")
     name = asked.get("name")
     if not isinstance(name, str) or name not in names:
         raise InvalidRequestError(f"{where}.name: no such tool is on offer", param=f"{where}.name")

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ostro.cluster.openai_schema import ONLY_TIERS, Wire
+from ostro.cluster.wire_schema import RequestBody, SamplingFields, Wire
 
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -96,7 +96,7 @@ class TextIn(Wire):
     format: TextFormat | None = None
 
 
-class InputTokensRequest(Wire):
+class InputTokensRequest(RequestBody):
     """Body of POST /v1/responses/input_tokens: what makes the prompt."""
 
     model: str = ""
@@ -107,7 +107,6 @@ class InputTokensRequest(Wire):
     tool_choice: str | dict[str, object] | None = None
     parallel_tool_calls: bool | None = None
     text: TextIn | None = None
-    strict: bool | None = None
     # Refused where they ask for something.
     previous_response_id: str | None = None
     conversation: str | dict[str, object] | None = None
@@ -122,51 +121,26 @@ class InputTokensRequest(Wire):
             for i, item in enumerate(self.input):
                 if item.type == "reasoning" and not item.content:
                     yield f"input[{i}]"
+        yield from super().without_effect()
 
 
-class ResponsesRequest(InputTokensRequest):
+class ResponsesRequest(InputTokensRequest, SamplingFields):
     """Body of POST /v1/responses."""
 
-    stream: bool | None = None
     max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
     top_logprobs: int | None = None
     include: list[Includable] | None = None
-    prompt_cache_key: str | None = None
-    # Beyond the dialect, under the names that chat completions know.
-    request_id: str | None = None
-    thinking_token_budget: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    cache_salt: str | None = None
-    priority: int | None = None
-    queue_timeout: float | None = None
-    service_tier: str | None = None
+    thinking_token_budget: int | None = None  # beyond the dialect, as chat completions have it
     # Refused where they ask for something.
     background: bool | None = None
-    store: bool | None = None
     moderation: dict[str, object] | None = None
     # Accepted and without effect on the answer; `max_tool_calls` bounds built-in tools alone.
     max_tool_calls: int | None = None
     metadata: dict[str, str] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
 
     def without_effect(self) -> Iterator[str]:
         """Also what is to be included and is never there: thinking comes in the clear."""
         yield from super().without_effect()
-        if self.service_tier not in ONLY_TIERS:
-            yield "service_tier"
-        if self.cache_salt and self.prompt_cache_key:
-            yield "prompt_cache_key"
         for i, name in enumerate(self.include or ()):
             if name != LOGPROBS:
                 yield f"include[{i}]"

@@ -206,7 +206,7 @@ MESSAGE_FIELDS = {
         Sent("content", "5", HEEDED),
         Sent("tool_call_id", "abcDEF124", HEEDED),
         Sent("tool_call_id", None, REFUSED),
-        Sent("name", "f", HEEDED),
+        Sent("name", "f", LABEL),
     ],
 }
 # Fields of a part, by its type; and its plain form, which an assistant says, or a user shows.

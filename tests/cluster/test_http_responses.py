@@ -315,7 +315,7 @@ def test_an_answer_goes_back_in_as_it_came():
     assert (user.role, user.text) == ("user", "Rain in Oslo?")
     assert (turn.role, turn.thinking, turn.text) == ("assistant", "Let me see.", "Hello")
     assert turn.tool_calls == (CALL.call,)
-    assert (tool.role, tool.text, tool.tool_name) == ("tool", "Dry.", "weather")
+    assert (tool.role, tool.text) == ("tool", "Dry.")
 
 
 def test_the_mistral_client_replays_an_answer_too():

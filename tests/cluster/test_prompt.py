@@ -111,7 +111,7 @@ def test_prompt_replays_thinking_tool_calls_and_results(prompts: PromptBuilder) 
         user("Paris and Rome?"),
         ChatMessage(role="assistant", thinking="Two calls.", tool_calls=calls),
         ChatMessage(role="tool", text="25", tool_call_id="call_0123456789"),
-        ChatMessage(role="tool", text="20", tool_call_id="null", tool_name="get_weather"),
+        ChatMessage(role="tool", text="20", tool_call_id="null"),
         ChatMessage(role="assistant", thinking="Answer.", text="20 and 25."),
         user("And Oslo?"),
     ]

@@ -163,7 +163,7 @@ def _call_parts(chat: ChatGeneration) -> Iterator[_Part]:
         return
     for index, tool in enumerate(chat.tools):
         if choice.name in (None, tool.name):
-            where = f"tools[{index}].function.parameters"
+            where = tool.where or f"tools[{index}].function.parameters"
             schema = _arguments_schema(tool, where) if tool.strict or must_call else _ANY_OBJECT
             body = _json_body(schema, where)
             yield _Part(name=f"arguments{index}", body=body, where=where, tool=tool.name)

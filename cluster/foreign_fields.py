@@ -5,8 +5,8 @@ They are refused with the way out. What is unknown besides only gets named to th
 
 from __future__ import annotations
 
-from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.openai_schema import CompletionFields
+from ostro.cluster.refusals import refuse
 
 _EFFORT = "use reasoning_effort"
 _BUDGET = "use thinking_token_budget"
@@ -28,6 +28,11 @@ _WAYS_OUT = {
     "chat_template_kwargs": _TEMPLATE,
     "allowed_token_ids": "use logit_bias",
     "bad_words": "use logit_bias",
+    "guided_json": "use structured_outputs.json",
+    "guided_regex": "use structured_outputs.regex",
+    "guided_choice": "use structured_outputs.choice",
+    "guided_grammar": "use structured_outputs.grammar",
+    "guided_json_object": "use structured_outputs.json_object",
 }
 
 
@@ -40,6 +45,4 @@ def refuse_foreign_fields(body: CompletionFields) -> None:
     for name, value in (body.model_extra or {}).items():
         asks_nothing = value is None or value in ([], {})
         if name in _WAYS_OUT and not asks_nothing:
-            raise InvalidRequestError(
-                f"{name}: {_WAYS_OUT[name]}", code="unsupported_value", param=name
-            )
+            refuse(name, _WAYS_OUT[name])

@@ -154,12 +154,20 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool:
-    """A tool on offer; `parameters` is its JSON Schema; `strict` holds the arguments to it."""
+    """A tool on offer.
+
+    Attributes:
+        parameters: JSON Schema of its arguments.
+        strict: Hold the arguments to it.
+        where: The place of `parameters` in the request, as its caller knows it; "" for that of
+            chat completions.
+    """
 
     name: str
     description: str = ""
     parameters: dict[str, object] = field(default_factory=dict)
     strict: bool = False
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,13 +163,17 @@ def _image(image: pb.Image, where: str, at: int) -> ImageFile:
 
 
 def _tool(tool: pb.Tool, path: str) -> Tool:
+    where = f"{path}.parameters"
     try:
         parameters = msgspec.json.decode(tool.parameters or "{}", type=dict[str, object])
     except (msgspec.MsgspecError, RecursionError):
-        where = f"{path}.parameters"
         raise InvalidRequestError(f"{where}: must be a JSON object", param=where) from None
     return Tool(
-        name=tool.name, description=tool.description, parameters=parameters, strict=tool.strict
+        name=tool.name,
+        description=tool.description,
+        parameters=parameters,
+        strict=tool.strict,
+        where=where,
     )
 
 

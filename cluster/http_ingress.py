@@ -20,6 +20,7 @@ from ostro.cluster.http_openai import OpenAIRoutes
 from ostro.cluster.http_responses import ResponsesRoutes
 from ostro.cluster.http_routes import HttpRoutes, json_response
 from ostro.cluster.metrics import Metrics
+from ostro.cluster.model_card import check_model_name
 from ostro.cluster.openai_request import chat_messages, tools_on_offer
 from ostro.cluster.openai_schema import DetokenizeBody, TokenizeBody
 from ostro.cluster.openapi import document
@@ -76,6 +77,7 @@ class _OwnRoutes(HttpRoutes):
     async def tokenize(self, request: Request) -> Response:
         body, headers = await self.read(request, TokenizeBody)
         frontend = self.frontend
+        check_model_name(frontend.card, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("send either prompt or messages", param="prompt")
         if body.prompt is not None:
@@ -90,7 +92,9 @@ class _OwnRoutes(HttpRoutes):
 
     async def detokenize(self, request: Request) -> Response:
         body, headers = await self.read(request, DetokenizeBody)
-        text = await to_thread(self.frontend.detokenize, body.tokens)
+        frontend = self.frontend
+        check_model_name(frontend.card, body.model)
+        text = await to_thread(frontend.detokenize, body.tokens)
         return json_response({"prompt": text}, headers)
 
     async def ready(self) -> Response:

@@ -106,13 +106,14 @@ def tools_on_offer(tools: Sequence[CustomTool]) -> tuple[Tool, ...]:
         if tool.type not in (None, "custom"):
             kind = str(tool.type)[:40]
             refuse(where, f"{kind!r} is a tool of Anthropic's: only custom tools are served")
-        schema = present(tool.input_schema, f"{where}.input_schema")
+        where = f"{where}.input_schema"
         offered.append(
             Tool(
                 name=tool.name,
                 description=tool.description or "",
-                parameters=schema,
+                parameters=present(tool.input_schema, where),
                 strict=bool(tool.strict),
+                where=where,
             )
         )
     return tuple(offered)

@@ -77,6 +77,13 @@ class Thinking(Wire):
     budget_tokens: int | None = None
     display: Literal["summarized", "omitted"] | None = None
 
+    def without_effect(self) -> Iterator[str]:
+        """A budget that belongs to another type, how to show thinking that there is none of."""
+        if self.budget_tokens is not None and self.type != "enabled":
+            yield "budget_tokens"
+        if self.display == "summarized" or (self.display and self.type == "disabled"):
+            yield "display"
+
 
 class JsonFormat(Wire):
     """The JSON Schema that an answer must have."""
@@ -112,7 +119,11 @@ class CountTokensRequest(RequestBody):
     cache_control: dict[str, object] | None = None
 
     def without_effect(self) -> Iterator[str]:
-        """Thinking that another server has sealed, and that nobody here can read."""
+        """An effort without thinking, and thinking that another server has sealed."""
+        never_thinks = self.thinking is not None and self.thinking.type == "disabled"
+        effort = None if self.output_config is None else self.output_config.effort
+        if never_thinks and effort not in (None, "none"):
+            yield "output_config.effort"
         for i, message in enumerate(self.messages):
             blocks = message.content if isinstance(message.content, list) else ()
             for j, block in enumerate(blocks):

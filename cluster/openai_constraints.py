@@ -26,9 +26,6 @@ def answer_format(body: CompletionFields) -> AnswerFormat | None:
     Raises:
         InvalidRequestError: A form that is not known, or two of them; `param` names the field.
     """
-    for name in body.model_extra or ():
-        if name.startswith("guided_"):
-            refuse(name, f"use structured_outputs.{name.removeprefix('guided_')}")
     response = None if body.response_format is None else _response_format(body.response_format)
     if body.structured_outputs is None:
         return response
@@ -106,8 +103,9 @@ def _response_format(response: ResponseFormat) -> AnswerFormat | None:
 
 def _structured_outputs(asked: StructuredOutputs) -> AnswerFormat:
     path = "structured_outputs"
-    for name in asked.model_extra or ():
-        refuse(f"{path}.{name[:100]}", "not served")
+    for name, value in (asked.model_extra or {}).items():
+        if value not in (None, False):  # vLLM's client sends its defaults along
+            refuse(f"{path}.{name[:100]}", "not served")
     found: list[AnswerFormat] = []
     if asked.json_ is not None:
         found.append(_json_schema(asked.json_, f"{path}.json"))

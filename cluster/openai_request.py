@@ -113,6 +113,7 @@ def tools_on_offer(tools: Sequence[ToolIn]) -> tuple[Tool, ...]:
                 description=function.description or "",
                 parameters=function.parameters or {},
                 strict=bool(function.strict),
+                where=f"tools[{i}].function.parameters",
             )
         )
     return tuple(offered)

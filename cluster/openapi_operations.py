@@ -28,7 +28,7 @@ from ostro.cluster.wire_schema import RequestBody
 
 Json = dict[str, object]
 
-_READING = (400, 413, 422, 500, 503)
+_STEERING = (400, 413, 422, 500, 503)
 _COUNTING = (400, 404, 413, 422, 500, 503)
 _GENERATING = (400, 404, 413, 422, 429, 500, 503, 504)
 _ASKING = (500, 503)
@@ -82,7 +82,7 @@ _CONTROL = Operation(
     body=ControlBody,
     example={"id": "3f0c", "action": "reasoning_end"},
     answer=answers.ControlResult,
-    refusals=_READING,
+    refusals=_STEERING,
 )
 _RESPONSE = Operation(
     summary="One assistant turn, in the Responses dialect, without memory",
@@ -139,14 +139,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=TokenizeBody,
         example={"messages": [_QUESTION]},
         answer=answers.Tokens,
-        refusals=_READING,
+        refusals=_COUNTING,
     ),
     ("post", "/detokenize"): Operation(
         summary="The text of token ids",
         body=DetokenizeBody,
         example={"tokens": [72, 105]},
         answer=answers.Text,
-        refusals=_READING,
+        refusals=_COUNTING,
     ),
     **{
         (method, path): Operation(

@@ -136,6 +136,7 @@ def _tool(tool: FlatTool, path: str) -> Tool:
         description=tool.description or "",
         parameters=tool.parameters or {},
         strict=bool(tool.strict),
+        where=f"{path}.parameters",
     )
 
 

@@ -257,6 +257,16 @@ def test_tokenize_and_detokenize():
     assert beyond.json()["error"]["param"] == "tokens"
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"), [("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [97]})]
+)
+def test_tokens_are_those_of_the_served_model_alone(path, fields):
+    with face(ScriptedFrontend()) as http:
+        assert http.post(path, json=fields | {"model": ALIAS, "strict": True}).status_code == 200
+        other = http.post(path, json=fields | {"model": "another"})
+    assert (other.status_code, other.json()["error"]["param"]) == (404, "model")
+
+
 def test_control_ends_thinking_and_cancels():
     frontend = ScriptedFrontend()
     path = "/v1/chat/completions/control"

@@ -161,6 +161,7 @@ def test_custom_tools_are_offered():
     assert [(tool.name, tool.description) for tool in tools] == [("weather", "Of a city")] * 2
     assert [tool.strict for tool in tools] == [False, True]
     assert tools[0].parameters == SCHEMA
+    assert tools[0].where == "tools[0].input_schema"
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,21 @@ def test_tool_choices_are_ours(choice, expected):
 def test_thinking_and_effort_are_ours(fields, expected):
     options = generation(**fields).options
     assert (options.effort, options.thinking_token_budget, options.omit_thinking) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}}, "effort"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": 2048}}, "budget_tokens"),
+        ({"thinking": {"type": "disabled", "display": "omitted"}}, "display"),
+        ({"thinking": {"type": "adaptive", "display": "summarized"}}, "display"),
+    ],
+)
+def test_what_thinking_does_not_heed_is_named(fields, ignored):
+    body = {"model": "m", "max_tokens": 9, "messages": [HI], **fields}
+    (path,) = ignored_fields(MessagesRequest.model_validate(body))
+    assert path.rpartition(".")[2] == ignored
 
 
 def test_a_schema_constrains_the_answer_in_the_order_of_its_properties():

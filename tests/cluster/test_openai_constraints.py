@@ -132,6 +132,18 @@ def test_calls_one_at_a_time_and_strict_tools() -> None:
     assert [tool.strict for tool in asked.tools] == [False, False, False, True]
 
 
+def test_a_tool_knows_the_place_of_its_parameters_whichever_are_left_out() -> None:
+    (tool,) = generation(tools=TOOLS, tool_choice=allowed("h")).tools
+    assert tool.where == "tools[2].function.parameters"
+
+
+def test_defaults_that_clients_send_along_ask_for_no_form() -> None:
+    along = outputs(regex="a", whitespace_pattern=None, disable_any_whitespace=False)
+    answer_format = generation(guided_json=None, **along).options.answer_format
+    assert answer_format is not None
+    assert answer_format.where == "structured_outputs.regex"
+
+
 def outputs(**fields: Any) -> dict[str, Any]:
     return {"structured_outputs": fields}
 
@@ -147,7 +159,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no choice": (outputs(choice=[]), "structured_outputs.choice"),
     "gbnf": (outputs(grammar='root ::= "a"'), "structured_outputs.grammar"),
     "unknown form": (outputs(regex="a", structural_tag="x"), "structured_outputs.structural_tag"),
-    "old names": ({"guided_json": {}}, "guided_json"),
+    "old names": ({"guided_json": {"type": "object"}}, "guided_json"),
     "both": (
         {"response_format": {"type": "json_object"}, **outputs(regex="a")},
         "structured_outputs",

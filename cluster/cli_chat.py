@@ -96,9 +96,9 @@ def chat(  # noqa: PLR0913  each is an option
             return
         try:
             turn = conversation.ask(question, screen.show)
-        except OstroError as error:
-            screen.error(error.message)
-            raise typer.Exit(1) from None
+        except OstroError:
+            screen.end_line()
+            raise
         screen.end(turn)
         if turn.is_cancelled:
             raise typer.Exit(130)
@@ -147,11 +147,15 @@ class Screen:
         if self._is_terminal:
             self._answers.out(text, style="dim", highlight=False)
 
-    def error(self, message: str) -> None:
-        """A line on stderr; the conversation goes on."""
+    def end_line(self) -> None:
+        """Break off what was being written."""
         if self._last != "\n":
             self._answers.out("")
         self._last, self._is_in_thinking = "\n", False
+
+    def error(self, message: str) -> None:
+        """A line on stderr; the conversation goes on."""
+        self.end_line()
         print_error(message)
 
     def _end_thinking(self) -> None:

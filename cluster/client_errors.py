@@ -46,7 +46,8 @@ _BY_CODE: dict[grpc.StatusCode, type[OstroError]] = {
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 # What to do about a TLS handshake that failed, by gRPC's own words for it.
 _HANDSHAKES = {
-    "CERTIFICATE_VERIFY_FAILED": "nobody we trust has signed its certificate; name who did",
+    "CERTIFICATE_VERIFY_FAILED": "nobody we trust has signed its certificate; name who did, "
+    "with ca_file or --ca",
     "Hostname Verification": "its certificate is for other names; call it by one of them",
     "WRONG_VERSION_NUMBER": "it speaks plain text",
 }

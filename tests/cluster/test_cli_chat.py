@@ -185,6 +185,13 @@ def test_chat_shows_the_images_of_its_options_before_the_question(cluster, tmp_p
 # ---- what goes wrong
 
 
+def test_chat_without_a_key_says_where_it_takes_one_from(cluster):
+    cluster.failure = (grpc.StatusCode.UNAUTHENTICATED, "no API key")
+    result = CliRunner().invoke(app, ["chat", "--url", cluster.url, "Hi"])
+    assert result.exit_code == 1
+    assert result.stderr == "error: no API key; commands show the key in OSTRO_API_KEY\n"
+
+
 def test_chat_says_in_one_line_that_nothing_answers(free_port):
     result = CliRunner().invoke(app, ["chat", "--url", f"127.0.0.1:{free_port()}", "Hi"])
     assert result.exit_code == 1

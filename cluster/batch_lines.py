@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 _MAX_LINE_BYTES = 64 * 2**20  # twice what a server takes as a body
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Of each URL, where its body says how much to think; None where it does not.
 _EFFORT_FIELDS: dict[str, tuple[str, ...] | None] = {
@@ -99,7 +99,7 @@ def _read_line(data: bytes, number: int, end: int, effort: str | None) -> BatchL
         line = msgspec.json.decode(data, type=_Line)
     except msgspec.ValidationError as error:
         return _fault(number, end, _custom_id(data), "invalid_line", str(error))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return _fault(number, end, None, "invalid_json", str(error))
     why = _unfit(line)
     if why is not None:
@@ -141,7 +141,7 @@ def _custom_id(data: bytes) -> str | None:
     """The id of a line that is not as it should be, if it can be read."""
     try:
         return msgspec.json.decode(data, type=_Id).custom_id
-    except _UNREADABLE:
+    except UNREADABLE:
         return None
 
 

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from ostro.actors.errors import NotReadyError, OstroError
-from ostro.cluster.batch_lines import BatchLine, LineFault
+from ostro.actors.errors import NotReadyError, OstroError, UnauthenticatedError
+from ostro.cluster.batch_lines import UNREADABLE, BatchLine, LineFault
 from ostro.cluster.batch_output import BatchIndex, Record, Response
 from ostro.cluster.retries import Retries
 
@@ -115,16 +115,27 @@ class BatchServer:
         timeout = aiohttp.ClientTimeout(_KNOCK_TIMEOUT_S)
         try:
             async with session.get(f"{self.url}/v1/models", timeout=timeout) as answer:
-                status = answer.status
+                status, data = answer.status, await answer.read()
+        except aiohttp.ClientConnectorCertificateError as error:
+            why = getattr(error.certificate_error, "verify_message", error.certificate_error)
+            raise OstroError(
+                f"no TLS connection to {self.url}: {why}; name whom to trust, with --ca"
+            ) from None
         except aiohttp.ClientSSLError as error:
             raise OstroError(f"no TLS connection to {self.url}: {error}") from None
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientConnectorError, TimeoutError):
             raise self.unreachable() from None
-        if status in _NOT_LET_IN:
+        except aiohttp.ClientError as error:
             raise OstroError(
-                f"{self.url} answers {status}: set OSTRO_API_KEY to a key that it takes",
-                code="unauthenticated",
-            )
+                f"what answers at {self.url} speaks no HTTP ({type(error).__name__}); is it "
+                f"the port of the HTTP face, and should the URL begin with https://?"
+            ) from None
+        if status in _NOT_LET_IN:
+            raise self.not_let_in(status, data)
+
+    def not_let_in(self, status: int, data: bytes) -> UnauthenticatedError:
+        """An answer that says so."""
+        return UnauthenticatedError(f"{self.url} answers {status}: {_message(data)}")
 
     def unreachable(self) -> NotReadyError:
         """Nothing answers there."""
@@ -166,7 +177,7 @@ class BatchRun:
         """Ask every line that is not answered yet; when cancelled, running requests are given up.
 
         Raises:
-            OstroError: The server is gone, or a file cannot be written.
+            OstroError: The server is gone or does not let us in, or a file cannot be written.
             OSError: The batch cannot be read.
         """
         try:
@@ -209,6 +220,7 @@ class BatchRun:
 
         Raises:
             NotReadyError: Nothing answers, however often it was tried.
+            UnauthenticatedError: Our key is not taken, or not for this.
         """
         most = self._server.retries.most
         num_failures = 0
@@ -226,6 +238,8 @@ class BatchRun:
                 if num_failures >= most:
                     return _unanswered(line, "connection_lost", f"{type(error).__name__}: {error}")
             else:
+                if status in _NOT_LET_IN:
+                    raise self._server.not_let_in(status, data)
                 if status not in _RETRIED or num_failures >= most:
                     return self._record(line, status, headers, data)
                 asked_delay_s = asked_delay(headers)
@@ -247,7 +261,7 @@ class BatchRun:
         response = Response(status_code=status, request_id=headers.get("x-request-id"))
         try:
             body: Any = msgspec.json.decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        except UNREADABLE:
             text = data[:_MAX_TEXT_CHARS].decode(errors="replace")
             error = {"code": "no_json", "message": f"the answer is no JSON: {text}"}
             return Record(custom_id=line.custom_id, response=response, error=error)
@@ -269,6 +283,14 @@ def asked_delay(headers: Mapping[str, str]) -> float | None:
     if not delay_s > 0:  # NaN is not
         return None
     return min(delay_s, _LONGEST_ASKED_DELAY_S)
+
+
+def _message(data: bytes) -> str:
+    """What an answer that is an error says, in any of the dialects."""
+    try:
+        return str(msgspec.json.decode(data)["error"]["message"])
+    except (*UNREADABLE, KeyError, TypeError):
+        return data[:_MAX_TEXT_CHARS].decode(errors="replace")
 
 
 def _unanswered(line: BatchLine, code: str, why: str) -> Record:

@@ -117,7 +117,7 @@ def _ask(batch: Batch, server: BatchServer) -> int:
         is_complete = asyncio.run(run(batch, server, progress, console))
     except OstroError as error:
         has_begun = progress.num_done + progress.num_failed
-        raise OstroError(f"{error.message}{_GO_ON if has_begun else ''}") from None
+        raise type(error)(f"{error.message}{_GO_ON if has_begun else ''}") from None
     except OSError as error:
         raise OstroError(f"{batch.source}: {error.strerror or error}{_GO_ON}") from None
     summary, code = f"{told(progress)}, {format_seconds(progress.elapsed_s())}", 0

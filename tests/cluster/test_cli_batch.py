@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from grpc_face import grpc_face
 from rich.console import Console
 from scripted_frontend import MODEL, THOUGHTFUL, ScriptedFrontend, served
 from starlette.applications import Starlette
@@ -23,7 +24,7 @@ from starlette.routing import Route
 from typer.testing import CliRunner
 from wire import Wire
 
-from ostro.actors.errors import NotReadyError, OstroError
+from ostro.actors.errors import NotReadyError
 from ostro.cluster.batch import Batch, run_batch
 from ostro.cluster.batch_run import BatchProgress, BatchServer, asked_delay
 from ostro.cluster.batch_view import told
@@ -326,9 +327,38 @@ def test_the_key_of_the_environment_is_sent(tmp_path, monkeypatch):
 
 def test_a_key_that_is_not_taken_ends_the_run_before_it_begins(tmp_path):
     server, source = FakeServer(fine, models_status=401), write(tmp_path / "in", "a")
-    with served(server.app) as url, pytest.raises(OstroError, match="OSTRO_API_KEY"):
-        run(source, url)
+    with served(server.app) as url:
+        result = invoke(source, tmp_path / "out", "--url", url)
+    assert result.exit_code == 1
+    assert "answers 401" in result.stderr
+    assert "OSTRO_API_KEY" in result.stderr
     assert not server.asked
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_key_that_is_not_taken_any_more_ends_the_run_and_blames_no_line(tmp_path, status):
+    def closing(body: dict, before: int) -> Response:
+        if body["id"] == "a":
+            return fine(body, before)
+        return JSONResponse({"error": {"message": "the key is over"}}, status)
+
+    server, source = FakeServer(closing), write(tmp_path / "in", "a", "b", "c")
+    with served(server.app) as url:
+        options = ("--url", url, "--concurrency", "1")
+        result = invoke(source, tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert f"answers {status}: the key is over; the same command with --resume" in result.stderr
+    assert "OSTRO_API_KEY" in result.stderr
+    assert server.asked == ["a", "b"]
+    assert list(records(tmp_path / "out")) == ["a"]
+
+
+def test_a_port_that_speaks_no_http_is_told_apart_from_nobody(tmp_path):
+    source = write(tmp_path / "in", "a")
+    with grpc_face(ScriptedFrontend()) as address:
+        result = invoke(source, tmp_path / "out", "--url", address)
+    assert result.exit_code == 1
+    assert "speaks no HTTP" in result.stderr
 
 
 # ---- interruptions

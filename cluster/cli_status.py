@@ -26,6 +26,7 @@ from ostro.cluster.human_numbers import format_bytes
 from ostro.protos import cluster_pb2
 
 _BAR_WIDTH = 16
+_WIDE = 112  # columns that the table takes with its bars; without them it fits into 80
 _ID_CHARS = 8
 _BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # an eighth to a full block
 _NO_ROWS = "\u00b7"  # a middle dot
@@ -50,7 +51,7 @@ def status(
         console.print_json(data=picture.to_dict(), indent=2)
         return
     console.print(_headline(picture))
-    console.print(_actor_table(picture.cluster))
+    console.print(_actor_table(picture.cluster, has_bars=console.width >= _WIDE))
     console.print(_load_line(picture.cluster.load))
     _print_experts(picture.tokens, console)
 
@@ -138,15 +139,22 @@ def _headline(picture: Picture) -> Text:
     )
 
 
-def _actor_table(cluster: cluster_pb2.Cluster) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+def _actor_table(cluster: cluster_pb2.Cluster, *, has_bars: bool) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=has_bars,
+        pad_edge=False,
+        padding=(0, 1) if has_bars else (0, 0),
+        header_style="bold",
+    )
     table.add_column("actor", no_wrap=True)
     table.add_column("role", no_wrap=True)
-    table.add_column("rank", justify="right")
+    table.add_column("rank", justify="right", no_wrap=True)
     for title in ("state", "node", "device"):
         table.add_column(title, no_wrap=True)
-    table.add_column("memory", min_width=_BAR_WIDTH)
-    table.add_column("", justify="right", no_wrap=True)
+    if has_bars:
+        table.add_column("", min_width=_BAR_WIDTH)
+    table.add_column("memory", justify="right", no_wrap=True)
     for actor in sorted(cluster.actors, key=lambda actor: (actor.role, actor.rank, actor.id)):
         has_rank = actor.role in (cluster_pb2.ACTOR_ROLE_ATTENTION, cluster_pb2.ACTOR_ROLE_EXPERT)
         table.add_row(
@@ -156,7 +164,7 @@ def _actor_table(cluster: cluster_pb2.Cluster) -> Table:
             _state(actor),
             actor.node_id[:_ID_CHARS],
             actor.device or "cpu",
-            _memory_bar(actor),
+            *([_memory_bar(actor)] if has_bars else []),
             _memory_text(actor),
         )
     return table

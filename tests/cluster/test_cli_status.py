@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 import grpc
@@ -99,6 +100,16 @@ def test_status_shows_every_actor_in_the_order_of_ranks(cluster):
     assert row[:7] == ["ostro-expert-1", "expert", "1", "loading", "50%", "01234567", "cpu"]
     assert row[-5:] == ["1", "GiB", "of", "4", "GiB"]
     assert "cuda:0" in line_of(output, "ostro-attention-0")
+
+
+def test_status_shows_every_cell_of_the_table_in_a_terminal_of_80_columns(cluster, monkeypatch):
+    for name, value in {"TTY_COMPATIBLE": "1", "COLUMNS": "80", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", status(cluster).stdout)
+    assert max(len(line) for line in output.splitlines()) <= 80
+    row = line_of(output, "ostro-expert-1")
+    assert row[:7] == ["ostro-expert-1", "expert", "1", "loading", "50%", "01234567", "cpu"]
+    assert row[-5:] == ["1", "GiB", "of", "4", "GiB"]
 
 
 def test_status_shows_load(cluster):

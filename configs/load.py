@@ -150,7 +150,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a mapping, not {values!r}")
+        raise ConfigError(f"{file}: must hold a mapping, not {type(values).__name__}")
     return values
 
 

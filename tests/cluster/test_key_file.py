@@ -95,6 +95,12 @@ def test_a_file_that_is_wrong_is_refused_with_the_place(path, text, told):
     assert str(path) in str(caught.value)
 
 
+def test_a_key_in_the_place_of_a_key_file_is_not_told(path):
+    path.write_text("ostro-a-secret")
+    with pytest.raises(ConfigError, match="must hold a mapping, not str$"):
+        read_keys(path)
+
+
 def test_a_file_that_anybody_may_write_is_refused(path):
     write(path, entry()).chmod(0o666)
     with pytest.raises(ConfigError, match="chmod 600"):

@@ -97,7 +97,7 @@ def test_a_file_that_is_wrong_is_refused_with_the_place(path, text, told):
 
 def test_a_key_in_the_place_of_a_key_file_is_not_told(path):
     path.write_text("ostro-a-secret")
-    with pytest.raises(ConfigError, match="must hold a mapping, not str$"):
+    with pytest.raises(ConfigError, match=r"must hold a mapping, not str$"):
         read_keys(path)
 
 

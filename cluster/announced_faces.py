@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ostro.cluster.cli_connection import KEY_VARIABLE
-from ostro.cluster.face_listeners import bracketed
+from ostro.cluster.face_listeners import ANY_ADDRESS, bracketed
 from ostro.configs.deployment import ServingConfig
 from ostro.configs.security import SecurityConfig
 
@@ -86,4 +86,4 @@ class AnnouncedFaces:
 
 
 def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return "127.0.0.1" if host in ANY_ADDRESS else host

@@ -24,8 +24,8 @@ from ostro.configs.tls import TlsConfig
 # value is HAProxy's alone only where `serving.tls.client_ca_file` is set.
 CLIENT_SUBJECT_HEADER = "x-client-certificate-subject"
 
+ANY_ADDRESS = ("0.0.0.0", "::")  # hosts that stand for every address of a machine
 _VARIABLE = "OSTRO_FACE_LISTENERS"
-_ANY = ("0.0.0.0", "::")
 _LOOPBACK = "127.0.0.1"
 
 
@@ -52,7 +52,7 @@ class FaceListeners:
 
     def on_head(self) -> bool:
         """Whether all of it is on the head: one address is one machine's, and so is loopback."""
-        return self.serve_host() not in _ANY
+        return self.serve_host() not in ANY_ADDRESS
 
     def to_environment(self) -> dict[str, str]:
         """Variables for the processes of Serve."""
@@ -98,7 +98,7 @@ def _listening_on(host: str, add: Callable[[Any, str], Any]) -> Callable[[Any, s
 
     def add_here(server: Any, address: str) -> Any:
         port = address.rpartition(":")[2]
-        return add(server, address if host in _ANY else f"{bracketed(host)}:{port}")
+        return add(server, address if host in ANY_ADDRESS else f"{bracketed(host)}:{port}")
 
     return add_here
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -14,15 +13,15 @@ from ray.serve.config import HTTPOptions, gRPCOptions
 
 from ostro.actors.errors import NotReadyError
 from ostro.cluster.app import SERVICERS, IngressSpec, build_app
-from ostro.cluster.face_listeners import FaceListeners, bracketed
+from ostro.cluster.face_listeners import ANY_ADDRESS, FaceListeners, bracketed
 from ostro.cluster.tls_certificate import FaceCertificate, trust_only
 from ostro.configs.deployment import ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.security import is_loopback
 
 _APP_NAME = "ostro"
 _READY_TIMEOUT_S = 120.0
 _POLL_S = 0.1
-_ANY = ("0.0.0.0", "::")
 
 
 def clear_ingress() -> None:
@@ -52,9 +51,9 @@ def reachable_host(serving: ServingConfig, head_address: str | None) -> str:
     Raises:
         ConfigError: The faces would open on the head node's loopback, out of reach.
     """
-    if serving.host in _ANY:
+    if serving.host in ANY_ADDRESS:
         return head_address or "127.0.0.1"
-    if head_address is not None and _is_loopback(serving.host):
+    if head_address is not None and is_loopback(serving.host):
         raise ConfigError(
             f"serving.host={serving.host}: HTTP and gRPC would open for the head node "
             f"{head_address} alone; run there, or set serving.host=0.0.0.0"
@@ -123,13 +122,6 @@ def wait_ready(host: str, http_port: int, certificate: FaceCertificate | None) -
 def stop_ingress() -> None:
     """End Ray Serve; harmless if it does not run."""
     serve.shutdown()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @contextmanager

@@ -69,6 +69,16 @@ class QuotaError(OverloadedError):
     code = "quota_exceeded"
 
 
+class SpentQuotaError(QuotaError):
+    """The same, and so it is for whatever its tenant asks for in the next second.
+
+    Attributes:
+        HOLDS_S: For how long; the ingress refuses without tokenizing meanwhile.
+    """
+
+    HOLDS_S = 1.0
+
+
 class SlowBodyError(OstroError):
     """The body did not arrive in time."""
 

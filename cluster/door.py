@@ -8,13 +8,14 @@ route that is written tomorrow cannot forget to.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import NamedTuple
 
-from ostro.actors.errors import OstroError
+from ostro.actors.errors import OstroError, QuotaError, SpentQuotaError
 from ostro.cluster.access import OPEN, Needs, route_needs
 from ostro.cluster.audit import AuditLog
 from ostro.cluster.generation import Usage
@@ -74,13 +75,30 @@ def serving(call: Call) -> Iterator[None]:
         _current.reset(token)
 
 
+class _Spent(NamedTuple):
+    """What the router said of a tenant's quota, and when."""
+
+    message: str
+    quota: str | None
+    retry_after_s: float
+    said_s: float
+
+
 class Door:
     """Lets callers in and writes down what they did."""
 
-    def __init__(self, ring: KeyRing, audit: AuditLog, security: SecurityConfig) -> None:
+    def __init__(
+        self,
+        ring: KeyRing,
+        audit: AuditLog,
+        security: SecurityConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._ring = ring
         self._audit = audit
         self._security = security
+        self._clock = clock
+        self._spent: dict[str, _Spent] = {}  # by tenant
 
     @classmethod
     def wide_open(cls) -> Door:
@@ -119,6 +137,30 @@ class Door:
         """
         call.caller = self._ring.caller(shown)
         call.caller.check(needs)
+
+    def check_quota(self, caller: Caller) -> None:
+        """Refuse whose quota was spent a moment ago: to tokenize a prompt costs more than a "no".
+
+        Raises:
+            QuotaError: As the router said it then.
+        """
+        spent = self._spent.get(caller.tenant)
+        if spent is None:
+            return
+        passed_s = self._clock() - spent.said_s
+        if passed_s < SpentQuotaError.HOLDS_S:
+            left_s = spent.retry_after_s - passed_s
+            raise QuotaError(spent.message, param=spent.quota, retry_after_s=left_s)
+        del self._spent[caller.tenant]
+
+    def note_spent(self, caller: Caller, error: SpentQuotaError) -> None:
+        """Remember what the router said of a caller's tenant."""
+        self._spent[caller.tenant] = _Spent(
+            error.message,
+            error.param,
+            error.retry_after_s or SpentQuotaError.HOLDS_S,
+            self._clock(),
+        )
 
     def close(self, call: Call) -> None:
         """Write down what became of a call; `time` is that of its end."""

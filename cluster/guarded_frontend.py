@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
-from ostro.actors.errors import InvalidRequestError
+from ostro.actors.errors import InvalidRequestError, SpentQuotaError
 from ostro.actors.fabric.messages import State
 from ostro.cluster.door import Call, Door, current_call
 from ostro.cluster.generation import (
@@ -56,12 +56,12 @@ class GuardedFrontend:
     def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
         """One assistant turn. Raises at once what `_of_caller` does, the rest while iterating."""
         call = current_call()
-        return self._noted(self._frontend.chat(_of_caller(request, call.caller)), call)
+        return self._watched(self._frontend.chat(_of_caller(request, call.caller)), call)
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """A raw continuation. Raises at once what `_of_caller` does, the rest while iterating."""
         call = current_call()
-        return self._noted(self._frontend.generate(_of_caller(request, call.caller)), call)
+        return self._watched(self._frontend.generate(_of_caller(request, call.caller)), call)
 
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
@@ -77,24 +77,31 @@ class GuardedFrontend:
         """Text of token ids."""
         return self._frontend.detokenize(token_ids)
 
-    def _noted(
+    def _watched(
         self, events: AsyncIterator[GenerationEvent], call: Call
     ) -> AsyncIterator[GenerationEvent]:
-        return _noting(events, call) if self._door.audits else events
+        if self._door.audits or call.caller.quota.is_per_minute:
+            return _watching(events, call, self._door)
+        return events
 
 
-async def _noting(
-    events: AsyncIterator[GenerationEvent], call: Call
+async def _watching(
+    events: AsyncIterator[GenerationEvent], call: Call, door: Door
 ) -> AsyncGenerator[GenerationEvent, None]:
     """The same events; what the audit log wants of them stays with the call."""
     async with closing_events(events) as source:
-        async for event in source:
-            if isinstance(event, Started):
-                call.generation_id = event.request_id
-                call.num_prompt_tokens = event.num_prompt_tokens
-            elif isinstance(event, Finished):
-                call.usage, call.finish_reason = event.usage, event.reason
-            yield event
+        door.check_quota(call.caller)
+        try:
+            async for event in source:
+                if isinstance(event, Started):
+                    call.generation_id = event.request_id
+                    call.num_prompt_tokens = event.num_prompt_tokens
+                elif isinstance(event, Finished):
+                    call.usage, call.finish_reason = event.usage, event.reason
+                yield event
+        except SpentQuotaError as error:
+            door.note_spent(call.caller, error)
+            raise
 
 
 class _GuardedCell:

@@ -52,6 +52,11 @@ class Quota(
     concurrent_requests: Limit | None = None
     max_tokens_per_request: Limit | None = None
 
+    @property
+    def is_per_minute(self) -> bool:
+        """Whether it has a budget that can be spent."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
 
 class Key(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True

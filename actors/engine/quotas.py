@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from ostro.actors.errors import InvalidRequestError, QuotaError
+from ostro.actors.errors import InvalidRequestError, QuotaError, SpentQuotaError
 from ostro.configs.key_table import Quota
 
 _MINUTE_S = 60.0
@@ -82,16 +82,16 @@ class TenantQuotas:
         Raises:
             InvalidRequestError: It has more choices than the tenant may have running at all.
             QuotaError: It is too much; nothing was counted. `retry_after_s` is when the budget has
-                recovered, if nobody else of the tenant comes first.
+                recovered, if nobody else of the tenant comes first. A SpentQuotaError if the
+                smallest of requests would be too much.
         """
         self._check_concurrency(tenant, num_choices)
         now_s = self._clock()
         requests, tokens = self._requests.get(tenant), self._tokens.get(tenant)
         if requests is not None:
-            self._check(tenant, "requests_per_minute", requests, requests.wait_s(1, now_s))
+            _check(tenant, "requests_per_minute", requests, 1, now_s)
         if tokens is not None:
-            wait_s = tokens.wait_s(num_prompt_tokens, now_s)
-            self._check(tenant, "tokens_per_minute", tokens, wait_s)
+            _check(tenant, "tokens_per_minute", tokens, num_prompt_tokens, now_s)
             tokens.take(num_prompt_tokens)
         if requests is not None:
             requests.take(1)
@@ -139,11 +139,14 @@ class TenantQuotas:
                 retry_after_s=_CONCURRENCY_RETRY_S,
             )
 
-    def _check(self, tenant: str, name: str, bucket: _Bucket, wait_s: float) -> None:
-        if wait_s > 0:
-            raise QuotaError(
-                f"tenant {tenant} has used up its {name} of {bucket.per_minute}; "
-                f"try again in {wait_s:.1f} s",
-                param=name,
-                retry_after_s=wait_s,
-            )
+
+def _check(tenant: str, name: str, bucket: _Bucket, wanted: int, now_s: float) -> None:
+    wait_s = bucket.wait_s(wanted, now_s)
+    if wait_s > 0:
+        is_spent = bucket.wait_s(1, now_s) >= SpentQuotaError.HOLDS_S
+        raise (SpentQuotaError if is_spent else QuotaError)(
+            f"tenant {tenant} has used up its {name} of {bucket.per_minute}; "
+            f"try again in {wait_s:.1f} s",
+            param=name,
+            retry_after_s=wait_s,
+        )

@@ -28,7 +28,7 @@ from door_keys import (
 from fastapi.routing import APIRoute
 from scripted_frontend import MODEL, THOUGHTFUL, ScriptedFrontend, served
 
-from ostro.actors.errors import QuotaError
+from ostro.actors.errors import QuotaError, SpentQuotaError
 from ostro.cluster.audit import AuditLog
 from ostro.cluster.door import Door
 from ostro.cluster.http_ingress import build_http_app
@@ -297,6 +297,30 @@ def test_a_quota_that_is_used_up_is_429_with_the_time_to_wait():
     error = answer.json()["error"]
     assert (error["type"], error["code"]) == ("rate_limit_error", "quota_exceeded")
     assert error["param"] == "tokens_per_minute"
+
+
+def test_a_quota_that_was_spent_a_moment_ago_is_refused_without_a_look_at_the_prompt():
+    now_s = [1000.0]
+    spent = SpentQuotaError("spent", param="tokens_per_minute", retry_after_s=30.0)
+    frontend = ScriptedFrontend(spent)
+
+    def ask_as(key: str) -> tuple[int, str | None]:
+        answer = client.post(CHAT_PATH, json=CHAT, headers=bearer(key))
+        return answer.status_code, answer.headers.get("retry-after")
+
+    with face(frontend, make_door(clock=lambda: now_s[0])) as client:
+        assert ask_as(LIMITED) == (429, "30")
+        frontend.script = THOUGHTFUL
+        now_s[0] += 0.9
+        assert ask_as(LIMITED) == (429, "30")  # of 29.1 s
+        assert ask_as(GENERATE) == (200, None)
+        counted = client.get("/metrics", headers=bearer(OBSERVE)).text
+        assert (
+            'admission_rejections_total{model_name="tiny-small-4",reason="quota_exceeded"} 2'
+            in (counted)
+        )
+        now_s[0] += 0.2
+        assert ask_as(LIMITED) == (200, None)
 
 
 # ---- the audit log

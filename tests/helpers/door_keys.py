@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 
@@ -38,16 +40,16 @@ TABLE = KeyTable(
         table_key(EXPIRED, Scope.ADMIN, expires=datetime(2020, 1, 1, tzinfo=UTC)),
         table_key(LIMITED, Scope.GENERATE, tenant="small"),
     ),
-    quotas={"small": Quota(max_tokens_per_request=MAX_TOKENS)},
+    quotas={"small": Quota(max_tokens_per_request=MAX_TOKENS, tokens_per_minute=1000)},
 )
 
 
-def make_door(**security) -> Door:
+def make_door(*, clock: Callable[[], float] = time.monotonic, **security) -> Door:
     """A door that knows `TABLE`."""
     config = SecurityConfig(key_file="keys.yaml", **security)
     ring = KeyRing(is_open=False)
     ring.replace(TABLE)
-    return Door(ring, AuditLog(config), config)
+    return Door(ring, AuditLog(config), config, clock)
 
 
 def bearer(key: str) -> dict[str, str]:

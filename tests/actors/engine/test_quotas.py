@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from ostro.actors.engine.quotas import TenantQuotas
-from ostro.actors.errors import QuotaError
+from ostro.actors.errors import QuotaError, SpentQuotaError
 from ostro.configs.key_table import Quota
 
 
@@ -50,6 +50,19 @@ def test_requests_per_minute_refill_evenly():
     clock.now_s += 0.2
     quotas.begin("acme", 1)
     refusal(quotas)
+
+
+def test_a_quota_is_spent_while_the_smallest_request_has_to_wait():
+    clock = Clock()
+    quotas = quotas_of(clock, tokens_per_minute=600)
+    quotas.begin("acme", 580)
+    assert type(refusal(quotas, 100)) is QuotaError  # a shorter prompt would get in
+    quotas.end("acme", 100)  # 80 in debt, of which ten a second are recovered
+    assert type(refusal(quotas, 100)) is SpentQuotaError
+    clock.now_s += 7.5
+    assert type(refusal(quotas, 100)) is QuotaError  # and will, within the second
+    clock.now_s += SpentQuotaError.HOLDS_S
+    quotas.begin("acme", 1)
 
 
 def test_a_bucket_holds_no_more_than_a_minute():

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import NamedTuple
 
+from ostro.actors.engine.quotas import Bucket
 from ostro.actors.errors import OstroError, QuotaError, SpentQuotaError
 from ostro.cluster.access import OPEN, Needs, route_needs
 from ostro.cluster.audit import AuditLog
@@ -23,6 +24,7 @@ from ostro.cluster.key_ring import STRANGER, Caller, KeyRing
 from ostro.configs.security import SecurityConfig
 
 _ADDRESS_CHARS = 64
+_STRANGER_LINES_PER_MINUTE = 600
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +100,8 @@ class Door:
         self._audit = audit
         self._security = security
         self._clock = clock
+        self._stranger_lines = Bucket(_STRANGER_LINES_PER_MINUTE, clock())
+        self._num_left_out = 0
         self._spent: dict[str, _Spent] = {}  # by tenant
 
     @classmethod
@@ -163,10 +167,16 @@ class Door:
         )
 
     def close(self, call: Call) -> None:
-        """Write down what became of a call; `time` is that of its end."""
-        if not self._audit.is_read:
+        """Write down what became of a call; `time` is that of its end.
+
+        Of strangers only so many a minute: who floods the log would push out what others did. The
+        next line says how many were `left_out`; the metric of refused keys counts all.
+        """
+        if not self._audit.is_read or self._is_left_out(call):
             return
         usage = call.usage
+        left_out = {"left_out": self._num_left_out} if self._num_left_out else {}
+        self._num_left_out = 0
         self._audit.write(
             {
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -181,5 +191,15 @@ class Door:
                 "completion_tokens": None if usage is None else usage.completion_tokens,
                 "duration_s": round(time.monotonic() - call.began_s, 4),
                 "client": call.client,
+                **left_out,
             }
         )
+
+    def _is_left_out(self, call: Call) -> bool:
+        if call.caller is not STRANGER:
+            return False
+        if self._stranger_lines.wait_s(1, self._clock()) > 0:
+            self._num_left_out += 1
+            return True
+        self._stranger_lines.take(1)
+        return False

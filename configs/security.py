@@ -24,7 +24,8 @@ class SecurityConfig:
         num_trusted_proxies: Proxies of yours in front of the faces that add their client's address
             to `x-forwarded-for`; as many addresses, from its end, are believed.
         audit_file: JSON lines, one a request, by each node for the requests it took; an absolute
-            path. None writes none.
+            path. None writes none. A replica writes ten lines a second at most of calls without a
+            good key.
         audit_file_bytes: Size at which the file is put aside and a new one begun.
         num_audit_files: Files that are put aside and kept, the oldest as `.N`.
     """

@@ -18,7 +18,7 @@ _MINUTE_S = 60.0
 _CONCURRENCY_RETRY_S = 1.0  # when one of a tenant's own requests ends, nobody knows
 
 
-class _Bucket:
+class Bucket:
     """A budget of so much a minute; its level may fall below 0 and then has to recover first."""
 
     def __init__(self, per_minute: int, now_s: float) -> None:
@@ -33,6 +33,7 @@ class _Bucket:
         return max(0.0, missing) * _MINUTE_S / self.per_minute
 
     def take(self, amount: int) -> None:
+        """Use some of it, or give some back."""
         self._level = min(self._level - amount, float(self.per_minute))
 
     def resize(self, per_minute: int, now_s: float) -> None:
@@ -53,8 +54,8 @@ class TenantQuotas:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._quotas: Mapping[str, Quota] = {}
-        self._requests: dict[str, _Bucket] = {}
-        self._tokens: dict[str, _Bucket] = {}
+        self._requests: dict[str, Bucket] = {}
+        self._tokens: dict[str, Bucket] = {}
         self._num_live: Counter[str] = Counter()
 
     def configure(self, quotas: Mapping[str, Quota]) -> None:
@@ -74,7 +75,7 @@ class TenantQuotas:
                 if tenant in buckets:
                     buckets[tenant].resize(limit, now_s)
                 else:
-                    buckets[tenant] = _Bucket(limit, now_s)
+                    buckets[tenant] = Bucket(limit, now_s)
 
     def begin(self, tenant: str, num_prompt_tokens: int, num_choices: int = 1) -> None:
         """Count a request in: its prompt once, and each of its choices as running.
@@ -140,7 +141,7 @@ class TenantQuotas:
             )
 
 
-def _check(tenant: str, name: str, bucket: _Bucket, wanted: int, now_s: float) -> None:
+def _check(tenant: str, name: str, bucket: Bucket, wanted: int, now_s: float) -> None:
     wait_s = bucket.wait_s(wanted, now_s)
     if wait_s > 0:
         is_spent = bucket.wait_s(1, now_s) >= SpentQuotaError.HOLDS_S

@@ -275,11 +275,7 @@ class ChoiceReader:
         for text, is_thinking in ((step.thinking, True), (step.answer, False)):
             if is_thinking and self._prepared.options.omit_thinking:
                 continue
-            places = [
-                place
-                for place, channel in enumerate(step.channels)
-                if (channel is Channel.THINKING) is is_thinking
-            ]
+            places = self._places(step, is_thinking=is_thinking)
             delta = TextDelta(
                 text=text,
                 thinking=is_thinking,
@@ -290,6 +286,17 @@ class ChoiceReader:
             if delta.text or delta.token_ids or delta.logprobs:
                 deltas.append(delta)
         return deltas
+
+    def _places(self, step: ParsedStep, *, is_thinking: bool) -> list[int]:
+        """Of the tokens of one channel; none where neither their ids nor logprobs are asked for."""
+        options = self._prepared.options
+        if not options.return_token_ids and options.num_logprobs is None:
+            return []
+        return [
+            place
+            for place, channel in enumerate(step.channels)
+            if (channel is Channel.THINKING) is is_thinking
+        ]
 
     def _shown_ids(self, token_ids: list[int], places: list[int]) -> tuple[int, ...]:
         if not self._prepared.options.return_token_ids:

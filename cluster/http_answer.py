@@ -51,6 +51,10 @@ class Gatherer(Protocol):
         """Take the next event."""
         ...
 
+    def body(self) -> bytes:
+        """All of it as JSON; raises OstroError if an end is missing."""
+        ...
+
 
 class StreamedAnswer(Response):
     """Writes events as they come; closes their iterator when the client leaves."""
@@ -117,14 +121,12 @@ class GatheredAnswer(Response):
         self,
         events: AsyncIterator[GenerationEvent],
         answer: Gatherer,
-        body: Callable[[], bytes],
         *,
         headers: Mapping[str, str],
     ) -> None:
         super().__init__(media_type="application/json", headers=dict(headers))
         self._events = events
         self._answer = answer
-        self._make_body = body
         self._last: GenerationEvent | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,7 +136,7 @@ class GatheredAnswer(Response):
         timing = server_timing(self._last) if asks_for_timing(scope) else None
         if timing is not None:
             self.headers[TIMING_HEADER] = timing
-        self.body = self._make_body()
+        self.body = self._answer.body()
         self.raw_headers = [
             *(pair for pair in self.raw_headers if pair[0] != b"content-length"),
             (b"content-length", str(len(self.body)).encode()),

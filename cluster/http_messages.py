@@ -38,8 +38,7 @@ class MessagesRoutes(HttpRoutes):
         events = self.watched(self.frontend.chat(generation), request)
         if body.stream:
             return self.stream(events, MessageEventWriter(request_id), headers)
-        answer = WholeMessage()
-        return GatheredAnswer(events, answer, answer.body, headers=headers)
+        return GatheredAnswer(events, WholeMessage(), headers=headers)
 
     async def count_tokens(self, request: Request) -> Response:
         """How long the prompt of a message would be."""

@@ -13,7 +13,7 @@ from ostro.cluster.generation import ModelCard
 from ostro.cluster.http_answer import GatheredAnswer
 from ostro.cluster.http_routes import V1, HttpRoutes, json_response
 from ostro.cluster.model_card import check_model_name
-from ostro.cluster.openai_answer import WholeAnswer
+from ostro.cluster.openai_answer import WholeChat, WholeText
 from ostro.cluster.openai_fields import AnswerStyle, Json, ThinkingForm
 from ostro.cluster.openai_request import chat_generation, text_generation
 from ostro.cluster.openai_schema import (
@@ -49,8 +49,7 @@ class OpenAIRoutes(HttpRoutes):
         events = self.watched(self.frontend.chat(generation), request)
         if body.stream:
             return self.stream(events, ChatEventWriter(style), headers)
-        answer = WholeAnswer(style)
-        return GatheredAnswer(events, answer, answer.chat_body, headers=headers)
+        return GatheredAnswer(events, WholeChat(style), headers=headers)
 
     async def complete(self, request: Request) -> Response:
         """A raw continuation."""
@@ -61,8 +60,7 @@ class OpenAIRoutes(HttpRoutes):
         events = self.watched(generated, request, TEXT_COMPLETION)
         if body.stream:
             return self.stream(events, TextEventWriter(style), headers)
-        answer = WholeAnswer(style)
-        return GatheredAnswer(events, answer, answer.text_body, headers=headers)
+        return GatheredAnswer(events, WholeText(style), headers=headers)
 
     async def control(self, request: Request) -> Response:
         """End the thinking of a running generation, or cancel it."""

@@ -34,8 +34,7 @@ class ResponsesRoutes(HttpRoutes):
         events = self.watched(frontend.chat(chat), request)
         if body.stream:
             return self.stream(events, ResponseWriter(head), headers)
-        answer = ResponseAnswer(head)
-        return GatheredAnswer(events, answer, answer.body, headers=headers)
+        return GatheredAnswer(events, ResponseAnswer(head), headers=headers)
 
     async def count(self, request: Request) -> Response:
         """How many tokens the prompt of such a request has."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import msgspec
@@ -61,8 +61,10 @@ class _Choice:
         return message
 
 
-class WholeAnswer:
+class WholeAnswer(ABC):
     """Gathers events until they can be told as one JSON object."""
+
+    object_name = ""
 
     def __init__(self, style: AnswerStyle) -> None:
         self._style = style
@@ -87,23 +89,16 @@ class WholeAnswer:
             choice.finished = event
             self._last = event if event.is_last else None
 
-    def chat_body(self) -> bytes:
-        """A `chat.completion`."""
-        return self._body("chat.completion", self._chat_choice)
+    @abstractmethod
+    def _brought(self, choice: _Choice) -> Json:
+        """What a choice came to, and its logprobs."""
 
-    def text_body(self) -> bytes:
-        """A `text_completion`."""
-        return self._body("text_completion", self._text_choice)
+    def body(self) -> bytes:
+        """The whole answer.
 
-    def _chat_choice(self, choice: _Choice) -> Json:
-        logprobs = chat_logprobs(choice.logprobs) if self._style.logprobs else None
-        return {"message": choice.message(self._style.form), "logprobs": logprobs}
-
-    def _text_choice(self, choice: _Choice) -> Json:
-        logprobs = text_logprobs(choice.logprobs, 0) if self._style.logprobs else None
-        return {"text": "".join(choice.text), "logprobs": logprobs}
-
-    def _body(self, object_name: str, fields_of: Callable[[_Choice], Json]) -> bytes:
+        Raises:
+            OstroError: It has no beginning, or a choice of it no end.
+        """
         started, last = self._started, self._last
         if started is None or last is None:
             raise OstroError("the generation ended without its first or last event")
@@ -115,7 +110,7 @@ class WholeAnswer:
             reports.append(finished.reasoning)
             fields = {
                 "index": index,
-                **fields_of(choice),
+                **self._brought(choice),
                 "finish_reason": finish_reason(finished.reason, self._style.form),
                 "stop_reason": stop_reason(finished),
                 "reasoning": reasoning_fields(finished.reasoning),
@@ -125,9 +120,29 @@ class WholeAnswer:
             choices.append(fields)
         return _encode(
             {
-                **head(started, object_name),
+                **head(started, self.object_name),
                 "choices": choices,
                 "usage": usage_fields(last.usage),
                 "reasoning": whole_reasoning(reports),
             }
         )
+
+
+class WholeChat(WholeAnswer):
+    """A `chat.completion`."""
+
+    object_name = "chat.completion"
+
+    def _brought(self, choice: _Choice) -> Json:
+        logprobs = chat_logprobs(choice.logprobs) if self._style.logprobs else None
+        return {"message": choice.message(self._style.form), "logprobs": logprobs}
+
+
+class WholeText(WholeAnswer):
+    """A `text_completion`."""
+
+    object_name = "text_completion"
+
+    def _brought(self, choice: _Choice) -> Json:
+        logprobs = text_logprobs(choice.logprobs, 0) if self._style.logprobs else None
+        return {"text": "".join(choice.text), "logprobs": logprobs}

@@ -17,7 +17,7 @@ from ostro.actors.errors import ShardLostError
 from ostro.cluster.generation import TextDelta
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
-from ostro.cluster.openai_answer import WholeAnswer
+from ostro.cluster.openai_answer import WholeChat
 from ostro.cluster.openai_fields import AnswerStyle
 from ostro.configs.deployment import ServingConfig
 
@@ -229,8 +229,8 @@ def test_streamed_plain_texts_name_their_choice():
 
 
 def test_half_an_answer_is_never_told_as_whole():
-    answer = WholeAnswer(AnswerStyle())
+    answer = WholeChat(AnswerStyle())
     for event in (THREE[0], TextDelta(text="a"), THREE[-1]):
         answer.add(event)
     with pytest.raises(Exception, match="without the end of choice 0"):
-        answer.chat_body()
+        answer.body()

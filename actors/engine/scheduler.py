@@ -229,8 +229,7 @@ class Scheduler:
                 self._place(step, progress, 1)
         num_kept = 0
         if self._shares.contended and prefilling:
-            is_next = self._waiting and not self._is_blocked(self._waiting.first())
-            num_kept = self._shares.order(prefilling, self._waiting.first() if is_next else None)
+            num_kept = self._shares.order(prefilling, self._next_to_run(step))
         for progress in prefilling:
             num_new = self._chunk(step, progress, num_kept)
             if num_new and progress.state is _RUNNING:
@@ -279,6 +278,14 @@ class Scheduler:
         progress.num_computed_tokens = num_cached
         insort(self._running, progress, key=attrgetter("arrival"))
         return True
+
+    def _next_to_run(self, step: ScheduledStep) -> RequestProgress | None:
+        """The first waiting request, unless it is known that this step cannot take it."""
+        is_full = len(self._running) >= self._config.max_running_requests
+        if is_full or step.preempted or not self._waiting:
+            return None
+        first = self._waiting.first()
+        return None if first.num_in_flight or self._is_blocked(first) else first
 
     def _is_blocked(self, progress: RequestProgress) -> bool:
         """Whether it lacked pages when it was last tried, and none came free since."""

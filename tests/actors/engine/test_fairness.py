@@ -185,6 +185,16 @@ def test_a_flood_of_long_prompts_does_not_hold_up_a_short_one() -> None:
     assert shard.steps_until("other") <= 3
 
 
+def test_no_tokens_are_kept_for_a_request_that_finds_no_place() -> None:
+    shard = _Shard(replace(_CONFIG, max_running_requests=2, num_pages=512))
+    shard.add("first", "a", num_tokens=320)
+    shard.add("second", "b", num_tokens=320)
+    shard.step()
+    shard.add("other", "c", num_tokens=64)  # had least, and fills a step by itself
+    assert shard.steps_until("first") <= 2 * 320 // 32
+    assert shard.steps_until("other") <= 2 * 320 // 32 + 20
+
+
 def _steps_beside_a_full_cache(tenant: str) -> int:
     shard = _Shard(replace(_CONFIG, max_running_requests=32))
     for i in range(16):
@@ -226,11 +236,14 @@ def test_two_floods_get_the_same_number_of_tokens() -> None:
         max_size=24,
     ),
     num_pages=st.integers(14, 40),
+    max_running=st.integers(1, 4),
+    max_tokens_per_step=st.sampled_from([4, 32]),
 )
 def test_everybody_is_served_whoever_comes(
-    lives: list[tuple[str, int, int]], num_pages: int
+    lives: list[tuple[str, int, int]], num_pages: int, max_running: int, max_tokens_per_step: int
 ) -> None:
-    shard = _Shard(replace(_CONFIG, num_pages=num_pages))
+    config = replace(_CONFIG, max_tokens_per_step=max_tokens_per_step)
+    shard = _Shard(replace(config, num_pages=num_pages, max_running_requests=max_running))
     for i, (tenant, num_tokens, max_tokens) in enumerate(lives):
         shard.add(str(i), tenant, num_tokens, max_tokens)
         if i % 3 == 0:

@@ -30,6 +30,7 @@ from ostro.actors.engine.request import (
 )
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledStep, error_event, token_event
+from ostro.actors.engine.token_rules import sampling_state
 from ostro.actors.errors import OstroError, TransportError
 from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection, SyncServer
 from ostro.actors.fabric.local_exchange import ExchangeCounters
@@ -293,7 +294,7 @@ class AttentionEngine:
         self._parts.masks.wait()
         rows = []
         for entry in entries:
-            forced, bias, banned, allowed = self._scheduler.sampling_state(entry.progress)
+            forced, bias, banned, allowed = sampling_state(entry.progress)
             rows.append(
                 SamplingRow(
                     progress=entry.progress,

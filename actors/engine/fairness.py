@@ -4,7 +4,7 @@ Each tenant has a virtual counter that grows with the tokens computed for it, an
 counting double; the next request to run is one of the tenant with the lowest counter (virtual
 token counters: Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024). A tenant
 that comes back is lifted to the others, so that nobody saves up credit while idle. While one
-tenant is alone nothing is counted: its requests run in the order of their turn.
+tenant is alone its requests run in the order of their turn, and count step by step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ostro.actors.engine.request import RequestProgress
 from ostro.actors.engine.request_pages import RequestPages
+from ostro.actors.engine.step import ScheduledStep
 
 OUTPUT_WEIGHT = 2
 _MAX_REMEMBERED = 1024  # counters of tenants that have nothing here
@@ -62,17 +63,16 @@ class TenantShares:
         """Count tokens that are computed: of a prompt once, of an output `OUTPUT_WEIGHT` times."""
         self._counters[tenant] = self._counters.get(tenant, 0) + num_tokens
 
-    def order(self, prefilling: list[RequestProgress], first: RequestProgress | None) -> int:
-        """Put those whose tenant had least in front.
+    def charge_alone(self, step: ScheduledStep) -> None:
+        """Count a step that is all of one tenant: what it has alone pays off others' debts."""
+        num_outputs = sum(entry.samples for entry in step.entries)
+        tenant = step.entries[0].progress.request.tenant
+        self.charge(tenant, step.num_tokens + (OUTPUT_WEIGHT - 1) * num_outputs)
 
-        Returns:
-            Tokens of the step to be kept for `first`, which waits, if its tenant had less still.
-        """
+    def order(self, prefilling: list[RequestProgress]) -> int:
+        """Put those whose tenant had least in front; returns how much that is."""
         prefilling.sort(key=lambda progress: self.level(progress.request.tenant))
-        if first is None:
-            return 0
-        had_less = self.level(first.request.tenant) < self.level(prefilling[0].request.tenant)
-        return first.num_tokens if had_less else 0
+        return self.level(prefilling[0].request.tenant)
 
     def victim_for_place(
         self, first: RequestProgress, running: Sequence[RequestProgress]

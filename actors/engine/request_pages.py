@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from ostro.actors.engine.page_pool import PagePool
 from ostro.actors.engine.prefix_cache import PrefixCache, extend_page_hashes
-from ostro.actors.engine.request import RequestProgress
+from ostro.actors.engine.request import RequestProgress, RequestState
 
 
 class RequestPages:
@@ -27,6 +27,14 @@ class RequestPages:
     def missing(self, progress: RequestProgress, num_tokens: int) -> int:
         """Pages that a request lacks to hold so many tokens."""
         return max(-(-num_tokens // self.page_size) - len(progress.pages), 0)
+
+    def lacking(self, requests: Iterable[RequestProgress]) -> int:
+        """Pages that the running ones of these requests lack to hold all their tokens."""
+        return sum(
+            self.missing(progress, progress.num_tokens)
+            for progress in requests
+            if progress.state is RequestState.RUNNING
+        )
 
     def adopt(self, progress: RequestProgress) -> int:
         """Give a request without pages its cached prefix; returns the tokens that it spares."""

@@ -37,7 +37,7 @@ from ostro.actors.engine.step import (
     token_event,
 )
 from ostro.actors.engine.stopwatch import Stopwatch
-from ostro.actors.engine.token_rules import SamplingState, reason_to_end
+from ostro.actors.engine.token_rules import reason_to_end
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
 
@@ -131,20 +131,19 @@ class Scheduler:
         step = ScheduledStep(self._num_scheduled, self._clock())
         if self._waiting and self._shares.contended:
             self._give_way(step)
-        num_promised = self._schedule_running(step)
-        if not step.preempted:
-            self._schedule_waiting(step, num_promised)
+        prefilling = self._schedule_decodes(step)
+        num_promised = 0
+        if self._shares.contended and prefilling:
+            least = self._shares.order(prefilling)
+            num_promised = self._schedule_waiting(step, self._pages.lacking(prefilling), least)
+        self._schedule_prefills(step, prefilling)
+        self._schedule_waiting(step, self._pages.lacking(prefilling) + num_promised)
         if not step.entries:
             return None
+        if not self._shares.contended:
+            self._shares.charge_alone(step)
         self._num_scheduled += 1
         return step
-
-    def sampling_state(self, progress: RequestProgress) -> SamplingState:
-        """What holds for a request's next token, once all tokens before it are known.
-
-        Ask after `complete()` of the step before, and before sampling.
-        """
-        return token_rules.sampling_state(progress)
 
     def complete(
         self, step: ScheduledStep, outputs: Mapping[str, SampledToken]
@@ -208,8 +207,8 @@ class Scheduler:
 
     # ---- planning
 
-    def _schedule_running(self, step: ScheduledStep) -> int:
-        """Place decodes, then prefills; returns the pages that these prefills have yet to take."""
+    def _schedule_decodes(self, step: ScheduledStep) -> list[RequestProgress]:
+        """Place the running requests that want one token; returns the others."""
         page_size = self._config.page_size
         prefilling = []
         for progress in tuple(self._running):
@@ -227,38 +226,44 @@ class Scheduler:
                 )
             ):
                 self._place(step, progress, 1)
-        num_kept = 0
-        if self._shares.contended and prefilling:
-            num_kept = self._shares.order(prefilling, self._next_to_run(step))
+        return prefilling
+
+    def _schedule_prefills(self, step: ScheduledStep, prefilling: list[RequestProgress]) -> None:
         for progress in prefilling:
-            num_new = self._chunk(step, progress, num_kept)
+            num_new = self._chunk(step, progress)
             if num_new and progress.state is _RUNNING:
                 end = progress.num_computed_tokens + num_new
                 if self._find_pages(step, progress, end):
                     self._place(step, progress, num_new)
                     self._pages.publish(progress, end)
-        return sum(
-            self._pages.missing(progress, progress.num_tokens)
-            for progress in prefilling
-            if progress.state is _RUNNING
-        )
 
-    def _schedule_waiting(self, step: ScheduledStep, num_promised: int) -> None:
+    def _schedule_waiting(
+        self, step: ScheduledStep, num_promised: int, below: int | None = None
+    ) -> int:
+        """Begin with waiting requests, those of tenants that had less than `below` only.
+
+        Returns:
+            Pages that these have yet to take; `num_promised` are to be taken by others.
+        """
+        num_missing = 0
         while (
             self._waiting
+            and not step.preempted
             and len(self._running) < self._config.max_running_requests
             and step.num_tokens < self._config.max_tokens_per_step
         ):
             progress = self._waiting.first()
-            if progress.num_in_flight:
-                return
-            if not self._admit(progress, num_promised):
-                return
+            had = self._shares.level(progress.request.tenant)
+            if progress.num_in_flight or (below is not None and had >= below):
+                break
+            if not self._admit(progress, num_promised + num_missing):
+                break
             num_new = self._chunk(step, progress)
             self._pages.grow(progress, progress.num_computed_tokens + num_new)
             self._place(step, progress, num_new)
             self._pages.publish(progress, progress.num_computed_tokens)
-            num_promised += self._pages.missing(progress, progress.num_tokens)
+            num_missing += self._pages.missing(progress, progress.num_tokens)
+        return num_missing
 
     def _admit(self, progress: RequestProgress, num_promised: int) -> bool:
         """Let the first waiting request run if there are pages for all of it."""
@@ -279,21 +284,13 @@ class Scheduler:
         insort(self._running, progress, key=attrgetter("arrival"))
         return True
 
-    def _next_to_run(self, step: ScheduledStep) -> RequestProgress | None:
-        """The first waiting request, unless it is known that this step cannot take it."""
-        is_full = len(self._running) >= self._config.max_running_requests
-        if is_full or step.preempted or not self._waiting:
-            return None
-        first = self._waiting.first()
-        return None if first.num_in_flight or self._is_blocked(first) else first
-
     def _is_blocked(self, progress: RequestProgress) -> bool:
         """Whether it lacked pages when it was last tried, and none came free since."""
         return self._blocked == (progress.arrival, self._pages.pool.num_releases)
 
-    def _chunk(self, step: ScheduledStep, progress: RequestProgress, num_kept: int = 0) -> int:
-        left = self._config.max_tokens_per_step - step.num_tokens - num_kept
-        return max(min(progress.num_tokens - progress.num_computed_tokens, left), 0)
+    def _chunk(self, step: ScheduledStep, progress: RequestProgress) -> int:
+        left = self._config.max_tokens_per_step - step.num_tokens
+        return min(progress.num_tokens - progress.num_computed_tokens, left)
 
     def _place(self, step: ScheduledStep, progress: RequestProgress, num_new: int) -> None:
         start = progress.num_computed_tokens

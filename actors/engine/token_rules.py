@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class SamplingState(NamedTuple):
-    """What the scheduler asks of the sampler for a request's next token, beyond its parameters.
+    """What is asked of the sampler for a request's next token, beyond its parameters.
 
     Attributes:
         forced_token_id: Take this token, whatever the logits say.
@@ -51,7 +51,10 @@ def observe(progress: RequestProgress, token_id: int) -> None:
 
 
 def sampling_state(progress: RequestProgress) -> SamplingState:
-    """What holds for the next token of a request whose output is known up to there."""
+    """What holds for the next token of a request whose output is known up to there.
+
+    Ask after `Scheduler.complete()` of the step before, and before sampling.
+    """
     thinking, grammar = progress.thinking, progress.grammar
     banned: tuple[int, ...] = ()
     if len(progress.output_token_ids) < progress.request.stop.min_tokens:

@@ -25,7 +25,6 @@ from ostro.actors.engine.request import (
     StopParams,
     ThinkingParams,
 )
-from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledRequest, ScheduledStep
 from ostro.actors.engine.token_rules import SamplingState, begin, observe, sampling_state
 from ostro.actors.engine.vocabulary import Vocabulary
@@ -161,7 +160,7 @@ class FakeDevice:
         self._slots: dict[tuple[int, int], tuple[int, int]] = {}
         self._sampled: dict[int, int] = {}
 
-    def run(self, scheduler: Scheduler, step: ScheduledStep) -> dict[str, SampledToken]:
+    def run(self, step: ScheduledStep) -> dict[str, SampledToken]:
         """Execute a step: all latents are written before any is read, as in one forward.
 
         A step may be cut into micro-batches too, so nobody may read what a later entry writes.
@@ -173,7 +172,7 @@ class FakeDevice:
         for index, entry in enumerate(step.entries):
             tokens = self._read(entry, index, writers)
             if entry.samples:
-                token_id = fake_next_token(tokens, scheduler.sampling_state(entry.progress))
+                token_id = fake_next_token(tokens, sampling_state(entry.progress))
                 self._sampled[id(entry.progress)] = token_id
                 outputs[entry.progress.request_id] = SampledToken(token_id)
         return outputs

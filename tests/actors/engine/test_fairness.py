@@ -142,7 +142,7 @@ class _Shard:
         step = self.scheduler.schedule()
         if step is None:
             return
-        for event in self.scheduler.complete(step, self._device.run(self.scheduler, step)):
+        for event in self.scheduler.complete(step, self._device.run(step)):
             done = self.outputs.get(event.request_id, 0)
             self.outputs[event.request_id] = done + len(event.token_ids)
 
@@ -225,8 +225,25 @@ def test_two_floods_get_the_same_number_of_tokens() -> None:
         for entry in step.entries:
             weight = entry.num_tokens + (OUTPUT_WEIGHT - 1) * entry.samples
             had[entry.progress.request.tenant] += weight
-        shard.scheduler.complete(step, shard._device.run(shard.scheduler, step))
+        shard.scheduler.complete(step, shard._device.run(step))
     assert had["a"] == pytest.approx(had["b"], rel=0.35)
+
+
+def test_what_a_tenant_had_long_ago_is_made_up_by_what_another_has_alone() -> None:
+    shard = _Shard(replace(_CONFIG, num_pages=512))
+    shard.add("light", "a", max_tokens=500)
+    for i in range(20):
+        shard.add(f"heavy-{i}", "b", num_tokens=64, max_tokens=4)
+    shard.steps_until("heavy-19", limit=500)
+    for _ in range(4):  # until it ends
+        shard.step()
+    for i in range(40):
+        shard.add(f"alone-{i}", "a", num_tokens=64, max_tokens=4)
+    shard.steps_until("alone-39", limit=500)
+    for i in range(40):
+        shard.add(f"again-{i}", "a", num_tokens=64)
+    shard.add("back", "b", num_tokens=64)
+    assert shard.steps_until("back") <= 12
 
 
 @given(

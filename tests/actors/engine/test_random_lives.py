@@ -47,6 +47,7 @@ _PROMPTS = st.builds(
     st.sampled_from([(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 5), (9,) * 6]),
     st.lists(st.integers(5, 11), min_size=1, max_size=6),
 )
+_TENANTS = st.sampled_from(["", "", "a", "b"])
 _THINKING = st.builds(
     lambda budget, zone, closing, starts_open: ThinkingParams(
         begin_token_id=_BEGIN,
@@ -136,6 +137,7 @@ class RandomLives(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "a"]),
         shown=st.none() | st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(1, 3)),
         scheduling_class=st.integers(0, 2),
+        tenant=_TENANTS,
         share_given=st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0]),
     )
     def add(
@@ -150,6 +152,7 @@ class RandomLives(RuleBasedStateMachine):
         salt: str,
         shown: tuple[int, int, int] | None,
         scheduling_class: int,
+        tenant: str,
         share_given: float,
     ) -> None:
         request = make_request(
@@ -163,6 +166,7 @@ class RandomLives(RuleBasedStateMachine):
             grammar=grammar,
             cache_salt=salt,
             scheduling_class=scheduling_class,
+            tenant=tenant,
             images=_images(shown, len(prompt)),
         )
         if len(prompt) + 1 > min(self.max_context, self.num_slots):
@@ -178,8 +182,8 @@ class RandomLives(RuleBasedStateMachine):
         self.scheduler.add(progress)
 
     @precondition(lambda self: len(self.lives) - len(self.ended) < 12)
-    @rule(size=st.integers(2, 5), head=_PROMPTS, max_tokens=st.integers(6, 16))
-    def add_crowd(self, size: int, head: list[int], max_tokens: int) -> None:
+    @rule(size=st.integers(2, 5), head=_PROMPTS, max_tokens=st.integers(6, 16), tenant=_TENANTS)
+    def add_crowd(self, size: int, head: list[int], max_tokens: int, tenant: str) -> None:
         """Several requests with one beginning, which together want more pages than there are."""
         for tail in range(size):
             self.add(
@@ -193,6 +197,7 @@ class RandomLives(RuleBasedStateMachine):
                 salt="",
                 shown=(0, 3, 1 + tail % 2),
                 scheduling_class=tail % 2,
+                tenant=tenant,
                 share_given=0.0,
             )
 
@@ -247,7 +252,7 @@ class RandomLives(RuleBasedStateMachine):
     @rule()
     def complete(self) -> None:
         step = self.in_flight.popleft()
-        outputs = self.device.run(self.scheduler, step)
+        outputs = self.device.run(step)
         self._hear(self.scheduler.complete(step, outputs))
 
     @rule(num_turns=st.integers(1, 12))

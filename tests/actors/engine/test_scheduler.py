@@ -24,6 +24,7 @@ from ostro.actors.engine.request import (
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledStep
 from ostro.actors.engine.stopwatch import ShardSeconds
+from ostro.actors.engine.token_rules import sampling_state
 from ostro.actors.errors import InvalidRequestError, OverloadedError
 from ostro.configs.deployment import EngineConfig
 
@@ -537,7 +538,7 @@ def test_events_follow_the_thinking_and_the_caller_may_end_it() -> None:
     assert scheduler.end_thinking("r")
     events = []
     for _ in range(2):
-        forced = scheduler.sampling_state(progress).forced_token_id
+        forced = sampling_state(progress).forced_token_id
         assert forced is not None
         events += _turn(scheduler, forced)
     assert [event.token_ids for event in events] == [[5], [4]]
@@ -552,7 +553,7 @@ def test_thinking_goes_on_where_it_was_when_a_request_goes_on() -> None:
         begin_token_id=3, end_token_id=4, budget_tokens=2, closing_token_ids=(5, 4)
     )
     progress = _add(scheduler, make_request(max_tokens=9, thinking=thinking), 3, 8, 8, 5)
-    assert scheduler.sampling_state(progress).forced_token_id == 4
+    assert sampling_state(progress).forced_token_id == 4
 
 
 def test_ending_the_thinking_of_a_request_that_does_not_think_does_nothing() -> None:
@@ -601,7 +602,7 @@ def test_an_answer_that_cannot_go_on_fails_its_request_alone() -> None:
     stuck = _add_held(scheduler, 'start: "a" "e"', 5, stop_token_ids=(9,), min_tokens=3)
     other = _add(scheduler, make_request("other", max_tokens=9))
     step = _plan(scheduler)
-    assert scheduler.sampling_state(stuck).forced_token_id == EOS
+    assert sampling_state(stuck).forced_token_id == EOS
     events = {event.request_id: event for event in _complete(scheduler, step)}
     assert events["r"].finish_reason is FinishReason.ERROR
     assert events["r"].error_code == GRAMMAR_FAILED

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ostro.actors.engine.vocabulary import FILE_NAME, Vocabulary, read_vocabulary
 from ostro.actors.errors import InvalidRequestError
+from ostro.configs.errors import ConfigError
 
 MAX_GRAMMAR_BYTES = 2**18  # compiles in some 350 ms at worst
 _MAX_SHOWN_CHARS = 500
@@ -80,7 +81,14 @@ class GrammarCompiler:
 
     def _load(self) -> LLTokenizer:
         if self._tokenizer is None:
-            self._tokenizer = make_tokenizer(read_vocabulary(self._path), self._vocab_size)
+            vocabulary = read_vocabulary(self._path)
+            try:
+                self._tokenizer = make_tokenizer(vocabulary, self._vocab_size)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self._path}: no grammar can be held to its tokens ({error}); "
+                    "give the checkpoint the tokenizer it was trained with"
+                ) from error
         return self._tokenizer
 
 
@@ -89,6 +97,9 @@ def make_tokenizer(vocabulary: Vocabulary, vocab_size: int) -> LLTokenizer:
 
     It tokenizes too, as the model was trained: where a grammar leaves one text to go on with, only
     that text's own tokens are allowed.
+
+    Raises:
+        ValueError: The model has fewer tokens, or the pattern is none.
     """
     num_special = vocabulary.num_special
     pieces = enumerate(vocabulary.pieces)

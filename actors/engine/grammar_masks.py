@@ -29,7 +29,8 @@ class MaskMaker:
 
     def __init__(self, vocab_size: int) -> None:
         self._mask_bytes = (vocab_size + 31) // 32 * 4
-        self._executor = LLExecutor(max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)))
+        num_cores = len(os.sched_getaffinity(0))  # a pinned rank has few of the machine's
+        self._executor = LLExecutor(max(1, min(_MAX_THREADS, num_cores // 2)))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ostro-masks")
         self._running: Future[None] | None = None
 
@@ -45,8 +46,8 @@ class MaskMaker:
             and progress.grammar.needs_mask
             and not (progress.thinking is not None and progress.thinking.is_open)
         ]
-        if grammars:
-            self._running = self._thread.submit(self._compute, grammars)
+        # One that is left over is of an epoch that failed between `start` and `wait`.
+        self._running = self._thread.submit(self._compute, grammars) if grammars else None
 
     def wait(self) -> None:
         """Return once the masks are there."""

@@ -70,11 +70,17 @@ class GrammarQueue:
         self._waiting.append(_Waiting(list(choices), params, self._compiler.compile(params.text)))
 
     def cancel(self, request_id: str) -> RequestProgress | None:
-        """Forget a request and give it back; None if it is not here (any more)."""
+        """Forget a request and give it back; None if it is not here (any more).
+
+        A grammar that nobody waits for any more is not compiled, if that has not begun.
+        """
         for waiting in self._waiting:
             for progress in waiting.choices:
                 if progress.request_id == request_id:
                     waiting.choices.remove(progress)
+                    if not waiting.choices:
+                        waiting.matcher.cancel()
+                        self._waiting.remove(waiting)
                     return progress
         return None
 
@@ -90,7 +96,7 @@ class GrammarQueue:
         """Those whose grammars were compiled since last asked, in the order of their arrival."""
         ready = [waiting for waiting in self._waiting if waiting.matcher.done()]
         self._waiting = [waiting for waiting in self._waiting if waiting not in ready]
-        return [_ready(waiting) for waiting in ready if waiting.choices]
+        return [_ready(waiting) for waiting in ready]
 
 
 def _ready(waiting: _Waiting) -> Ready:

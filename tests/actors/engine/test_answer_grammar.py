@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -238,3 +239,14 @@ def test_masks_of_a_step_are_those_of_its_requests(tokenizer: Any) -> None:
     assert [choices(progress) for progress in held] == [[A], [C], [C, D, E, F]]
     assert pensive.grammar is not None
     assert pensive.grammar.needs_mask
+
+
+def test_masks_that_an_epoch_left_behind_do_not_fail_the_next(tokenizer: Any) -> None:
+    maker = MaskMaker(12)
+    maker._running = Future()
+    maker._running.set_exception(RuntimeError("nobody waited"))
+    held = life('start: "a"')
+    for progress in (make_progress(make_request()), held):
+        maker.start([progress])
+        maker.wait()
+    assert choices(held) == [A]

@@ -64,6 +64,11 @@ def test_a_tokenizer_that_cannot_be_read_fails_the_grammar(
         compiler.compile('start: "a"').result(TIMEOUT_S)
 
 
+def test_a_tokenizer_of_another_model_fails_the_grammar(model_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="too small"):
+        GrammarCompiler(model_dir, 8).compile('start: "a"').result(TIMEOUT_S)
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

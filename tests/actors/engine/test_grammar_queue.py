@@ -92,6 +92,17 @@ def test_what_is_cancelled_does_not_come_out(compiler: PausedCompiler) -> None:
     assert ids(queue.take_ready()) == [["c"]]
 
 
+def test_grammars_that_nobody_waits_for_are_not_compiled(compiler: PausedCompiler) -> None:
+    queue = GrammarQueue(compiler, 2)
+    for number in range(100):
+        add(queue, "a", "b", text=f'start: "{number}"')
+        queue.cancel("a")
+        queue.cancel("b")
+    compiler.compiled()
+    assert queue.take_ready() == []
+    assert not compiler._compiled
+
+
 def test_the_end_of_thinking_is_remembered(compiler: PausedCompiler) -> None:
     queue = GrammarQueue(compiler, 8)
     add(queue, "a")

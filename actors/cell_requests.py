@@ -182,5 +182,5 @@ class CellRequests:
         """How fast prompts begin to run, while any wait: what Retry-After is computed from."""
         begun_tokens = report.load.num_prompt_tokens - self._num_prompt_tokens[report.rank]
         self._num_prompt_tokens[report.rank] = report.load.num_prompt_tokens
-        if self._assigner.waiting(report.rank)[0]:
+        if self._assigner.any_waits(report.rank):
             self._admission[report.rank].record(begun_tokens, elapsed_s)

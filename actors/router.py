@@ -213,7 +213,8 @@ class Router:
             self._epoch.close()
             self._done = self._done.then(self._epoch.totals())
         self._epoch_number += 1
-        self._requests = self._no_requests()
+        # There are some if `start` was called before the verdict on the last epoch.
+        self._give_up("the server is recovering, try again")
         self._epoch = RouterEpoch(
             self._deployment.layout,
             number=self._epoch_number,
@@ -256,14 +257,18 @@ class Router:
         names = ", ".join(self._peers[rank].name for rank in lost) or "a rank"
         message = f"lost {names}: {reason}; the server is recovering, try again"
         logger.error("%s", message)
-        lost_error = ShardLostError(message, retry_after_s=5)
-        for live in self._requests.give_up():
-            self._ingresses.reject(live.ingress_id, live.request_id, lost_error)
-        self._requests = self._no_requests()
+        self._give_up(message)
         epoch.close()
         self._ingresses.tell_all(self._members())
         if not self._draining:
             self._spawn(self._mend())
+
+    def _give_up(self, why: str) -> None:
+        """Tell every reader that its requests are lost."""
+        error = ShardLostError(why, retry_after_s=5)
+        for live in self._requests.give_up():
+            self._ingresses.reject(live.ingress_id, live.request_id, error)
+        self._requests = self._no_requests()
 
     async def _mend(self) -> None:
         """Form the next epoch, waiting longer after each attempt that fails."""

@@ -84,6 +84,10 @@ class Assigner:
         """Pixels of the requests that live on a rank."""
         return sum(self._shards[rank].image_bytes.values())
 
+    def any_waits(self, rank: int) -> bool:
+        """Whether some request on a rank has brought no token yet."""
+        return bool(self._shards[rank].unstarted)
+
     def waiting(self, rank: int, tenant: str | None = None) -> tuple[int, int]:
         """(requests, prompt tokens) placed on a rank that have brought no token yet.
 

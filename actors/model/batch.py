@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -83,13 +84,16 @@ class Batch:
         return self.tokens_T.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Tokens [first, first + count) of an entry, counted from the entry's start."""
+class _Span(NamedTuple):
+    """Tokens [first, first + num_tokens) of an entry, counted from the entry's start."""
 
     entry: ScheduledRequest
     first: int
-    count: int
+    num_tokens: int
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.num_tokens
 
 
 def split_evenly(total: int, num_parts: int) -> list[int]:
@@ -160,18 +164,21 @@ def _build(
     for span in spans:
         entry, row = span.entry, len(tokens)
         start = entry.start + span.first
-        stop = start + span.count
-        tokens.extend(_known_tokens(span))
-        positions.extend(range(start + position_offset, stop + position_offset))
-        _extend_slots(slots, entry.pages, start, stop, page_size)
-        if span.count == 1:
+        stop = start + span.num_tokens
+        if span.num_tokens == 1:
+            tokens.append(_known_token(entry, span.first))
+            positions.append(start + position_offset)
+            slots.append(entry.pages[start // page_size] * page_size + start % page_size)
             decodes.append((row, span))
         else:
+            tokens.extend(_known_token(entry, index) for index in range(span.first, span.stop))
+            positions.extend(range(start + position_offset, stop + position_offset))
+            _extend_slots(slots, entry.pages, start, stop, page_size)
             pages_n = torch.tensor(entry.pages[: -(-stop // page_size)], device=device)
-            prefills.append(PrefillSpan(slice(row, row + span.count), start, pages_n))
+            prefills.append(PrefillSpan(slice(row, row + span.num_tokens), start, pages_n))
         if entry.progress.request.images:
             image_spans.extend(_image_spans(entry.progress.request.images, start, stop, row))
-        if entry.samples and span.first + span.count == entry.num_tokens:
+        if entry.samples and span.stop == entry.num_tokens:
             sample_rows.append(len(tokens) - 1)
     return Batch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
@@ -194,17 +201,16 @@ def _decode_plan(spans: Sequence[_Span], page_size: int, device: torch.device) -
     return DecodePlan(tables, lengths, page_size, device)
 
 
-def _known_tokens(span: _Span) -> Iterator[int]:
-    token_ids = span.entry.token_ids
-    for index in range(span.first, span.first + span.count):
-        token_id = token_ids[index]
-        if token_id is None:
-            token_id = span.entry.progress.token_at(span.entry.start + index)
-        if token_id is None and span.entry.progress.state is RequestState.FINISHED:
-            token_id = _NO_TOKEN  # cancelled after it was planned; its result is dropped
-        if token_id is None:
-            raise RuntimeError(f"token {span.entry.start + index} of a request is not sampled yet")
-        yield token_id
+def _known_token(entry: ScheduledRequest, index: int) -> int:
+    token_id = entry.token_ids[index]
+    if token_id is not None:
+        return token_id
+    token_id = entry.progress.token_at(entry.start + index)
+    if token_id is not None:
+        return token_id
+    if entry.progress.state is RequestState.FINISHED:
+        return _NO_TOKEN  # cancelled after it was planned; its result is dropped
+    raise RuntimeError(f"token {entry.start + index} of a request is not sampled yet")
 
 
 def _image_spans(

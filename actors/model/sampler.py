@@ -9,8 +9,8 @@ Shape letters: B rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from ostro.actors.engine.request import RequestProgress, SamplingParams, TokenLogprob
@@ -25,8 +25,7 @@ _LEFT_OUT = torch.tensor(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingRow:
+class SamplingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One row of logits and how its token is chosen.
 
     Attributes:

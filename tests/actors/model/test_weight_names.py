@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -10,7 +11,7 @@ import pytest
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.native_names import NATIVE_SCHEME, choose_naming
-from ostro.actors.model.random_checkpoint import RandomModel, RandomVision, write_config
+from ostro.actors.model.random_checkpoint import SMALL_4, RandomVision, write_config
 from ostro.actors.model.weight_names import (
     TEXT_SCHEME,
     TEXT_SINGLE_SCHEME,
@@ -20,20 +21,6 @@ from ostro.actors.model.weight_names import (
 )
 from ostro.configs.model import ModelConfig, load_model_config
 
-_REAL = {
-    "vocab_size": 131072,
-    "hidden_size": 4096,
-    "num_layers": 36,
-    "num_heads": 32,
-    "q_lora_rank": 1024,
-    "kv_lora_rank": 256,
-    "qk_nope_head_dim": 64,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "num_experts": 128,
-    "expert_hidden_size": 2048,
-}
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
@@ -42,7 +29,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 
 def _real(tmp_path: Path, vision: RandomVision | None = None) -> ModelConfig:
-    write_config(tmp_path, RandomModel(**_REAL, std=0.02, vision=vision))
+    write_config(tmp_path, replace(SMALL_4, vision=vision))
     return load_model_config(tmp_path)
 
 

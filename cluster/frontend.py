@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -25,10 +26,12 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     GenerationEvent,
+    ImageUrl,
     ModelCard,
     TextGeneration,
     Tool,
 )
+from ostro.cluster.image_fetch import ImageFetcher
 from ostro.cluster.image_workers import ImageWorkers
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.request_builder import Prepared, RequestBuilder
@@ -47,6 +50,10 @@ def _has_images(messages: Sequence[ChatMessage]) -> bool:
     return any(message.images for message in messages)
 
 
+def _has_urls(messages: Sequence[ChatMessage]) -> bool:
+    return any(isinstance(f.data, ImageUrl) for message in messages for f in message.images)
+
+
 def _has_schemas(request: ChatGeneration | TextGeneration) -> bool:
     """Whether there are schemas, expressions or grammars, which are slow to check."""
     has_tools = isinstance(request, ChatGeneration) and bool(request.tools)
@@ -61,9 +68,21 @@ class Frontend:
     """
 
     def __init__(
-        self, cell: Cell, prompts: PromptBuilder, card: ModelCard, config: DeploymentConfig
+        self,
+        cell: Cell,
+        prompts: PromptBuilder,
+        card: ModelCard,
+        config: DeploymentConfig,
+        image_fetcher: ImageFetcher | None = None,
     ) -> None:
         """Take the parts.
+
+        Args:
+            cell: Where requests go.
+            prompts: The checkpoint's tokenizer.
+            card: The served model.
+            config: The deployment.
+            image_fetcher: Brings images that are named by URL; None makes one from the config.
 
         Raises:
             ConfigError: The tokenizer has more tokens than the model.
@@ -72,6 +91,7 @@ class Frontend:
         self._prompts = prompts
         self._card = card
         self._builder = RequestBuilder(prompts, card, config)
+        self._image_fetcher = image_fetcher or ImageFetcher(config.serving)
         self._image_workers = ImageWorkers()
         self._request_timeout_s = config.serving.request_timeout_s
 
@@ -86,22 +106,19 @@ class Frontend:
         return self._cell
 
     def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:
-        """One assistant turn; closing the iterator cancels it.
+        """One assistant turn; closing the iterator cancels it, also while images are fetched.
 
         Raises (while iterating):
             InvalidRequestError, NotFoundError: Before anything reached the cell.
             DeadlineError: `queue_timeout_s` or the server's request timeout passed.
+            OverloadedError: Too many images wait to be fetched or read.
             OstroError: What the cell raised or reported.
         """
-        num_characters = sum(map(_num_characters, request.messages))
-        is_long = num_characters > _LONG_PROMPT or _has_schemas(request)
-        build = partial(self._builder.chat, request)
-        return self._serve(build, is_long=is_long, has_images=_has_images(request.messages))
+        return self._serve(partial(self._prepare_chat, request))
 
     def generate(self, request: TextGeneration) -> AsyncIterator[GenerationEvent]:
         """Raw continuations; closing the iterator cancels them. Raises what `chat` raises."""
-        is_long = sum(map(len, request.prompts)) > _LONG_PROMPT or _has_schemas(request)
-        return self._serve(partial(self._builder.text, request), is_long=is_long)
+        return self._serve(partial(self._prepare_text, request))
 
     def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
@@ -111,6 +128,9 @@ class Frontend:
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
         """Token ids of the exact prompt that a chat would get; its work leaves the event loop."""
+        if _has_urls(messages):
+            self._builder.check_messages(messages, tools, effort)
+            messages = await self._image_fetcher.with_files(messages)
         work = partial(self._builder.tokenize_chat, messages, tools, effort)
         if _has_images(messages):
             return await self._image_workers.run(work)
@@ -129,18 +149,32 @@ class Frontend:
             )
         return self._prompts.table.decode(token_ids)
 
+    async def _prepare_chat(self, request: ChatGeneration) -> list[Prepared]:
+        if _has_urls(request.messages):
+            self._builder.check_chat(request)
+            messages = await self._image_fetcher.with_files(request.messages)
+            request = replace(request, messages=tuple(messages))
+        build = partial(self._builder.chat, request)
+        if _has_images(request.messages):
+            return await self._image_workers.run(build)
+        num_characters = sum(map(_num_characters, request.messages))
+        is_long = num_characters > _LONG_PROMPT or _has_schemas(request)
+        return await asyncio.to_thread(build) if is_long else build()
+
+    async def _prepare_text(self, request: TextGeneration) -> list[Prepared]:
+        build = partial(self._builder.text, request)
+        is_long = sum(map(len, request.prompts)) > _LONG_PROMPT or _has_schemas(request)
+        return await asyncio.to_thread(build) if is_long else build()
+
     async def _serve(
-        self, build: Callable[[], list[Prepared]], *, is_long: bool, has_images: bool = False
+        self, prepare: Callable[[], Awaitable[list[Prepared]]]
     ) -> AsyncGenerator[GenerationEvent, None]:
         answer_by = _Deadlines(self._request_timeout_s)
-        if has_images:
-            prepared = await self._image_workers.run(build)
-        else:
-            prepared = await asyncio.to_thread(build) if is_long else build()
+        prepared = await prepare()
         submitted = self._cell.submit(*(of_prompt.request for of_prompt in prepared))
         tokens = cast("AsyncGenerator[TokenEvent, None]", submitted)
         prepared = [of_prompt.without_pixels() for of_prompt in prepared]
-        del build  # holds the image files; the answer may take long
+        del prepare  # holds the image files; the answer may take long
         answer_by.begin_within(prepared[0].options.queue_timeout_s)
         answer = Answer(prepared, self._prompts, self._card.name, answer_by.arrived_s)
         async with aclosing(tokens):

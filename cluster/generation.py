@@ -110,17 +110,24 @@ class ToolCall:
     arguments: str
 
 
+@dataclass(frozen=True, slots=True)
+class ImageUrl:
+    """Where an image is to be fetched from, which only `image_fetch` does."""
+
+    text: str = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFile:
     """An image in a message, as it came; `images` reads it.
 
     Attributes:
-        data: The file, or its text in base64.
+        data: The file, or its text in base64, or its URL until it is fetched.
         where: Its place in the request, as its caller knows it.
         at: Characters of the message's text that stand before it.
     """
 
-    data: bytes | str = field(repr=False)
+    data: bytes | str | ImageUrl = field(repr=False)
     where: str
     at: int = 0
 

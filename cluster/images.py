@@ -1,7 +1,8 @@
 """Image files as callers send them -> upright pixels, within limits that hold beforehand.
 
-Knows files, not models: `prompt` gives the pixels to the tokenizer. Nothing is ever fetched. Every
-refusal is an InvalidRequestError whose `param` is the place of the image in the request.
+Knows files, not models: `prompt` gives the pixels to the tokenizer. Fetches nothing: what is to be
+fetched, `image_fetch` has brought. Every refusal is an InvalidRequestError whose `param` is the
+place of the image in the request.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from ostro.actors.errors import InvalidRequestError
-from ostro.cluster.generation import ChatMessage, ImageFile
+from ostro.cluster.generation import ChatMessage, ImageFile, ImageUrl
 from ostro.configs.deployment import ServingConfig
 
 MAX_ASPECT_RATIO = 200  # beyond it one side would be a fraction of a patch
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # Pillow tries these readers and no other
 _MAX_HEADER_CHARS = 256  # of a data URI, before its comma
+_WAY_OUT = "send the file as a data URI, as in 'data:image/png;base64,...'"
 # A JPEG of 10 MB can have a million scans, each of which is a pass over all pixels.
 _JPEG_SCAN = b"\xff\xda"
 _MAX_JPEG_SCANS = 64  # progressive files have about ten
@@ -52,28 +54,36 @@ _BROKEN = (
 
 
 def image_of_uri(uri: str, where: str, *, at: int) -> ImageFile:
-    """The image in a data URI.
+    """The image in a data URI, or at an https URL.
 
     Args:
-        uri: As in "data:image/png;base64,iVBORw0".
+        uri: As in "data:image/png;base64,iVBORw0" or "https://example.com/a.png".
         where: Its place in the request, for refusals.
         at: Characters of the message's text that stand before it.
 
     Raises:
-        InvalidRequestError: It is no data URI in base64.
+        InvalidRequestError: It is neither, or the data is not in base64.
     """
     scheme, colon, rest = uri[:_MAX_HEADER_CHARS].partition(":")
+    if colon and scheme.lower() == "https":
+        return ImageFile(data=ImageUrl(uri), where=where, at=at)
     if not colon or scheme.lower() != "data":
         _refuse(
-            where,
-            "only images within the request are served and nothing is fetched: send the file as a "
-            "data URI, as in 'data:image/png;base64,...'",
-            "unsupported_value",
+            where, f"this is neither a data URI nor an https URL: {_WAY_OUT}", "unsupported_value"
         )
     header, comma, _ = rest.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         _refuse(where, "the data URI must begin as in 'data:image/png;base64,'", "invalid_image")
     return ImageFile(data=uri[len("data:") + len(header) + 1 :], where=where, at=at)
+
+
+def not_fetched(image: ImageFile) -> InvalidRequestError:
+    """Why an image that is named by its URL is not taken."""
+    return InvalidRequestError(
+        f"{image.where}: nothing is fetched unless serving.image_fetch allows it: {_WAY_OUT}",
+        code="unsupported_value",
+        param=image.where,
+    )
 
 
 def no_vision(message: ChatMessage) -> InvalidRequestError:
@@ -133,6 +143,8 @@ def read_image(file: ImageFile, serving: ServingConfig) -> Image.Image:
 
 
 def _file_bytes(file: ImageFile, max_bytes: int) -> bytes:
+    if isinstance(file.data, ImageUrl):
+        raise not_fetched(file)
     num_bytes = len(file.data) if isinstance(file.data, bytes) else len(file.data) // 4 * 3 - 2
     if num_bytes > max_bytes:
         _refuse(

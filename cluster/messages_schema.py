@@ -15,7 +15,7 @@ from ostro.cluster.wire_schema import RequestBody, Wire
 
 
 class ImageSource(Wire):
-    """Where an image is: `data` with type "base64", a data URI in `url` with type "url"."""
+    """Where an image is: `data` with type "base64", a data URI or an https URL with "url"."""
 
     type: str
     media_type: str | None = None

@@ -29,7 +29,6 @@ from mistral_common.tokens.tokenizers.base import (
 from mistral_common.tokens.tokenizers.base import SpecialTokens as Names
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from PIL import Image
 
 from ostro.actors.engine.request import ImageInput
 from ostro.actors.engine.vocabulary import FILE_NAME
@@ -161,9 +160,8 @@ class PromptBuilder:
         Raises:
             InvalidRequestError: `param` is "messages", "tools", or the place of a message or image.
         """
-        _check_conversation(messages)
-        _check_tools(tools)
-        pictures = self._pictures(messages)
+        self.check(messages, tools)
+        pictures = [[read_image(f, self._serving) for f in message.images] for message in messages]
         if self.special.begin_think is None and any(message.thinking for message in messages):
             raise _refused("this model knows no thinking: leave it out of the messages")
         try:
@@ -186,6 +184,12 @@ class PromptBuilder:
             ) from error
         return Prompt(list(tokenized.tokens), self._placed_images(tokenized))
 
+    def check(self, messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> None:
+        """Refuse what can make no prompt, before images are fetched and read. Raises as `chat`."""
+        _check_conversation(messages)
+        _check_tools(tools)
+        self._check_images(messages)
+
     def text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text; names of control tokens in it stay plain text.
 
@@ -202,11 +206,11 @@ class PromptBuilder:
                 param="prompt",
             ) from error
 
-    def _pictures(self, messages: Sequence[ChatMessage]) -> list[list[Image.Image]]:
-        """Of each message, its images; refused where the tokenizer has no place for them."""
+    def _check_images(self, messages: Sequence[ChatMessage]) -> None:
+        """Refuse images where the tokenizer has no place for them."""
         with_images = [message for message in messages if message.images]
         if not with_images:
-            return [[] for _ in messages]
+            return
         if not self.takes_images:
             raise no_vision(with_images[0])
         check_images(messages, self._serving)
@@ -218,7 +222,6 @@ class PromptBuilder:
                 code="unsupported_value",
                 param=tools[0].where,
             )
-        return [[read_image(file, self._serving) for file in m.images] for m in messages]
 
     def _placed_images(self, tokenized: Tokenized) -> tuple[ImageInput, ...]:
         if not tokenized.images:

@@ -106,6 +106,20 @@ class RequestBuilder:
         self._config = config
         self._grammars = AnswerGrammars(prompts, card)
 
+    def check_chat(self, chat: ChatGeneration) -> None:
+        """Refuse what costs little to find, before images are fetched. Raises as `chat`."""
+        check_model_name(self._card, chat.model)
+        check_options(chat.options, self._card, self._config.serving)
+        self.check_messages(chat.messages, chat.tools, chat.options.effort)
+
+    def check_messages(
+        self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
+    ) -> None:
+        """Refuse a conversation likewise. Raises as `tokenize_chat`."""
+        self.effort(effort)
+        self._check_vision(messages)
+        self._prompts.check(messages, tools)
+
     def chat(self, chat: ChatGeneration) -> list[Prepared]:
         """Check and translate one assistant turn, which has one prompt.
 
@@ -200,7 +214,11 @@ class RequestBuilder:
     def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
-        """Token ids of the exact prompt that a chat would get."""
+        """Token ids of the exact prompt that a chat would get.
+
+        Raises:
+            InvalidRequestError: The effort or the conversation.
+        """
         effort = self.effort(effort)
         budget = self._config.reasoning.efforts[effort].budget_tokens
         return self._prompt(messages, tools, effort, budget).token_ids
@@ -212,12 +230,15 @@ class RequestBuilder:
         effort: str,
         budget: int | None,
     ) -> Prompt:
+        self._check_vision(messages)
+        # A model that is told to think and may not would think in its answer.
+        return self._prompts.chat(messages, tools, "none" if budget == 0 else effort)
+
+    def _check_vision(self, messages: Sequence[ChatMessage]) -> None:
         if not self._card.has_vision:
             for message in messages:
                 if message.images:
                     raise no_vision(message)
-        # A model that is told to think and may not would think in its answer.
-        return self._prompts.chat(messages, tools, "none" if budget == 0 else effort)
 
     def _prepare(
         self,

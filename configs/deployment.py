@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ostro.configs.errors import ConfigError
+from ostro.configs.image_fetch import ImageFetchConfig
 from ostro.configs.observability import ObservabilityConfig
 from ostro.configs.security import SecurityConfig
 from ostro.configs.tls import TlsConfig
@@ -281,6 +282,8 @@ class ServingConfig:
         max_image_bytes: Largest image file.
         max_image_pixels: Largest image, width times height; each one takes 15 bytes while it is
             made ready.
+        image_fetch: Where images may be fetched from that requests name by https URL; None fetches
+            nothing.
         max_stop_sequences: Stop strings per request, at most.
         max_choices: Answers per prompt (`n`), at most.
         max_prompts: Prompts per text completion, at most.
@@ -301,6 +304,7 @@ class ServingConfig:
     max_images: int = 8
     max_image_bytes: int = 10 * 2**20
     max_image_pixels: int = 25_000_000
+    image_fetch: ImageFetchConfig | None = None
     max_stop_sequences: int = 16
     max_choices: int = 16
     max_prompts: int = 64

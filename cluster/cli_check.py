@@ -58,6 +58,7 @@ def run(deployment: DeploymentConfig) -> None:
     )
     _print_checkpoint(model_dir, checkpoint, console)
     _print_plan(deployment, plan, machine, console)
+    _print_image_fetch(deployment.serving, console)
     problems = [
         *([checkpoint.problem] if checkpoint.problem else []),
         *_tokenizer_problems(deployment, model_dir, config),
@@ -110,6 +111,13 @@ def _print_certificate(serving: ServingConfig, console: Console) -> list[str]:
         return [str(error)]
     _say(console, "TLS", "\n".join(AnnouncedFaces(serving, certificate).tls_lines()))
     return []
+
+
+def _print_image_fetch(serving: ServingConfig, console: Console) -> None:
+    if serving.image_fetch is not None:
+        hosts = ", ".join(serving.image_fetch.allowed_hosts).replace("*.", "any under ")
+        hosts = "any public host" if "*" in serving.image_fetch.allowed_hosts else hosts
+        _say(console, "images", f"fetched over https from {hosts}, where a request names their URL")
 
 
 def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console) -> None:

@@ -110,6 +110,19 @@ def test_check_tells_bad_options_in_one_line(arguments, told):
     assert result.stderr.count("\n") == 1
 
 
+def test_check_tells_where_images_may_be_fetched_from(model_dir, ports):
+    def told(*options):
+        result = check(model_dir, *ports, *options)
+        assert result.exit_code == 0, result.output
+        return " ".join(result.stdout.split())
+
+    hosts = "--set=serving.image_fetch.allowed_hosts"
+    assert "fetched over https" not in told()
+    assert "fetched over https from any public host" in told(f"{hosts}=['*']")
+    named = told(f"{hosts}=[a.com, '*.b.org']")
+    assert "images fetched over https from a.com, any under b.org" in named
+
+
 @pytest.fixture
 def tls_options(tmp_path):
     pair = Authority(tmp_path).issue("server", "llm.example.com")

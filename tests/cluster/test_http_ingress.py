@@ -420,8 +420,8 @@ BAD_BODIES = {
     "boolean number": (chat(max_tokens=True), 422, "max_tokens"),
     "unknown role": (chat(messages=[{"role": "robot"}]), 422, "messages[0].role"),
     "wrong content": (message(content=5), 422, "messages[0].content"),
-    "an image elsewhere": (
-        message(content=[TEXT, image({"url": "https://example.com/cat.png"})]),
+    "an image over http": (
+        message(content=[TEXT, image({"url": "http://example.com/cat.png"})]),
         400,
         "messages[0].content[1]",
     ),

@@ -427,8 +427,8 @@ REFUSED = {
         content({"type": "input_image", "file_id": "f"}),
         "input[0].content[0].file_id",
     ),
-    "an image elsewhere": (
-        content({"type": "input_image", "image_url": "https://example.com/cat.png"}),
+    "an image over http": (
+        content({"type": "input_image", "image_url": "http://example.com/cat.png"}),
         "input[0].content[0]",
     ),
     "an image without url": (content({"type": "input_image"}), "input[0].content[0].image_url"),

@@ -9,8 +9,8 @@ import io
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anthropic
@@ -19,63 +19,26 @@ import mistralai.client as mistral
 import numpy as np
 import openai
 import pytest
+from one_token_cell import CARD, CONFIG, OneTokenCell
 from PIL import Image
 from scripted_frontend import MODEL, served
 from tokenizer_files import write_tokenizer
 
-from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from ostro.actors.engine.request import GenerationRequest
 from ostro.cluster import frontend as frontend_module
 from ostro.cluster.frontend import Frontend
-from ostro.cluster.generation import ModelCard
 from ostro.cluster.grpc_cluster import model_response
 from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
-    EFFORTS,
-    DeploymentConfig,
-    Layout,
-    LayoutConfig,
     ReasoningConfig,
     ServingConfig,
 )
 from ostro.protos import generation_pb2 as pb
 
 IMG, IMG_END = 10, 13
-CONFIG = DeploymentConfig(
-    model="embedded",
-    layout=LayoutConfig(layout=Layout.SINGLE, num_attention_shards=1, num_expert_shards=1),
-)
-CARD = ModelCard(
-    name=MODEL,
-    description="",
-    created_s=0,
-    max_context=4096,
-    vocab_size=1024,
-    num_layers=1,
-    num_experts=4,
-    num_experts_per_token=2,
-    weight_dtype="float32",
-    kv_dtype="float32",
-    efforts=EFFORTS,
-    default_effort="none",
-    has_vision=True,
-)
-
-
-@dataclass
-class OneTokenCell:
-    """Answers everything with one token; keeps what it was asked."""
-
-    requests: list[GenerationRequest] = field(default_factory=list)
-    ready: bool = True
-
-    async def submit(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
-        self.requests.append(request)
-        yield TokenEvent(
-            request.request_id, 0, [300, 2], finish_reason=FinishReason.STOP, stop_token_id=2
-        )
 
 
 @pytest.fixture(scope="module")

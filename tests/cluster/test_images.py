@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ostro.actors.errors import InvalidRequestError
-from ostro.cluster.generation import ChatMessage, ImageFile
+from ostro.cluster.generation import ChatMessage, ImageFile, ImageUrl
 from ostro.cluster.images import check_images, image_of_uri, read_image
 from ostro.configs.deployment import ServingConfig
 
@@ -73,7 +73,8 @@ def test_image_of_uri_takes_a_data_uri(head: str) -> None:
     "uri",
     [
         "",
-        "https://example.com/a.png",
+        "http://example.com/a.png",
+        "https",
         "http://169.254.169.254/latest",
         "file:///etc/passwd",
         "ftp://a/b",
@@ -82,9 +83,18 @@ def test_image_of_uri_takes_a_data_uri(head: str) -> None:
         "javascript:alert(1)",
     ],
 )
-def test_image_of_uri_fetches_nothing_and_tells_the_way_out(uri: str) -> None:
+def test_image_of_uri_takes_no_other_uri_and_tells_the_way_out(uri: str) -> None:
     with pytest.raises(InvalidRequestError, match="send the file as a data URI") as caught:
         image_of_uri(uri, WHERE, at=0)
+    assert (caught.value.param, caught.value.code) == (WHERE, "unsupported_value")
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a.png", "HTTPS://example.com/a.png"])
+def test_image_of_uri_leaves_an_https_url_to_be_fetched_and_none_is_read(url: str) -> None:
+    file = image_of_uri(url, WHERE, at=3)
+    assert file == ImageFile(data=ImageUrl(url), where=WHERE, at=3)
+    with pytest.raises(InvalidRequestError, match="nothing is fetched unless") as caught:
+        read_image(file, LIMITS)
     assert (caught.value.param, caught.value.code) == (WHERE, "unsupported_value")
 
 

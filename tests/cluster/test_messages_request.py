@@ -247,8 +247,8 @@ REFUSED = {
         "system[0]",
     ),
     "file": ({"messages": [user(image(type="file", file_id="f"))]}, "messages[0].content[0]"),
-    "remote image": (
-        {"messages": [user(image(type="url", url="https://example.com/a.png"))]},
+    "image over http": (
+        {"messages": [user(image(type="url", url="http://example.com/a.png"))]},
         "messages[0].content[0]",
     ),
     "source missing": ({"messages": [user({"type": "image"})]}, "messages[0].content[0].source"),

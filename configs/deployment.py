@@ -276,7 +276,7 @@ class ServingConfig:
         grpc_port: gRPC port.
         num_ingress_replicas: Ray Serve replicas of the ingress.
         max_ongoing_requests: Requests one ingress replica holds at a time.
-        max_body_bytes: Largest request body.
+        max_body_bytes: Largest request body; images fetched for a request, together, likewise.
         body_timeout_s: How long a request body may take to arrive.
         max_images: Images per request, at most; 0 takes none.
         max_image_bytes: Largest image file.

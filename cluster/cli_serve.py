@@ -173,7 +173,6 @@ def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: O
 
     from ostro.cluster.launch import launch
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the view tells the same
     try:
         return launch(deployment, model_dir, on_progress)
     except ConnectionError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -74,6 +75,8 @@ def start_ingress(spec: IngressSpec) -> None:
     serving = spec.deployment.serving
     listeners = FaceListeners.of(serving)
     on_head = listeners.on_head()
+    # Else it says on stderr, between our own lines and tables, what they tell.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with _named_failure():
         serve.start(
             proxy_location="HeadOnly" if on_head else "EveryNode",

@@ -23,12 +23,8 @@ QUESTION = "What is 847 * 26?"
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(tmp_path / "serve.log", "laptop_single")
-    try:
-        served.wait_ready()
+    with Served(tmp_path / "serve.log", "laptop_single") as served:
         yield served
-    finally:
-        served.stop()
 
 
 def replicas(served: Served) -> list[int]:

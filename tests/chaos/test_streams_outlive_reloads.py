@@ -22,14 +22,9 @@ START_S, WATCH_S = 8.0, 12.0  # replicas have started; the one that serves has c
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
-    served = Served(
-        tmp_path / "serve.log", "laptop_single", "--set", "serving.num_ingress_replicas=2"
-    )
-    try:
-        served.wait_ready()
+    arguments = ("laptop_single", "--set", "serving.num_ingress_replicas=2")
+    with Served(tmp_path / "serve.log", *arguments) as served:
         yield served
-    finally:
-        served.stop()
 
 
 def _replicas(served: Served) -> set[int]:

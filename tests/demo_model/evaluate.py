@@ -142,12 +142,9 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     from served import Served
 
     with tempfile.TemporaryDirectory() as directory:
-        served = Served(Path(directory) / "serve.log", "laptop", "--model", str(args.serve))
-        try:
-            served.wait_ready()
+        log = Path(directory) / "serve.log"
+        with Served(log, "laptop", "--model", str(args.serve)) as served:
             yield f"{served.url}/v1", served.grpc_address
-        finally:
-            served.stop()
 
 
 if __name__ == "__main__":

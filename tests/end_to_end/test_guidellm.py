@@ -10,7 +10,6 @@ import os
 import subprocess
 import sysconfig
 import venv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,6 @@ def _install() -> None:
     done = subprocess.run(install, capture_output=True, text=True, check=False, timeout=240)
     if done.returncode:
         pytest.skip(f"guidellm cannot be installed: {done.stderr.strip()[-300:]}")
-
-
-@pytest.fixture(scope="module")
-def served(guidellm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("log") / "serve.log", "laptop_single")
-    try:
-        served.wait_ready()
-        yield served
-    finally:
-        served.stop()
 
 
 def measured(guidellm: Path, served: Served, folder: Path) -> dict[str, Any]:

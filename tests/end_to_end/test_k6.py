@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,6 @@ SCRIPT = Path(__file__).with_name("k6_streams.js")
 MODEL = "ostro-teaching-7m"
 NUM_STREAMS = 2 * 4 * 5  # faces, users of each, turns of each user
 NUM_CHECKS = 4
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("log") / "serve.log", "laptop_single")
-    try:
-        served.wait_ready()
-        yield served
-    finally:
-        served.stop()
 
 
 def run_k6(served: Served, folder: Path) -> tuple[dict[str, Any], str]:

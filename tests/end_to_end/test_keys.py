@@ -73,12 +73,8 @@ class Keyed(Served):
 def served(tmp_path_factory):
     model_dir = tmp_path_factory.mktemp("tiny")
     checkpoints.make_tiny_checkpoint(model_dir, num_layers=2, with_tokenizer=True)
-    served = Keyed(tmp_path_factory.mktemp("keyed"), model_dir)
-    try:
-        served.wait_ready()
+    with Keyed(tmp_path_factory.mktemp("keyed"), model_dir) as served:
         yield served
-    finally:
-        served.stop()
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

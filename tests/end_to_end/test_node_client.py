@@ -46,12 +46,9 @@ def served(packages, tmp_path_factory) -> Iterator[Served]:
     model_dir = tmp_path_factory.mktemp("tiny")
     checkpoints.make_tiny_checkpoint(model_dir, num_layers=2, with_tokenizer=True)
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    served = Served(log, "laptop_single", "--model", str(model_dir), "--set", "served_name=tiny")
-    try:
-        served.wait_ready()
+    arguments = ("laptop_single", "--model", str(model_dir), "--set", "served_name=tiny")
+    with Served(log, *arguments) as served:
         yield served
-    finally:
-        served.stop()
 
 
 @pytest.fixture(scope="module")

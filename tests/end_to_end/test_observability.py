@@ -37,12 +37,8 @@ def served(tmp_path_factory, collector):
     )
     overrides = [part for setting in settings for part in ("--set", setting)]
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    served = Served(log, "laptop", "--model", str(model_dir), *overrides)
-    try:
-        served.wait_ready()
+    with Served(log, "laptop", "--model", str(model_dir), *overrides) as served:
         yield served
-    finally:
-        served.stop()
 
 
 def chat(served: Served) -> None:

@@ -39,12 +39,8 @@ SUITE = {
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    served = Served(log, "laptop_single", "--set", f"aliases={MODELS}")
-    try:
-        served.wait_ready()
+    with Served(log, "laptop_single", "--set", f"aliases={MODELS}") as served:
         yield served.url
-    finally:
-        served.stop()
 
 
 @pytest.fixture(scope="module")

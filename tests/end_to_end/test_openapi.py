@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import documented
 import hypothesis
 import pytest
-from served import Served
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 API = documented.api()
 SHORT = {"max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("log") / "serve.log")
-    try:
-        served.wait_ready()
-        yield served
-    finally:
-        served.stop()
 
 
 @API.parametrize()

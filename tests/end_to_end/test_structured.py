@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, Literal
 
-import grpc
 import httpx
 import openai
 import pytest
@@ -49,29 +47,6 @@ def tool(name: str, parameters: dict[str, object], *, strict: bool = False) -> d
 TOOLS = [tool("guess", PAIR), tool("wait", {"type": "object", "properties": {}})]
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("log") / "serve.log", "laptop_single")
-    try:
-        served.wait_ready()
-        yield served
-    finally:
-        served.stop()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
-    )
-
-
-@pytest.fixture(scope="module")
-def stub(served: Served) -> Iterator[generation_pb2_grpc.GenerationServiceStub]:
-    with grpc.insecure_channel(served.grpc_address) as channel:
-        yield generation_pb2_grpc.GenerationServiceStub(channel)
-
-
 def ask(client: openai.OpenAI, text: str = SUM, **fields: Any) -> Any:
     settings = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 400}
     return client.chat.completions.create(**(settings | fields)).choices[0]
@@ -97,9 +72,10 @@ def test_openai_client_parses_a_pydantic_model_whole_and_streamed(client: openai
 
 
 def test_mistral_client_parses_a_pydantic_model(served: Served) -> None:
-    answer = Mistral(api_key="none", server_url=served.url).chat.parse(
-        Verdict, model=MODEL, messages=[{"role": "user", "content": SUM}], max_tokens=400
-    )
+    with Mistral(api_key="none", server_url=served.url) as client:
+        answer = client.chat.parse(
+            Verdict, model=MODEL, messages=[{"role": "user", "content": SUM}], max_tokens=400
+        )
     assert isinstance(answer.choices[0].message.parsed, Verdict)
 
 

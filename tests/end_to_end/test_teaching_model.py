@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import anthropic
-import grpc
 import openai
 import pytest
 from pictures import digit_picture
@@ -38,29 +37,6 @@ WEATHER = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("log") / "serve.log")
-    try:
-        served.wait_ready()
-        yield served
-    finally:
-        served.stop()
-
-
-@pytest.fixture(scope="module")
-def client(served: Served) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"{served.url}/v1", api_key="none", _strict_response_validation=True
-    )
-
-
-@pytest.fixture(scope="module")
-def stub(served: Served) -> Iterator[generation_pb2_grpc.GenerationServiceStub]:
-    with grpc.insecure_channel(served.grpc_address) as channel:
-        yield generation_pb2_grpc.GenerationServiceStub(channel)
 
 
 def _ask(client: openai.OpenAI, content: Any, effort: str, **settings: Any) -> Any:

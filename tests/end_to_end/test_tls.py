@@ -68,11 +68,8 @@ class Secured:
 @pytest.fixture(scope="module")
 def secured(tmp_path_factory):
     secured = Secured(tmp_path_factory.mktemp("tls"))
-    try:
-        secured.served.wait_ready()
+    with secured.served:
         yield secured
-    finally:
-        secured.served.stop()
 
 
 @pytest.fixture

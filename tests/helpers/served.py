@@ -10,16 +10,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import httpx
 from free_port import free_port
 
 START_TIMEOUT_S = 240
+FEWEST_PROCESSES = 6  # Ray's own, Serve's, and at least one of each actor
 
 
 class Served:
-    """A running `ostro serve`.
+    """A running `ostro serve`; as a context it is ready inside, and all of it is gone after.
 
     Args:
         log: Where it writes.
@@ -52,6 +53,24 @@ class Served:
             env={key: value for key, value in os.environ.items() if not key.startswith("RAY_")},
             start_new_session=True,
         )
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        family = self.children()
+        self.stop()
+        assert self.process.returncode == 0, self.log.read_text()
+        assert len(family) >= FEWEST_PROCESSES
+        deadline = time.monotonic() + 30
+        while left := {pid for pid in family if Path(f"/proc/{pid}").exists()}:
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.2)
 
     def wait_ready(self) -> None:
         """Return once it takes requests."""

@@ -5,15 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 from engine_fakes import make_fake_image, make_request
+from rank_reports import step_that_finished
 
 from ostro.actors.cell_requests import CellRequests
 from ostro.actors.engine.choices import unique_id
 from ostro.actors.engine.images import MAX_REQUEST_IMAGE_BYTES
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import InvalidRequestError, OverloadedError
-from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
 
 
@@ -27,27 +26,13 @@ def _choices(name: str, num_choices: int, *, first: int = 0) -> GenerationReques
     return msgspec.structs.replace(request, choice=first, num_choices=num_choices)
 
 
-def _finished(request_id: str) -> StepDone:
-    return StepDone(
-        epoch=0,
-        rank=0,
-        step=0,
-        outputs=[],
-        finished=[request_id],
-        load=ShardLoad(),
-        cached_pages=[],
-        dropped_pages=[],
-        seconds={},
-    )
-
-
 def test_pixels_of_live_requests_are_bounded_by_rank() -> None:
     requests = CellRequests(EngineConfig(max_live_image_bytes=100), [0, 1], TenantQuotas())
     assert {requests.place(_request(name, 60), "i") for name in "ab"} == {0, 1}
     with pytest.raises(OverloadedError, match="images of 60 bytes are being served"):
         requests.place(_request("c", 60), "i")
     requests.place(make_request("text"), "i")
-    requests.follow(_finished("a"), elapsed_s=0.1)
+    requests.follow(step_that_finished("a"), elapsed_s=0.1)
     assert requests.place(_request("c", 60), "i") == 0
 
 
@@ -80,10 +65,10 @@ def test_choices_of_a_prompt_live_on_one_rank_and_are_found_by_each_of_their_nam
 def test_choices_are_forgotten_one_by_one_and_their_name_with_the_last() -> None:
     requests = CellRequests(EngineConfig(), [0], TenantQuotas())
     requests.place(_choices("mine", 2), "i")
-    requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
-    requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.0"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.0"), elapsed_s=0.1)
     assert _found(requests, "mine") == ["mine#i-1.1"]
-    requests.follow(_finished("mine#i-1.1"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.1"), elapsed_s=0.1)
     assert (_found(requests, "mine"), len(requests)) == ([], 0)
 
 
@@ -93,7 +78,7 @@ def test_a_callers_id_names_its_latest_submission() -> None:
     requests.place(older, "i")
     requests.place(newer, "i")
     assert _found(requests, "mine") == ["mine#i-2.0"]
-    requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.0"), elapsed_s=0.1)
     assert _found(requests, "mine") == ["mine#i-2.0"]
 
 

@@ -5,29 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 from engine_fakes import make_request
+from rank_reports import step_that_finished
 
 from ostro.actors.cell_requests import CellRequests
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.engine.step import ShardLoad
 from ostro.actors.errors import InvalidRequestError, OverloadedError, QuotaError
-from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
 from ostro.configs.key_table import Quota
-
-
-def _finished(request_id: str) -> StepDone:
-    return StepDone(
-        epoch=0,
-        rank=0,
-        step=0,
-        outputs=[],
-        finished=[request_id],
-        load=ShardLoad(),
-        cached_pages=[],
-        dropped_pages=[],
-        seconds={},
-    )
 
 
 def _of(tenant: str, name: str) -> GenerationRequest:
@@ -52,7 +37,7 @@ def test_requests_are_found_by_their_tenant_alone() -> None:
     assert found("chat", "other") == found("chat#i-2", "other") == ["chat#i-2.0"]
     assert found("chat#i-2.0", "acme") == found("chat#i-2", "acme") == found("chat", "nobody") == []
     assert found("chat", None) == found("chat#i-2.0", None) == ["chat#i-2.0"]
-    requests.follow(_finished("chat#i-2.0"), elapsed_s=0.1)
+    requests.follow(step_that_finished("chat#i-2.0"), elapsed_s=0.1)
     assert found("chat", None) == ["chat#i-1.0"]
     assert found("chat", "other") == []
 
@@ -63,14 +48,14 @@ def test_quotas_are_counted_until_a_request_ends() -> None:
     with pytest.raises(QuotaError):
         requests.place(_of("acme", "b"), "i")
     requests.place(_of("other", "c"), "i")
-    requests.follow(_finished("a"), elapsed_s=0.1)
+    requests.follow(step_that_finished("a"), elapsed_s=0.1)
     requests.place(_of("acme", "b"), "i")
 
 
 def test_output_is_charged_when_a_request_ends() -> None:
     requests = CellRequests(EngineConfig(), [0], _quotas(tokens_per_minute=600))
     requests.place(_of("acme", "a"), "i")
-    report = msgspec.structs.replace(_finished("a"), outputs=[("a", [1] * 1200)])
+    report = step_that_finished("a", outputs=[("a", [1] * 1200)])
     requests.follow(report, elapsed_s=0.1)
     with pytest.raises(QuotaError) as caught:
         requests.place(_of("acme", "b"), "i")
@@ -83,7 +68,7 @@ def test_a_request_that_finds_no_room_costs_nothing() -> None:
     requests.place(_of("acme", "a"), "i")
     with pytest.raises(OverloadedError, match="wait already"):
         requests.place(_of("acme", "b"), "i")
-    requests.follow(_finished("a"), elapsed_s=0.1)
+    requests.follow(step_that_finished("a"), elapsed_s=0.1)
     for name in "cd":
         CellRequests(EngineConfig(), [0], quotas).place(_of("acme", name), "i")
 
@@ -93,7 +78,7 @@ def test_requests_of_an_epoch_that_failed_cost_nothing() -> None:
     requests = CellRequests(EngineConfig(), [0], quotas)
     requests.place(_of("acme", "a"), "i")
     assert [live.request_id for live in requests.give_up()] == ["a"]
-    requests.follow(_finished("a"), elapsed_s=0.1)  # said by a rank that does not know yet
+    requests.follow(step_that_finished("a"), elapsed_s=0.1)  # said by a rank that does not know yet
     CellRequests(EngineConfig(), [0], quotas).place(_of("acme", "a"), "i")
 
 
@@ -104,9 +89,9 @@ def test_choices_count_one_by_one_and_their_prompt_once() -> None:
     requests.place(request, "i")
     with pytest.raises(QuotaError, match="concurrent_requests"):
         requests.place(_of("acme", "b"), "i")
-    requests.follow(_finished("mine#i-1.1"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.1"), elapsed_s=0.1)
     requests.place(_of("acme", "b"), "i")
-    requests.follow(_finished("mine#i-1.0"), elapsed_s=0.1)
+    requests.follow(step_that_finished("mine#i-1.0"), elapsed_s=0.1)
     with pytest.raises(QuotaError, match="requests_per_minute"):
         requests.place(_of("acme", "c"), "i")
     requests.give_up()  # gives back the prompt of "b", and no more: that of "mine" was served

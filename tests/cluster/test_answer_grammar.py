@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizer_files import write_tokenizer
+from scripted_cell import ARGS, EOS
+from scripted_cell import CARD as SMALL
+from scripted_cell import TOOL_CALLS as CALLS
+from scripted_cell import VOCAB as VOCABULARY
 
 from ostro.actors.engine.answer_grammar import AnswerGrammar
 from ostro.actors.engine.grammar import MAX_GRAMMAR_BYTES, GrammarCompiler
@@ -20,29 +23,12 @@ from ostro.cluster.generation import (
     ChatMessage,
     Constraint,
     GenerationOptions,
-    ModelCard,
     Tool,
     ToolChoice,
 )
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import ReasoningConfig
 
-VOCABULARY = 1024
-CARD = ModelCard(
-    name="small",
-    description="",
-    created_s=0,
-    max_context=512,
-    vocab_size=VOCABULARY,
-    num_layers=1,
-    num_experts=4,
-    num_experts_per_token=2,
-    weight_dtype="float32",
-    kv_dtype="float32",
-    efforts=(),
-    default_effort="none",
-    end_token_ids=(7,),
-)
+CARD = replace(SMALL, end_token_ids=(7,))
 HELLO = ChatMessage(role="user", text="Hi")
 PAIR: dict[str, object] = {
     "type": "object",
@@ -53,17 +39,6 @@ TOOLS = (
     Tool(name="add", parameters={"properties": {"x": {"type": "integer"}}, "required": ["x"]}),
     Tool(name="look-up", parameters={}),
 )
-CALLS, ARGS, EOS = 9, 32, 2
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model"), VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def prompts(model_dir: Path) -> PromptBuilder:
-    return PromptBuilder(model_dir, ReasoningConfig())
 
 
 @pytest.fixture(scope="module")

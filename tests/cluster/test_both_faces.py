@@ -13,12 +13,10 @@ import pytest
 from grpc_face import grpc_face
 from http_face import face
 from pictures import digit_picture
-from scripted_cell import CARD, CONFIG, END_THINK, THINK, VOCAB, FakeCell, Script
-from tokenizer_files import write_tokenizer
+from scripted_cell import CARD, CONFIG, END_THINK, THINK, FakeCell, Script
 
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import ReasoningConfig
 from ostro.protos import generation_pb2 as pb
 from ostro.protos import generation_pb2_grpc
 
@@ -135,13 +133,6 @@ def grpc_usage(usage: pb.Usage) -> tuple[int, int, int, int, int]:
 
 
 FACES = [over_http, over_http_streamed, over_grpc, over_grpc_streamed]
-Face = Callable[[Frontend, Asked], Told]
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    directory = write_tokenizer(tmp_path_factory.mktemp("model"), VOCAB)
-    return PromptBuilder(directory, ReasoningConfig())
 
 
 @pytest.fixture

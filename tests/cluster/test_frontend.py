@@ -22,7 +22,6 @@ from scripted_cell import (
     FakeCell,
     Script,
 )
-from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import (
     GRAMMAR_FAILED,
@@ -70,13 +69,6 @@ HELLO = (ChatMessage(role="user", text="Hi"),)
 TOOLS = (Tool(name="f"),)
 JSON = AnswerFormat(constraint=Constraint.JSON_OBJECT)
 REGEX = AnswerFormat(constraint=Constraint.REGEX, text="(a", where="structured_outputs.regex")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    directory = tmp_path_factory.mktemp("model")
-    write_tokenizer(directory, VOCAB)
-    return PromptBuilder(directory, ReasoningConfig())
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import pytest
 from scripted_cell import ARGS, CARD, CONFIG, END_THINK, THINK, TOOL_CALLS, FakeCell, Script
-from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import FinishReason, TokenEvent
 from ostro.actors.errors import InvalidRequestError, OstroError, OverloadedError, ShardLostError
@@ -28,17 +27,9 @@ from ostro.cluster.generation import (
     ToolCallDone,
 )
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import ReasoningConfig
 
 HELLO = (ChatMessage(role="user", text="Hi"),)
 VOCAB = CARD.vocab_size
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    directory = tmp_path_factory.mktemp("model")
-    write_tokenizer(directory, VOCAB)
-    return PromptBuilder(directory, ReasoningConfig())
 
 
 def interleaved(*scripts: Script) -> list[TokenEvent]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import json
 import logging
 
@@ -23,17 +22,13 @@ from door_keys import (
 )
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2, status_pb2
+from grpc_face import SERVICES, ByKeyword
 from scripted_frontend import MODEL, STARTED, ScriptedFrontend
 
 from ostro.actors.errors import QuotaError
 from ostro.cluster.door import Door
 from ostro.cluster.grpc_ingress import GrpcMethods
-from ostro.cluster.grpc_services import (
-    add_cluster_service,
-    add_generation_service,
-    add_health_service,
-    all_methods,
-)
+from ostro.cluster.grpc_services import all_methods
 from ostro.cluster.metrics import Metrics
 from ostro.protos import generation_pb2 as pb
 
@@ -44,26 +39,6 @@ OPEN = {"Check", "Watch"}
 OBSERVED = {"GetCluster", "WatchCluster", "GetExperts"}
 
 
-class ByKeyword:
-    """Hands requests over as Ray Serve does: the context by its name."""
-
-    def __init__(self, methods: GrpcMethods) -> None:
-        self._methods = methods
-
-    def __getattr__(self, name: str):
-        method = getattr(self._methods, name)
-
-        async def unary(request, context):
-            return await method(request, grpc_context=context)
-
-        async def stream(request, context):
-            async with contextlib.aclosing(method(request, grpc_context=context)) as messages:
-                async for message in messages:
-                    yield message
-
-        return stream if inspect.isasyncgenfunction(method) else unary
-
-
 @contextlib.asynccontextmanager
 async def face(
     frontend: ScriptedFrontend | None = None, door: Door | None = None, max_watches: int = 4
@@ -72,7 +47,7 @@ async def face(
     methods = ByKeyword(
         GrpcMethods(lambda: frontend, Metrics(MODEL), door or make_door(), max_watches=max_watches)
     )
-    for add in (add_generation_service, add_cluster_service, add_health_service):
+    for add in SERVICES:
         add(methods, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

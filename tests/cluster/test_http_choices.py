@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import defaultdict
 from dataclasses import replace
 
-import httpx
-import mistralai.client as mistral
-import openai
 import pytest
-from scripted_frontend import MODEL, THREE, WITH_LOGPROBS, ScriptedFrontend, served
+from http_face import HELLO, face, mistral_client, openai_client, sse
+from scripted_frontend import MODEL, THREE, WITH_LOGPROBS, ScriptedFrontend
 
 from ostro.actors.errors import ShardLostError
 from ostro.cluster.generation import TextDelta
-from ostro.cluster.http_ingress import build_http_app
-from ostro.cluster.metrics import Metrics
 from ostro.cluster.openai_answer import WholeChat
 from ostro.cluster.openai_fields import AnswerStyle
-from ostro.configs.deployment import ServingConfig
 
-HELLO = [{"role": "user", "content": "Say hello."}]
 ASKED = {"model": MODEL, "messages": HELLO, "n": 3}
 LOGPROBS = {"logprobs": True, "top_logprobs": 2}
 TWO_TEXTS = tuple(
@@ -35,41 +27,6 @@ TWO_TEXTS = tuple(
 )
 # Of its two last events the first is not the last.
 TEXTS = (*TWO_TEXTS[:-2], replace(TWO_TEXTS[-2], is_last=False), TWO_TEXTS[-1])
-
-
-@contextlib.contextmanager
-def face(frontend: ScriptedFrontend):
-    app = build_http_app(lambda: frontend, ServingConfig(), Metrics(MODEL))
-    with served(app) as url, httpx.Client(base_url=url, timeout=20) as client:
-        yield client
-
-
-@contextlib.contextmanager
-def openai_client(frontend: ScriptedFrontend, *, strict: bool = True):
-    with (
-        face(frontend) as http,
-        openai.OpenAI(
-            base_url=f"{http.base_url}/v1",
-            api_key="none",
-            max_retries=0,
-            _strict_response_validation=strict,
-        ) as client,
-    ):
-        yield client
-
-
-@contextlib.contextmanager
-def mistral_client(frontend: ScriptedFrontend):
-    with face(frontend) as http:
-        url = str(http.base_url).rstrip("/")
-        with mistral.Mistral(api_key="none", server_url=url) as client:
-            yield client
-
-
-def sse(text: str) -> list[dict]:
-    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def streamed(frontend: ScriptedFrontend, **fields) -> list[dict]:
@@ -88,7 +45,7 @@ def by_index(chunks) -> dict[int, list]:
 
 def test_openai_client_reads_whole_choices_in_their_order():
     frontend = ScriptedFrontend(*THREE)
-    with openai_client(frontend) as client:
+    with face(frontend) as http, openai_client(http) as client:
         answer = client.chat.completions.create(**ASKED, **LOGPROBS)
     first, second, third = answer.choices
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
@@ -106,7 +63,7 @@ def test_openai_client_reads_whole_choices_in_their_order():
 
 
 def test_openai_client_reads_streamed_choices_and_the_usage_once():
-    with openai_client(ScriptedFrontend(*THREE)) as client:
+    with face(ScriptedFrontend(*THREE)) as http, openai_client(http) as client:
         chunks = list(
             client.chat.completions.create(
                 **ASKED, **LOGPROBS, stream=True, stream_options={"include_usage": True}
@@ -134,7 +91,8 @@ def test_openai_stream_helper_gathers_every_choice():
     # It raises at "length", so here the third answer just stops.
     events = [replace(e, reason="stop") if e == THREE[6] else e for e in THREE]
     with (
-        openai_client(ScriptedFrontend(*events)) as client,
+        face(ScriptedFrontend(*events)) as http,
+        openai_client(http) as client,
         client.chat.completions.stream(**ASKED) as stream,
     ):
         final = stream.get_final_completion()
@@ -144,7 +102,7 @@ def test_openai_stream_helper_gathers_every_choice():
 
 
 def test_mistral_client_reads_whole_choices():
-    with mistral_client(ScriptedFrontend(*THREE)) as client:
+    with face(ScriptedFrontend(*THREE)) as http, mistral_client(http) as client:
         answer = client.chat.complete(**ASKED)
     first, second, third = answer.choices
     assert [part.type for part in first.message.content] == ["thinking", "text"]
@@ -155,7 +113,8 @@ def test_mistral_client_reads_whole_choices():
 
 def test_mistral_client_reads_streamed_choices_each_with_its_own_thinking():
     with (
-        mistral_client(ScriptedFrontend(*THREE)) as client,
+        face(ScriptedFrontend(*THREE)) as http,
+        mistral_client(http) as client,
         client.chat.stream(**ASKED) as stream,
     ):
         choices = by_index(event.data for event in stream)
@@ -206,7 +165,7 @@ def test_a_failure_ends_all_choices_that_were_open():
 def test_text_completions_of_several_prompts_have_offsets_of_their_own(stream):
     frontend = ScriptedFrontend(*TEXTS)
     # Its type of a streamed text has no null finish_reason, which OpenAI itself sends.
-    with openai_client(frontend, strict=not stream) as client:
+    with face(frontend) as http, openai_client(http, strict=not stream) as client:
         answer = client.completions.create(
             model=MODEL, prompt=["a", "b"], logprobs=1, stream=stream
         )

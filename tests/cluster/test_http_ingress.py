@@ -8,7 +8,7 @@ import httpx
 import mistralai.client as mistral
 import openai
 import pytest
-from http_face import HELLO, face, mistral_client, openai_client
+from http_face import HELLO, face, mistral_client, openai_client, sse
 from scripted_frontend import (
     ALIAS,
     CALL,
@@ -35,12 +35,6 @@ from ostro.cluster.metrics import Metrics
 from ostro.configs.deployment import ServingConfig
 
 CHAT = {"model": MODEL, "messages": HELLO}
-
-
-def sse(text: str) -> list[dict]:
-    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 # ---- answers, as the clients read them
@@ -544,16 +538,26 @@ def test_the_callers_request_id_comes_back_unless_it_could_split_a_header(strict
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_closing_the_connection_closes_the_generation(stream):
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", CHAT),
+        ("completions", {"prompt": "Say hello."}),
+        ("responses", {"input": "Say hello."}),
+        ("messages", CHAT | {"max_tokens": 9}),
+    ],
+)
+def test_closing_the_connection_closes_the_generation(path, body, stream):
     frontend = ScriptedFrontend(STARTED, TextDelta(text="Hel"), None)
     with face(frontend) as http:
+        asked = {"url": f"/v1/{path}", "json": {"model": MODEL, **body, "stream": stream}}
         if stream:
-            body = CHAT | {"stream": True}
-            with http.stream("POST", "/v1/chat/completions", json=body) as answer:
-                assert "assistant" in next(answer.iter_text())
+            with http.stream("POST", **asked) as answer:
+                assert answer.status_code == 200
+                assert next(answer.iter_text())
         else:
             with pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/chat/completions", json=CHAT, timeout=0.3)
+                http.post(**asked, timeout=0.3)
         assert frontend.closed.wait(timeout=5)
     assert (frontend.num_closed, frontend.num_completed) == (1, 0)
 

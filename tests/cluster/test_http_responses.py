@@ -282,21 +282,6 @@ def test_a_failure_before_the_first_event_has_its_own_status(stream):
     assert told["message"] == "max_output_tokens must be at least 1"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_closing_the_connection_closes_the_generation(stream):
-    frontend = ScriptedFrontend(STARTED, TextDelta(text="Hel"), None)
-    with face(frontend) as http:
-        if stream:
-            body = ASK | {"stream": True}
-            with http.stream("POST", "/v1/responses", json=body) as answer:
-                assert "response.created" in next(answer.iter_text())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.post("/v1/responses", json=ASK, timeout=0.3)
-        assert frontend.closed.wait(timeout=5)
-    assert (frontend.num_closed, frontend.num_completed) == (1, 0)
-
-
 # ---- what goes in
 
 

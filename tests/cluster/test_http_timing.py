@@ -76,8 +76,10 @@ def test_a_stream_that_failed_tells_no_times(script):
 
 
 def test_clients_read_over_the_comment():
-    with face(ScriptedFrontend(STARTED, TextDelta(text="Hello"), FINISHED)) as http:
-        client = openai_client(http)
+    with (
+        face(ScriptedFrontend(STARTED, TextDelta(text="Hello"), FINISHED)) as http,
+        openai_client(http) as client,
+    ):
         stream = client.chat.completions.create(
             model=MODEL, messages=HELLO, stream=True, extra_headers=ASKING
         )

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import anthropic
 import httpx
-import mistralai.client as mistral
 import numpy as np
-import openai
 import pytest
+from http_face import mistral_client, openai_client
 from one_token_cell import CARD, CONFIG, OneTokenCell
 from PIL import Image
 from scripted_frontend import MODEL, served
@@ -39,11 +38,6 @@ from ostro.configs.deployment import (
 from ostro.protos import generation_pb2 as pb
 
 IMG, IMG_END = 10, 13
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    return PromptBuilder(write_tokenizer(tmp_path_factory.mktemp("model")), ReasoningConfig())
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +92,10 @@ def places(request: GenerationRequest) -> list[tuple[int, int, int, int]]:
 
 def test_openai_client_shows_an_image(cell: OneTokenCell, prompts: PromptBuilder) -> None:
     content = [text("What is this?"), image(png())]
-    with http_face(cell, prompts) as http:
-        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+    with http_face(cell, prompts) as http, openai_client(http) as client:
         answer = client.chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": content}]
         )
-        client.close()
     (request,) = cell.requests
     ((start, num_tokens, height, width),) = places(request)
     assert (num_tokens, height, width) == (8, 56, 84)
@@ -117,8 +109,7 @@ def test_openai_client_shows_an_image(cell: OneTokenCell, prompts: PromptBuilder
 def test_openai_client_streams_about_an_image_and_reads_its_tokens(
     cell: OneTokenCell, prompts: PromptBuilder
 ) -> None:
-    with http_face(cell, prompts) as http:
-        client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0)
+    with http_face(cell, prompts) as http, openai_client(http) as client:
         chunks = list(
             client.chat.completions.create(
                 model=MODEL,
@@ -127,7 +118,6 @@ def test_openai_client_streams_about_an_image_and_reads_its_tokens(
                 stream_options={"include_usage": True},
             )
         )
-        client.close()
     assert chunks[-1].usage.prompt_tokens_details.model_dump()["image_tokens"] == 8
 
 
@@ -139,7 +129,7 @@ def test_mistral_client_shows_an_image(
     content = [{"type": "text", "text": "See"}, {"type": "image_url", "image_url": uri}]
     with (
         http_face(cell, prompts) as http,
-        mistral.Mistral(api_key="none", server_url=str(http.base_url).rstrip("/")) as client,
+        mistral_client(http) as client,
     ):
         client.chat.complete(model=MODEL, messages=[{"role": "user", "content": content}])
     assert len(places(cell.requests[0])) == 1

@@ -42,16 +42,6 @@ TOWER = VisionConfig(
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def prompts(model_dir: Path) -> PromptBuilder:
-    return PromptBuilder(model_dir, ReasoningConfig())
-
-
-@pytest.fixture(scope="module")
 def library(model_dir: Path) -> MistralTokenizer:
     return MistralTokenizer.from_file(model_dir / "tekken.json", mode=ValidationMode.serving)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_files import write_real_tokenizer, write_tokenizer
+from tokenizer_files import write_real_tokenizer
 
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import ChatMessage, Tool, ToolCall
@@ -19,16 +19,6 @@ from ostro.configs.deployment import EFFORTS, ReasoningConfig, default_efforts
 from ostro.configs.errors import ConfigError
 
 WEATHER = Tool(name="get_weather", description="Now", parameters={"type": "object"})
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def prompts(model_dir: Path) -> PromptBuilder:
-    return PromptBuilder(model_dir, ReasoningConfig())
 
 
 Edit = Callable[[dict[str, Any]], None]

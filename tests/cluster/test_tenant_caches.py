@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from scripted_frontend import MODEL
+from scripted_cell import CARD
 from tokenizer_files import write_tokenizer
 
 from ostro.actors.engine.request import (
@@ -14,11 +14,10 @@ from ostro.actors.engine.request import (
     SamplingParams,
     StopParams,
 )
-from ostro.cluster.generation import GenerationOptions, ModelCard, TextGeneration
+from ostro.cluster.generation import GenerationOptions, TextGeneration
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.request_builder import RequestBuilder
 from ostro.cluster.tenant_caches import with_own_caches
-from ostro.configs.deployment import EFFORTS
 from ostro.configs.load import load_deployment
 from ostro.configs.security import SecurityConfig
 
@@ -65,20 +64,7 @@ def test_the_deployment_may_let_tenants_share(tmp_path, shares, salt):
     security = SecurityConfig(share_prefix_cache=shares)
     deployment = replace(load_deployment("laptop"), security=security)
     prompts = PromptBuilder(tmp_path, deployment.reasoning, deployment.serving)
-    card = ModelCard(
-        name=MODEL,
-        description="",
-        created_s=0,
-        max_context=4096,
-        vocab_size=len(prompts.table),
-        num_layers=1,
-        num_experts=4,
-        num_experts_per_token=2,
-        weight_dtype="float32",
-        kv_dtype="float32",
-        efforts=EFFORTS,
-        default_effort="none",
-    )
+    card = replace(CARD, vocab_size=len(prompts.table))
     options = GenerationOptions(tenant="acme", cache_key="mine")
     asked = TextGeneration(prompts=("Say",), options=options)
     (prepared,) = RequestBuilder(prompts, card, deployment).text(asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 
 import httpx
@@ -24,14 +25,21 @@ def face(frontend: ScriptedFrontend, **serving) -> Iterator[httpx.Client]:
         yield client
 
 
-def openai_client(http: httpx.Client) -> openai.OpenAI:
+def openai_client(http: httpx.Client, *, strict: bool = True) -> openai.OpenAI:
     return openai.OpenAI(
         base_url=f"{http.base_url}/v1",
         api_key="none",
         max_retries=0,
-        _strict_response_validation=True,
+        _strict_response_validation=strict,
     )
 
 
 def mistral_client(http: httpx.Client, path: str = "") -> mistral.Mistral:
     return mistral.Mistral(api_key="none", server_url=str(http.base_url).rstrip("/") + path)
+
+
+def sse(text: str) -> list[dict]:
+    """The chunks of a stream in the OpenAI dialect, which `[DONE]` ends."""
+    lines = [line[6:] for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ostro.actors import counts_pool
 from ostro.actors.cell_totals import CellTotals
+from ostro.actors.counts_pool import CountsPool
 from ostro.actors.engine.stages import STAGES, step_stages
 from ostro.actors.engine.step import ShardLoad
 from ostro.actors.fabric.local_exchange import ExchangeCounters
@@ -68,3 +70,15 @@ def test_adding_up_never_falls_where_a_rank_waits_outside_of_it() -> None:
     assert counts.counted()["add"] == 2.0
     counters.wait_s = 1.0
     assert counts.counted()["add"] == 2.0
+
+
+def test_replicas_long_gone_are_forgotten_and_what_they_counted_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(counts_pool, "_MAX_REPLICAS", 3)
+    pool, series = CountsPool(), ("requests", ())
+    for number in range(10):
+        pool.take("stays", {series: 1.0})
+        pool.take(str(number), {series: 2.0})
+    assert pool.total() == {series: 21.0}
+    assert set(pool._told) == {"stays", "8", "9"}

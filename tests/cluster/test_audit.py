@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ostro.cluster.audit import AuditLog
+from ostro.cluster.audit import AuditLog, _SharedRotatingFile
 from ostro.configs.errors import ConfigError
 from ostro.configs.security import SecurityConfig
 
@@ -106,6 +106,20 @@ def test_who_puts_files_aside_is_not_waited_for(tmp_path):
         assert path.read_text().count("\n") == 100
     log.write({"number": 100})
     assert path.read_text() == '{"number": 100}\n'
+
+
+def test_who_comes_late_does_not_put_the_new_file_aside(tmp_path):
+    path = tmp_path / "audit.jsonl"
+    first, late = (_SharedRotatingFile(path, max_bytes=10, num_kept=2) for _ in range(2))
+    path.write_text("a file that is full\n")
+    first._rotate()
+    path.write_text("new\n")
+    late._rotate()  # had found it full before
+    first.close()
+    late.close()
+    assert path.read_text() == "new\n"
+    assert path.with_name("audit.jsonl.1").read_text() == "a file that is full\n"
+    assert not path.with_name("audit.jsonl.2").exists()
 
 
 def test_several_processes_lose_no_line(tmp_path):

@@ -19,7 +19,7 @@ from rich.console import Console
 from scripted_frontend import MODEL, THOUGHTFUL, ScriptedFrontend, served
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from typer.testing import CliRunner
 from wire import Wire
@@ -359,6 +359,23 @@ def test_a_port_that_speaks_no_http_is_told_apart_from_nobody(tmp_path):
         result = invoke(source, tmp_path / "out", "--url", address)
     assert result.exit_code == 1
     assert "speaks no HTTP" in result.stderr
+
+
+def test_no_key_and_no_line_is_sent_where_a_server_points_to(tmp_path):
+    server = FakeServer(lambda *_: RedirectResponse("/elsewhere", 307))
+    source = write(tmp_path / "in", "a")
+    with served(server.app) as url:
+        assert run(source, url).num_failed == 1
+    assert records(tmp_path / "out.jsonl")["a"]["response"]["status_code"] == 307
+
+
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback(tmp_path, monkeypatch, free_port):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    source = write(tmp_path / "in", "a")
+    with served(FakeServer(fine).app) as url:
+        assert run(source, url).num_done == 1
 
 
 # ---- interruptions

@@ -553,6 +553,19 @@ def test_chat_gives_all_token_ids_when_asked(prompts: PromptBuilder, script: Scr
     assert given == [token_id for event in script.events for token_id in event.token_ids]
 
 
+def test_chat_gives_the_logprobs_of_tokens_that_are_new(
+    prompts: PromptBuilder, script: Script
+) -> None:
+    token_ids = prompts.text("abc", add_bos=False)
+    logprobs = [TokenLogprob(i, -0.5, [(i, -0.5)]) for i in token_ids]
+    script.step("ab", logprobs=logprobs[:2])
+    script.events.append(TokenEvent("r.0", 1, token_ids[1:], logprobs=logprobs[1:]))
+    script.num_tokens = len(token_ids)
+    events, _ = chat(prompts, script.end(FinishReason.LENGTH), num_logprobs=1)
+    told = [entry.token_id for delta in deltas(events) for entry in delta.logprobs]
+    assert told == token_ids
+
+
 def test_chat_gives_logprobs_of_text_tokens_only(prompts: PromptBuilder, script: Script) -> None:
     [token, *_] = ids = prompts.text("a", add_bos=False)
     logprobs = [TokenLogprob(i, -0.5, [(i, -0.5), (EOS, -1.0)]) for i in ids]

@@ -360,10 +360,19 @@ def test_public_ports_open_on_ipv6(served_config, host, bind):
     assert all(bind.format(port) in ours for port in ports)
 
 
-@pytest.mark.parametrize("line", ["frontend grpc_frontend", "listen stats", "mode 666"])
-def test_a_configuration_that_is_not_known_starts_nothing(served_config, line):
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("frontend grpc_frontend", "changed"),
+        ("listen stats", "changed"),
+        ("mode 666", "changed"),
+        ("listen stats\n  bind *:", "listen stats\n  bind *:1\nlisten stats\n  bind *:"),
+    ],
+)
+def test_a_configuration_that_is_not_known_starts_nothing(served_config, line, instead):
     written = served_config.read_text()
-    served_config.write_text(written.replace(line, "changed"))
+    assert line in written
+    served_config.write_text(written.replace(line, instead))
     listeners = FaceListeners(host="0.0.0.0")
     with pytest.raises(UnknownHaproxyConfigError):
         make_ours(served_config.read_text(), listeners, HaproxyFolder(served_config.parent))

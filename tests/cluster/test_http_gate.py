@@ -398,6 +398,7 @@ def test_a_client_that_leaves_is_seen_in_its_line(audited):
         (["6.6.6.6", "10.1.2.3"], 0, "10.1.2.3"),
         (["6.6.6.6, 7.7.7.7", "10.1.2.3"], 1, "7.7.7.7"),
         (["10.1.2.3"], 1, "10.1.2.3"),
+        (["6" * 1000, "10.1.2.3"], 1, "6" * 64),
     ],
 )
 def test_an_address_is_believed_as_far_as_proxies_are_trusted(

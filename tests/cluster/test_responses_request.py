@@ -98,12 +98,13 @@ def test_options_are_ours() -> None:
         seed=7,
         prompt_cache_key="key",
         include=["message.output_text.logprobs"],
+        top_logprobs=4,
         thinking_token_budget=3,
     ).options
     assert (options.effort, options.max_tokens, options.thinking_token_budget) == ("high", 5, 3)
     assert (options.temperature, options.top_p, options.top_k) == (0.5, 0.9, 0)
     assert (options.stop, options.seed, options.cache_key) == (("\n",), 7, "key")
-    assert (options.num_logprobs, options.min_tokens, options.ignore_eos) == (0, 2, True)
+    assert (options.num_logprobs, options.min_tokens, options.ignore_eos) == (4, 2, True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from ostro.cluster.tls_certificate import FaceCertificate, read_certificate
+from ostro.cluster.tls_certificate import FaceCertificate, read_certificate, trust_only
 from ostro.configs.errors import ConfigError
 from ostro.configs.tls import TlsConfig
 
@@ -52,6 +53,11 @@ def test_a_good_certificate_says_whom_it_is_for(authority, pair):
 )
 def test_covers(pair, host, covered):
     assert read_certificate(tls_config(pair)).covers(host) is covered
+
+
+def test_no_certificate_is_for_all_of_a_top_level():
+    certificate = FaceCertificate(leaf_pem="", names=("*.com",), not_after=datetime.now(UTC))
+    assert not certificate.covers("example.com")
 
 
 def test_an_address_is_covered_however_it_is_written(authority):
@@ -138,3 +144,28 @@ def test_keys_that_openssl_makes_are_understood(tmp_path):
     command += ["-nodes", "-subj", "/CN=box", "-addext", "subjectAltName=DNS:box"]
     subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
     assert read_certificate(TlsConfig(cert_file=str(cert), key_file=str(key))).names == ("box",)
+
+
+def shake_hands(client: ssl.SSLContext, pair, host: str) -> None:
+    """A client's handshake, in memory, with a server that shows this pair."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pair.cert, pair.key)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [
+        client.wrap_bio(back, there, server_hostname=host),
+        context.wrap_bio(there, back, server_side=True),
+    ]
+    while sides:
+        side = sides.pop(0)
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            sides.append(side)
+
+
+def test_who_trusts_one_certificate_takes_it_by_any_name_and_no_other(authority, pair):
+    context = trust_only(read_certificate(tls_config(pair)))
+    shake_hands(context, pair, "another.name")
+    another = authority.issue("another", "llm.example.com")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake_hands(context, another, "llm.example.com")

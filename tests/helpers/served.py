@@ -63,14 +63,7 @@ class Served:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = self.children()
         self.stop()
-        assert self.process.returncode == 0, self.log.read_text()
-        assert len(family) >= FEWEST_PROCESSES
-        deadline = time.monotonic() + 30
-        while left := {pid for pid in family if Path(f"/proc/{pid}").exists()}:
-            assert time.monotonic() < deadline, f"still running: {left}"
-            time.sleep(0.2)
 
     def wait_ready(self) -> None:
         """Return once it takes requests."""
@@ -94,12 +87,19 @@ class Served:
         return text
 
     def stop(self) -> None:
-        """Interrupt it and wait for its end."""
-        self.process.send_signal(signal.SIGINT)
+        """Interrupt it, unless it has ended; it must end well and leave no process behind."""
+        family = self.children()
+        if self.process.poll() is None:
+            assert len(family) >= FEWEST_PROCESSES, self.log.read_text()
+            self.process.send_signal(signal.SIGINT)
         try:
-            self.process.wait(120)
+            assert self.process.wait(120) == 0, self.log.read_text()
         finally:
             self.process.kill()
+        deadline = time.monotonic() + 30
+        while left := {pid for pid in family if Path(f"/proc/{pid}").exists()}:
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.2)
 
     def children(self) -> set[int]:
         """Every process of its session."""

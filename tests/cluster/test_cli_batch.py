@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from typer.testing import CliRunner
+from wait_for import wait_for
 from wire import Wire
 
 from ostro.actors.errors import NotReadyError
@@ -379,13 +380,6 @@ def test_a_proxy_of_the_environment_is_not_asked_for_loopback(tmp_path, monkeypa
 
 
 # ---- interruptions
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_an_interrupted_batch_is_taken_up_again(tmp_path):

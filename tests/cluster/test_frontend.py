@@ -556,9 +556,9 @@ def test_chat_gives_all_token_ids_when_asked(prompts: PromptBuilder, script: Scr
 def test_chat_gives_the_logprobs_of_tokens_that_are_new(
     prompts: PromptBuilder, script: Script
 ) -> None:
-    token_ids = prompts.text("abc", add_bos=False)
+    token_ids = [prompts.text(letter, add_bos=False)[0] for letter in "abc"]
     logprobs = [TokenLogprob(i, -0.5, [(i, -0.5)]) for i in token_ids]
-    script.step("ab", logprobs=logprobs[:2])
+    script.step(*token_ids[:2], logprobs=logprobs[:2])
     script.events.append(TokenEvent("r.0", 1, token_ids[1:], logprobs=logprobs[1:]))
     script.num_tokens = len(token_ids)
     events, _ = chat(prompts, script.end(FinishReason.LENGTH), num_logprobs=1)

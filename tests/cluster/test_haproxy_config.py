@@ -23,6 +23,7 @@ from haproxy_stubs import backends
 from ray.serve._private.common import RequestProtocol
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
+from wait_for import wait_for
 
 from ostro.cluster.face_listeners import CLIENT_SUBJECT_HEADER, FaceListeners
 from ostro.cluster.haproxy_config import HaproxyFolder, UnknownHaproxyConfigError, make_ours
@@ -277,13 +278,6 @@ def test_an_older_protocol_than_allowed_is_refused(mutual):
 
 
 # ---- renewal
-
-
-def wait_for(happened) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_new_certificates_are_shown_and_streams_go_on(tmp_path, authority, clients, alice):

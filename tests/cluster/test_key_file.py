@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from wait_for import wait_for
 
 from ostro.actors.errors import NotReadyError
 from ostro.cluster import key_file
@@ -275,12 +276,3 @@ def test_a_file_is_not_read_while_it_is_being_written(path, monkeypatch):
             write(path, entry() + "\n" * size)
             os.utime(path, ns=(size, size))
         assert published.get(timeout=WAIT_S).keys == (key(),)
-
-
-def wait_for(holds) -> None:
-    ticks = threading.Event()
-    for _ in range(WAIT_S * 100):
-        if holds():
-            return
-        ticks.wait(0.01)
-    raise AssertionError("it never held")

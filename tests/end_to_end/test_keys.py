@@ -7,8 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,13 +16,13 @@ import httpx
 import openai
 import pytest
 from served import Served
+from wait_for import wait_for
 
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 NUM_REPLICAS = 2
-WAIT_S = 30
 OSTRO = Path(sys.executable).with_name("ostro")
 GREETING = {"messages": [{"role": "user", "content": "mellon"}], "max_tokens": 4, "temperature": 0}
 
@@ -75,13 +73,6 @@ def served(tmp_path_factory):
     checkpoints.make_tiny_checkpoint(model_dir, num_layers=2, with_tokenizer=True)
     with Keyed(tmp_path_factory.mktemp("keyed"), model_dir) as served:
         yield served
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_only_who_has_a_key_gets_in_over_http(served):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import checkpoints
 import httpx
 import pytest
 from otlp_collector import attributes, otlp_collector
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served
+from wait_for import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-WAIT_S = 30
 NUM_REQUESTS = 24
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 GREETING = {"messages": [{"role": "user", "content": "mellon"}], "max_tokens": 4, "temperature": 0}
@@ -59,13 +56,6 @@ def counters(served: Served) -> dict[tuple[str, frozenset], float]:
 
 def total(counts: dict[tuple[str, frozenset], float], name: str) -> float:
     return sum(value for (of, _), value in counts.items() if of == name)
-
-
-def wait_for(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_no_counter_falls_whichever_replica_is_scraped(served):

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import time
 from contextlib import closing
 
 import checkpoints
@@ -20,6 +19,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from mistralai.client import Mistral
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served
+from wait_for import wait_for
 
 from ostro.actors.engine.stages import STAGES
 from ostro.actors.errors import DeadlineError, InvalidRequestError, TooLargeError
@@ -282,10 +282,7 @@ def test_grpc_bad_input_is_invalid_argument_with_the_fields_name(channel):
 
 
 def wait_idle(client):
-    deadline = time.monotonic() + 60
-    while client.cluster().load.running:
-        assert time.monotonic() < deadline, "the abandoned generation still runs"
-        time.sleep(0.1)
+    wait_for(lambda: not client.cluster().load.running)
 
 
 def test_leaving_a_stream_frees_its_pages(served):

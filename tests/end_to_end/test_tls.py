@@ -15,6 +15,7 @@ from certificates import Authority
 from listeners import listening, own_address
 from served import Served
 from typer.testing import CliRunner
+from wait_for import wait_for
 
 from ostro.cluster.cli import app
 from ostro.protos import cluster_pb2, cluster_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -96,10 +97,7 @@ def num_running(channel) -> int:
 
 
 def wait_idle(channel) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while num_running(channel):
-        assert time.monotonic() < deadline, "the abandoned generation still runs"
-        time.sleep(0.05)
+    wait_for(lambda: not num_running(channel))
 
 
 def test_openai_client_streams_over_https(secured):

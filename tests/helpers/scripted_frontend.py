@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import uvicorn
+from wait_for import wait_for
 
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.engine.stages import STAGES
@@ -260,9 +260,8 @@ def served(app: object) -> Iterator[str]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
     try:
+        wait_for(lambda: server.started)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True

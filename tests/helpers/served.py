@@ -57,6 +57,7 @@ class Served:
     def __enter__(self) -> Self:
         try:
             self.wait_ready()
+            self.wait_announced()  # an interrupt before it has said so is none of a ready server
         except BaseException:
             self.stop()
             raise

@@ -37,7 +37,7 @@ class BenchmarkError(OstroError):
     code = "benchmark_failed"
 
 
-def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
+def parse_layout(text: str) -> LayoutConfig:
     """A layout from "single", "colocated:N" or "split:A:E".
 
     Raises:
@@ -62,7 +62,6 @@ def parse_layout(text: str, *, num_micro_batches: int = 1) -> LayoutConfig:
         layout=Layout(kind),
         num_attention_shards=attention,
         num_expert_shards=experts,
-        num_micro_batches=num_micro_batches,
     )
 
 

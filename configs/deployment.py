@@ -137,6 +137,8 @@ class EngineConfig:
             takes `gpu_memory_fraction` of what is free after the weights (CPU: 512 MiB).
         gpu_memory_fraction: Share of a GPU's memory that weights and cache may fill.
         max_tokens_per_step: Token budget of one step.
+        inter_token_target_ms: What a step should take while requests decode: prompts of others are
+            cut into chunks that leave so much between tokens; None computes them at full speed.
         max_running_requests: Requests that advance in one step, at most.
         max_waiting_requests: Requests that may wait at one shard; more are refused with 429.
         max_waiting_tokens: Prompt tokens that may wait at one shard, at most.
@@ -156,6 +158,7 @@ class EngineConfig:
     cache_memory_bytes: int | None = None
     gpu_memory_fraction: float = 0.9
     max_tokens_per_step: int = 2048
+    inter_token_target_ms: float | None = None
     max_running_requests: int = 256
     max_waiting_requests: int = 1024
     max_waiting_tokens: int = 1_000_000
@@ -185,6 +188,10 @@ class EngineConfig:
             raise ConfigError(
                 f"max_running_requests={self.max_running_requests} exceeds max_tokens_per_step="
                 f"{self.max_tokens_per_step}: every running request needs one token a step"
+            )
+        if self.inter_token_target_ms is not None and not self.inter_token_target_ms > 0.0:
+            raise ConfigError(
+                f"inter_token_target_ms={self.inter_token_target_ms}: must be above 0"
             )
         if not 0.0 < self.gpu_memory_fraction <= 1.0:
             raise ConfigError(f"gpu_memory_fraction={self.gpu_memory_fraction}: must be in (0, 1]")

@@ -36,8 +36,8 @@ from ostro.actors.engine.step import (
     error_event,
     token_event,
 )
+from ostro.actors.engine.step_budget import StepBudget
 from ostro.actors.engine.stopwatch import Stopwatch
-from ostro.actors.engine.token_rules import reason_to_end
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
 
@@ -61,7 +61,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         stages: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
-        self._config = config
+        self._config, self._budget = config, StepBudget(config)
         self._clock, self._stages = clock, stages
         self._pages = RequestPages(num_pages, config.page_size, prefix_cache=config.prefix_cache)
         # One request alone may fill the cache.
@@ -106,7 +106,7 @@ class Scheduler:
         self._requests[progress.request_id] = progress
         self._shares.enter(progress.request.tenant)
         self._waiting.add(progress)
-        if (reason := reason_to_end(progress)) is not None:
+        if (reason := token_rules.reason_to_end(progress)) is not None:
             self._end(progress, reason)
 
     def cancel(self, request_id: str) -> bool:
@@ -132,6 +132,8 @@ class Scheduler:
         if self._waiting and self._shares.contended:
             self._give_way(step)
         prefilling = self._schedule_decodes(step)
+        step.num_decodes = len(step.entries)
+        step.budget = self._budget.beside(step.num_decodes)
         num_promised = 0
         if self._shares.contended and prefilling:
             least = self._shares.order(prefilling)
@@ -172,7 +174,9 @@ class Scheduler:
             elif entry.samples:
                 self._append_output(progress, outputs[progress.request_id])
         now_s = self._clock()
-        self._admission.record(step.num_tokens, now_s - max(step.scheduled_s, self._completed_s))
+        seconds = now_s - max(step.scheduled_s, self._completed_s)
+        self._admission.record(step.num_tokens, seconds)
+        self._budget.record(step, seconds)
         self._completed_s = now_s
         return self.take_events()
 
@@ -231,11 +235,10 @@ class Scheduler:
     def _schedule_prefills(self, step: ScheduledStep, prefilling: list[RequestProgress]) -> None:
         for progress in prefilling:
             num_new = self._chunk(step, progress)
-            if num_new and progress.state is _RUNNING:
-                end = progress.num_computed_tokens + num_new
-                if self._find_pages(step, progress, end):
-                    self._place(step, progress, num_new)
-                    self._pages.publish(progress, end)
+            end = progress.num_computed_tokens + num_new
+            if num_new and progress.state is _RUNNING and self._find_pages(step, progress, end):
+                self._place(step, progress, num_new)
+                self._pages.publish(progress, end)
 
     def _schedule_waiting(
         self, step: ScheduledStep, num_promised: int, below: int | None = None
@@ -250,7 +253,7 @@ class Scheduler:
             self._waiting
             and not step.preempted
             and len(self._running) < self._config.max_running_requests
-            and step.num_tokens < self._config.max_tokens_per_step
+            and step.num_tokens < step.budget
         ):
             progress = self._waiting.first()
             had = self._shares.level(progress.request.tenant)
@@ -289,7 +292,7 @@ class Scheduler:
         return self._blocked == (progress.arrival, self._pages.pool.num_releases)
 
     def _chunk(self, step: ScheduledStep, progress: RequestProgress) -> int:
-        left = self._config.max_tokens_per_step - step.num_tokens
+        left = step.budget - step.num_tokens
         return min(progress.num_tokens - progress.num_computed_tokens, left)
 
     def _place(self, step: ScheduledStep, progress: RequestProgress, num_new: int) -> None:
@@ -368,7 +371,7 @@ class Scheduler:
         output.append(token_id)
         self._totals.output_tokens += 1
         token_rules.observe(progress, token_id)
-        reason = reason_to_end(progress)
+        reason = token_rules.reason_to_end(progress)
         logprobs = [sampled.logprob] if sampled.logprob is not None else None
         self._events.append(token_event(progress, first_index, [token_id], logprobs, reason))
         if reason is not None:
@@ -376,8 +379,7 @@ class Scheduler:
 
     def _end(self, progress: RequestProgress, reason: FinishReason) -> None:
         """End a request between its tokens."""
-        first_index = len(progress.output_token_ids)
-        self._events.append(token_event(progress, first_index, [], None, reason))
+        self._events.append(token_event(progress, len(progress.output_token_ids), [], None, reason))
         self._finish(progress)
 
     def _finish(self, progress: RequestProgress) -> None:

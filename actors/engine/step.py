@@ -49,6 +49,9 @@ class ScheduledStep:
     Attributes:
         index: Counts up from 0; steps are completed in this order.
         preempted: Ids of requests that lost their pages to this step.
+        num_tokens: Of all entries.
+        num_decodes: Entries that advance by one token, the first ones.
+        budget: What `num_tokens` may come to.
     """
 
     index: int
@@ -56,6 +59,8 @@ class ScheduledStep:
     entries: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    num_decodes: int = 0
+    budget: int = 0
 
 
 class ShardLoad(msgspec.Struct, frozen=True, array_like=True):

@@ -123,7 +123,7 @@ def test_override_of_one_effort_keeps_the_others() -> None:
         ("reasoning.efforts.lo.budget_tokens=4", "reasoning.efforts.lo: unknown key"),
         ("engine.page_size=0", "engine.page_size=0: must be"),
         ("engine.inter_token_target_ms=0", "inter_token_target_ms=0.0: must be above 0"),
-        ("engine.inter_token_target_ms=nan", "inter_token_target_ms=nan: must be above 0"),
+        ("engine.inter_token_target_ms=.nan", "inter_token_target_ms=nan: must be above 0"),
         ("engine.page_size=many", "engine.page_size='many': must be a whole number"),
         ("engine.page_size=true", "engine.page_size=True: must be a whole number"),
         ("engine.page_size=1.5", "engine.page_size=1.5: must be a whole number"),

@@ -25,7 +25,6 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 # Top-p looks for its cutoff among so many best tokens before it sorts the vocabulary (0.7 against
 # 11 ms at V = 131072, one core).
 _NUM_BEST = 1024
-_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +71,10 @@ def _mix(x: int) -> int:
 
 def greedy(logits_BV: torch.Tensor) -> torch.Tensor:
     """Id of each row's largest logit, int64 [B]; the lowest id wins ties."""
-    vocabulary = logits_BV.shape[1]
-    if vocabulary % _BLOCK or vocabulary == _BLOCK:
+    if logits_BV.is_cuda:
         return logits_BV.argmax(dim=-1)
-    # Largest of each block, then argmax within the winning block: 0.4 against 5.0 ms at
-    # B = 32, V = 131072 on one core, where argmax is not vectorised.
-    blocks_BGK = logits_BV.reshape(logits_BV.shape[0], -1, _BLOCK)
-    block_B = blocks_BGK.amax(dim=-1).argmax(dim=-1)
-    rows_B = torch.arange(logits_BV.shape[0], device=logits_BV.device)
-    return block_B * _BLOCK + blocks_BGK[rows_B, block_B].argmax(dim=-1)
+    # Torch's argmax is not vectorised on a CPU: 5.0 against 0.4 ms at B = 32, V = 131072, one core.
+    return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
 
 
 def sample(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:

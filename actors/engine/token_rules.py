@@ -88,7 +88,7 @@ def _held_to_grammar(
     )
     if allowed is None:
         return SamplingState(stop.eos_token_id, None, ())
-    return SamplingState(None, None, banned, allowed)
+    return SamplingState(None, None, (), allowed)  # what is banned is not allowed either
 
 
 def reason_to_end(progress: RequestProgress) -> FinishReason | None:

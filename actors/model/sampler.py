@@ -16,13 +16,8 @@ import torch
 from ostro.actors.engine.request import RequestProgress, SamplingParams, TokenLogprob
 from ostro.actors.engine.step import SampledToken
 from ostro.actors.model.batch_sampler import BatchSampler
+from ostro.kernels.allowed_tokens import best_allowed, gather_allowed
 from ostro.kernels.sampling import Draw, greedy, logprobs, penalize, sample, uniform
-
-# What each bit of an octet adds to its logit. To look eight up at once takes 0.06 ms at V = 131072
-# on one core; to shift bits out and fill where they are not set took 0.4 ms.
-_LEFT_OUT = torch.tensor(
-    [[0.0 if octet >> bit & 1 else -torch.inf for bit in range(8)] for octet in range(256)]
-)
 
 
 class SamplingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -51,7 +46,7 @@ class SamplingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.progress.request.sampling
 
     def adjusts_logits(self) -> bool:
-        """Whether anything changes the logits before the choice."""
+        """Whether anything changes the logits before the choice among what is allowed."""
         params = self.params
         return bool(
             params.needs_counts
@@ -59,7 +54,6 @@ class SamplingRow(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             or params.banned_token_ids
             or self.bias
             or self.banned_token_ids
-            or self.allowed is not None
         )
 
 
@@ -100,6 +94,7 @@ class Sampler:
             for index, row in enumerate(rows)
             if row.params.temperature == 0.0
             and row.forced_token_id is None
+            and row.allowed is None
             and not row.adjusts_logits()
         ]
         if len(plain) == len(rows):
@@ -122,6 +117,8 @@ class Sampler:
         if row.adjusts_logits():
             logits_V = self._adjusted(logits_V, row)
         if params.temperature == 0.0:
+            if row.allowed is not None:
+                return best_allowed(logits_V, row.allowed)
             return greedy(logits_V[None])[0]
         draw = Draw(
             uniform=uniform(params.seed, row.position),
@@ -130,14 +127,16 @@ class Sampler:
             top_p=params.top_p,
             min_p=params.min_p,
         )
-        return sample(logits_V, draw)
+        if row.allowed is None:
+            return sample(logits_V, draw)
+        logits_A, ids_A = gather_allowed(logits_V, row.allowed)
+        if not len(ids_A):
+            return torch.tensor(0)
+        return ids_A[sample(logits_A, draw)].long()
 
     def _adjusted(self, logits_V: torch.Tensor, row: SamplingRow) -> torch.Tensor:
-        """A copy of the row: what is not allowed left out, then penalties, bias and bans."""
-        if row.allowed is None:
-            logits_V = logits_V.clone()
-        else:
-            logits_V = logits_V + _left_out(row.allowed)[: self._vocab_size]
+        """A copy of the row with penalties, bias and bans."""
+        logits_V = logits_V.clone()
         if row.params.needs_counts:
             _penalize(logits_V, row.progress)
         self._add_bias(logits_V, row.params.logit_bias)
@@ -156,12 +155,6 @@ class Sampler:
     def _known(self, token_ids: Sequence[int] | Mapping[int, float]) -> list[int]:
         """Those that exist: no other is ever chosen, so that bias and bans have no effect on it."""
         return [token_id for token_id in token_ids if 0 <= token_id < self._vocab_size]
-
-
-def _left_out(allowed: bytearray) -> torch.Tensor:
-    """0 for every token whose bit is set, -inf for the others."""
-    octets = torch.frombuffer(allowed, dtype=torch.uint8)
-    return _LEFT_OUT.index_select(0, octets.int()).view(-1)
 
 
 def _penalize(logits_V: torch.Tensor, progress: RequestProgress) -> None:

@@ -42,6 +42,8 @@ _SIGNATURES = {
     "ostro_rotary": (_P, _I, _I, _I, _I, _I, _P, _THREADS),
     "ostro_write_latents": (_P, _I, _P, _F, _P, _I, _I, _I, _P, _P, _THREADS),
     "ostro_choose": (_P, _I, _I, _I, _F, _P, _P, _THREADS),
+    "ostro_best_allowed": (_P, _P, _I, _P),
+    "ostro_gather_allowed": (_P, _P, _I, _P, _P, _P),
     "ostro_add_rows": (_P, _P, _P, _I, _P, _THREADS),
     "ostro_mla_decode": (_P, _I, _I, _P, _P, _P, _P, _P, _P, *[_I] * 7, _F, _P, _THREADS),
     "ostro_attend_block": (*[_P, _I, _I] * 3, *[_I] * 8, _F, _P, _P, _P, _P, _THREADS),

@@ -54,7 +54,9 @@ def _cache_dir() -> Path:
 @app.command()
 @plain_errors()
 def checkpoint(
-    directory: Path,
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where it goes; made if need be.")
+    ],
     size: Annotated[str, typer.Option(help="mid (0.9 B parameters) or tiny.")] = "mid",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
 ) -> None:
@@ -63,7 +65,9 @@ def checkpoint(
 
     shapes = {"mid": MID, "tiny": TINY}
     if size not in shapes:
-        raise typer.BadParameter(f"{size!r}: must be one of {', '.join(shapes)}", param_hint="size")
+        raise typer.BadParameter(
+            f"{size!r}: must be one of {', '.join(shapes)}", param_hint="--size"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -79,8 +83,8 @@ def faces(
     model: Checkpoint,
     preset: Annotated[str, typer.Option(help="Preset or deployment file.")] = "laptop_single",
     concurrency: Annotated[str, typer.Option(help="Concurrent requests, by commas.")] = "1,16",
-    prompt_tokens: Annotated[int, typer.Option(min=2)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Of each request.")] = 32,
     rounds: Rounds = 3,
     json: Json = None,
 ) -> None:

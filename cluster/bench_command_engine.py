@@ -19,7 +19,11 @@ from ostro.cluster.ray_environment import prepare_environment
 def engine(  # noqa: PLR0913  each is an option
     model: Checkpoint,
     layout: Annotated[
-        list[str], typer.Option(help="single, colocated:N or split:A:E; repeat to compare.")
+        list[str],
+        typer.Option(
+            help="single, colocated:2 (shards) or split:1:2 (attention and expert shards), for "
+            "example; repeat to compare."
+        ),
     ] = ["single"],  # noqa: B006  typer copies it
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas; '' for none.")] = "1,8",
     prefill: Annotated[str, typer.Option(help="Lengths of one long prompt, by commas.")] = "",
@@ -27,7 +31,7 @@ def engine(  # noqa: PLR0913  each is an option
         str, typer.Option(help="Decode after so many tokens of context, by commas.")
     ] = "",
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Of each request of a batch.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=4)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=4, help="Of each request.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "bfloat16",
     beside: Annotated[str, typer.Option(help="transformers, or nothing.")] = "",
     rounds: Rounds = 3,

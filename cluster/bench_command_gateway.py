@@ -30,7 +30,7 @@ def gateway(  # noqa: PLR0913  each is an option
     pace_ms: Annotated[
         float, typer.Option("--pace", min=0, help="Milliseconds of a step's forward pass.")
     ] = 20.0,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=1, help="For the first token.")] = 16,
     stream_tokens: Annotated[int, typer.Option(min=4, help="For throughput and stalls.")] = 128,
     clients: Annotated[int, typer.Option(min=1, help="Client processes.")] = 2,

@@ -69,8 +69,8 @@ def serve(  # noqa: PLR0913  each is an option
     requests: Annotated[
         int | None, typer.Option(min=1, help="Requests of each loop in each round.")
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 64,
     rounds: Rounds = 3,
     api: Annotated[Api, typer.Option(help="/v1/completions or /v1/chat/completions.")] = (
         Api.COMPLETIONS

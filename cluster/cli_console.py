@@ -19,10 +19,13 @@ _UNPRINTABLE = {code: None for code in (*range(32), *range(127, 160)) if code no
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr; into a pipe it writes wide, plain lines."""
-    console = Console(stderr=stderr, highlight=False)
+    """A console on stdout or stderr; into a pipe it writes wide, plain lines.
+
+    Text is shown as it is: "split:A:E" is a layout to us and holds an emoji's name to rich.
+    """
+    console = Console(stderr=stderr, highlight=False, emoji=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH)
+        console = Console(stderr=stderr, highlight=False, emoji=False, width=_PIPE_WIDTH)
     return console
 
 

@@ -118,12 +118,18 @@ def remove(
 def limit(
     tenant: Tenant,
     file: File = _DEFAULT_FILE,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1)] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Of every kind; a minute's worth at once.")
+    ] = None,
     tokens_per_minute: Annotated[
         int | None, typer.Option(min=1, help="Prompts and completions.")
     ] = None,
-    concurrent_requests: Annotated[int | None, typer.Option(min=1)] = None,
-    max_tokens_per_request: Annotated[int | None, typer.Option(min=1)] = None,
+    concurrent_requests: Annotated[
+        int | None, typer.Option(min=1, help="Generations under way.")
+    ] = None,
+    max_tokens_per_request: Annotated[
+        int | None, typer.Option(min=1, help="Thinking and answer together.")
+    ] = None,
 ) -> None:
     """Set what a tenant may use, all of its keys together; what is not named is not limited."""
     quota = Quota(

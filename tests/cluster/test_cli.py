@@ -7,9 +7,13 @@ import sys
 from importlib.metadata import version
 
 import pytest
+import typer
+from rich.text import Text
 from typer.testing import CliRunner
 
+from ostro.cluster.bench import app as bench_app
 from ostro.cluster.cli import app
+from ostro.cluster.cli_console import make_console
 
 
 def invoke(*arguments: str):
@@ -32,6 +36,38 @@ def test_help_gives_examples(command):
     result = invoke(command, "--help")
     assert result.exit_code == 0
     assert f" ostro {command} " in result.stdout.split("For example:")[1]
+
+
+def help_texts():
+    """(where it stands, text) of every command and every parameter."""
+    open_ends = [
+        ("ostro", typer.main.get_command(app)),
+        ("bench", typer.main.get_command(bench_app)),
+    ]
+    while open_ends:
+        path, command = open_ends.pop()
+        yield path, command.help
+        for parameter in command.params:
+            yield f"{path} {parameter.name}", parameter.help
+        for name, child in getattr(command, "commands", {}).items():
+            open_ends.append((f"{path} {name}", child))
+
+
+def test_every_command_and_parameter_has_a_help_text():
+    texts = dict(help_texts())
+    assert "bench engine layout" in texts
+    assert [path for path, text in texts.items() if not text] == []
+
+
+def test_no_help_text_holds_what_rich_takes_for_markup_or_an_emoji():
+    # Typer's panels parse both, and nothing turns that off but to do without panels.
+    texts = dict(help_texts())
+    assert [path for path, text in texts.items() if Text.from_markup(text).plain != text] == []
+
+
+def test_the_console_shows_a_layout_and_not_an_emoji(capsys):
+    make_console().print("split:A:E")
+    assert capsys.readouterr().out == "split:A:E\n"
 
 
 def test_ostro_refuses_an_unknown_command():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ostro.actors.errors import OstroError
+from ostro.actors.engine.quotas import TenantQuotas
+from ostro.actors.errors import OstroError, QuotaError
 from ostro.actors.fabric.channel import AsyncConnection
-from ostro.actors.fabric.messages import Message, Rejected
+from ostro.actors.fabric.messages import CountRequest, Message, Rejected, RequestCounted
 
 
 class IngressLinks:
@@ -40,14 +41,25 @@ class IngressLinks:
 
     def reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
         """Tell a replica that one of its requests was refused or has failed."""
-        self.tell(
-            ingress_id,
-            Rejected(
-                request_id=request_id,
-                error=type(error).__name__,
-                code=error.code,
-                message=error.message,
-                param=error.param,
-                retry_after_s=error.retry_after_s,
-            ),
-        )
+        self.tell(ingress_id, _rejection(request_id, error))
+
+
+def counted(asked: CountRequest, quotas: TenantQuotas) -> RequestCounted:
+    """Count a request that generates nothing; the answer says why not, where it is too much."""
+    try:
+        quotas.count_request(asked.tenant)
+    except QuotaError as error:
+        return RequestCounted(asked.tag, _rejection("", error))
+    return RequestCounted(asked.tag, None)
+
+
+def _rejection(request_id: str, error: OstroError) -> Rejected:
+    """An error as it travels."""
+    return Rejected(
+        request_id=request_id,
+        error=type(error).__name__,
+        code=error.code,
+        message=error.message,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+    )

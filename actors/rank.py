@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from ostro.actors.errors import TransportError
 from ostro.actors.fabric.placement import Placement
 from ostro.configs.deployment import DeploymentConfig
 
@@ -114,3 +117,12 @@ class Peer(Protocol):
     async def restart(self) -> None:
         """End the rank's process; its weights must be loaded again."""
         ...
+
+
+async def wait_for_all(calls: Iterable[Coroutine[None, None, None]]) -> None:
+    """Wait for every call, then raise an error if there is one: one that names a peer first."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    errors.sort(key=lambda error: not isinstance(error, TransportError))
+    if errors:
+        raise errors[0]

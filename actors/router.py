@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ostro.actors.cell_totals import CellTotals
 from ostro.actors.counts_pool import CountsPool
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.errors import NotReadyError, OstroError, ShardLostError, TransportError
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
 from ostro.actors.fabric.epoch import host_store
 from ostro.actors.fabric.messages import (
@@ -32,6 +32,7 @@ from ostro.actors.fabric.messages import (
     Cancel,
     CancelGeneration,
     ControlDone,
+    CountRequest,
     EndThinking,
     EndThinkingGeneration,
     IngressHello,
@@ -46,9 +47,9 @@ from ostro.actors.fabric.messages import (
 )
 from ostro.actors.fabric.placement import Placement, initial_placement
 from ostro.actors.health_book import HealthBook
-from ostro.actors.ingress_links import IngressLinks
+from ostro.actors.ingress_links import IngressLinks, counted
 from ostro.actors.model.weights import check_checkpoint
-from ostro.actors.rank import EpochSpec, Peer, RankSpec
+from ostro.actors.rank import EpochSpec, Peer, RankSpec, wait_for_all
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
@@ -205,7 +206,7 @@ class Router:
 
     async def _begin_epoch(self, ground: _Ground) -> None:
         timeouts = self._deployment.layout
-        await _all(
+        await wait_for_all(
             peer.start(self._rank_spec(rank, ground), timeout_s=timeouts.shard_start_timeout_s)
             for rank, peer in enumerate(self._peers)
         )
@@ -233,7 +234,7 @@ class Router:
         # Longer than the ranks wait for each other: they know which one did not come.
         patience_s = timeouts.join_timeout_s + _JOIN_GRACE_S
         try:
-            await _all(peer.join(spec, timeout_s=patience_s) for peer in self._peers)
+            await wait_for_all(peer.join(spec, timeout_s=patience_s) for peer in self._peers)
             await self._epoch.all_here(timeouts.join_timeout_s)
         except BaseException:
             self._epoch.close()
@@ -275,7 +276,7 @@ class Router:
         for attempt in itertools.count():
             await asyncio.sleep(_MEND_PAUSE_S[min(attempt, len(_MEND_PAUSE_S) - 1)])
             try:
-                await _all(self._restart_if_silent(peer) for peer in self._peers)
+                await wait_for_all(self._restart_if_silent(peer) for peer in self._peers)
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
@@ -324,6 +325,7 @@ class Router:
             logger.info("ingress %s is gone", ingress_id)
         finally:
             if self._ingresses.remove(ingress_id, connection):
+                self._counts.leave(ingress_id)
                 self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
 
     def _answer(self, connection: AsyncConnection, ingress_id: str, message: Message) -> None:
@@ -336,6 +338,8 @@ class Router:
             case EndThinkingGeneration(tag=tag, request_id=request_id, tenant=tenant):
                 found = self._requests.find(request_id, tenant)
                 connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
+            case CountRequest():
+                connection.send(counted(message, self._quotas))
             case AskState(tag=tag):
                 self._spawn(self._send_state(connection, tag))
             case ReplicaCounts(counts=counts):
@@ -388,12 +392,3 @@ class Router:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a task of the router failed", exc_info=error)
-
-
-async def _all(calls: Iterable[Coroutine[None, None, None]]) -> None:
-    """Wait for every call, then raise an error if there is one: one that names a peer first."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    errors = [result for result in results if isinstance(result, BaseException)]
-    errors.sort(key=lambda error: not isinstance(error, TransportError))
-    if errors:
-        raise errors[0]

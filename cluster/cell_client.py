@@ -24,6 +24,7 @@ from ostro.actors.fabric.messages import (
     AskState,
     CancelGeneration,
     ControlDone,
+    CountRequest,
     Counts,
     EndThinkingGeneration,
     IngressHello,
@@ -33,6 +34,7 @@ from ostro.actors.fabric.messages import (
     PooledCounts,
     Rejected,
     ReplicaCounts,
+    RequestCounted,
     State,
     StepEvents,
     Submit,
@@ -49,7 +51,7 @@ _ANSWER_TIMEOUT_S = 10.0
 _MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on top of it
 _ROOM_POLL_S = 0.002
 
-_Answer = State | ControlDone | PooledCounts
+_Answer = State | ControlDone | RequestCounted | PooledCounts
 FindRouter = Callable[[], Awaitable[str]]
 
 
@@ -164,6 +166,14 @@ class CellClient:
         done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id, tenant))
         return isinstance(done, ControlDone) and done.applied
 
+    async def count_request(self, tenant: str) -> None:
+        """See `seams.Cell.count_request`."""
+        counted = await self._ask(lambda tag: CountRequest(tag, tenant))
+        if not isinstance(counted, RequestCounted):
+            raise NotReadyError(f"the router answered with {type(counted).__name__}")
+        if counted.refusal is not None:
+            raise _error_of(counted.refusal)
+
     async def state(self) -> State:
         """See `seams.Cell.state`."""
         state = await self._ask(AskState)
@@ -277,7 +287,7 @@ class CellClient:
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
                     inbox.put(_error_of(message))
-            case State() | ControlDone() | PooledCounts():
+            case State() | ControlDone() | RequestCounted() | PooledCounts():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -120,9 +120,9 @@ class Frontend:
         """Raw continuations; closing the iterator cancels them. Raises what `chat` raises."""
         return self._serve(partial(self._prepare_text, request))
 
-    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+    async def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
-        return self._prompts.text(text, add_bos=add_bos)
+        return await asyncio.to_thread(self._prompts.text, text, add_bos=add_bos)
 
     async def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
@@ -136,12 +136,15 @@ class Frontend:
             return await self._image_workers.run(work)
         return await asyncio.to_thread(work)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, control tokens shown.
 
         Raises:
             InvalidRequestError: An id is not in the vocabulary; `param` is "tokens".
         """
+        return await asyncio.to_thread(self._detokenized, token_ids)
+
+    def _detokenized(self, token_ids: Sequence[int]) -> str:
         size = len(self._prompts.table)
         if not all(type(token_id) is int and 0 <= token_id < size for token_id in token_ids):
             raise InvalidRequestError(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from asyncio import to_thread
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
@@ -176,7 +175,7 @@ class GrpcMethods:
             if which is None:
                 raise InvalidRequestError("input: send text or conversation", param="input")
             if which == "text":
-                ids = await to_thread(frontend.tokenize_text, readable.text)
+                ids = await frontend.tokenize_text(readable.text)
             else:
                 ids = await frontend.tokenize_chat(
                     conversation_messages(readable.conversation),
@@ -193,8 +192,7 @@ class GrpcMethods:
         """Token ids to text."""
 
         async def answer(readable: generation.DetokenizeRequest) -> generation.DetokenizeResponse:
-            token_ids = list(readable.token_ids)
-            text = await to_thread(self._grpc_frontend().detokenize, token_ids)
+            text = await self._grpc_frontend().detokenize(list(readable.token_ids))
             return generation.DetokenizeResponse(text=text)
 
         return await _unary(answer, request, generation.DetokenizeResponse, grpc_context)

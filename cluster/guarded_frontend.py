@@ -36,7 +36,8 @@ _Generation = TypeVar("_Generation", ChatGeneration, TextGeneration)
 class GuardedFrontend:
     """A `FrontendLike` for callers that came in by a door.
 
-    What it adds is the server's word against the caller's: the tenant is always that of the key.
+    What it adds is the server's word against the caller's: the tenant is always that of the key,
+    and what never reaches the cell counts against the tenant's requests per minute all the same.
     """
 
     def __init__(self, frontend: FrontendLike, door: Door) -> None:
@@ -63,19 +64,28 @@ class GuardedFrontend:
         call = current_call()
         return self._watched(self._frontend.generate(_of_caller(request, call.caller)), call)
 
-    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+    async def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of plain text."""
-        return self._frontend.tokenize_text(text, add_bos=add_bos)
+        await self._count_request()
+        return await self._frontend.tokenize_text(text, add_bos=add_bos)
 
     async def tokenize_chat(
         self, messages: Sequence[ChatMessage], tools: Sequence[Tool], effort: str | None
     ) -> list[int]:
         """Token ids of the exact prompt that a chat would get."""
+        await self._count_request()
         return await self._frontend.tokenize_chat(messages, tools, effort)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids."""
-        return self._frontend.detokenize(token_ids)
+        await self._count_request()
+        return await self._frontend.detokenize(token_ids)
+
+    async def _count_request(self) -> None:
+        """One more request of the caller's. Raises what `Cell.count_request` does."""
+        caller = current_call().caller
+        if caller.quota.requests_per_minute is not None:
+            await self._frontend.cell.count_request(caller.tenant)
 
     def _watched(
         self, events: AsyncIterator[GenerationEvent], call: Call
@@ -127,6 +137,9 @@ class _GuardedCell:
 
     async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
         return await self._cell.end_thinking(request_id, tenant=_steered_tenant(tenant))
+
+    async def count_request(self, tenant: str) -> None:
+        await self._cell.count_request(tenant)
 
     async def state(self) -> State:
         return await self._cell.state()

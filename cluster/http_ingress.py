@@ -81,9 +81,7 @@ class _OwnRoutes(HttpRoutes):
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("send either prompt or messages", param="prompt")
         if body.prompt is not None:
-            tokens = await to_thread(
-                frontend.tokenize_text, body.prompt, add_bos=body.add_special_tokens
-            )
+            tokens = await frontend.tokenize_text(body.prompt, add_bos=body.add_special_tokens)
         else:
             messages, tools = chat_messages(body.messages or ()), tools_on_offer(body.tools or ())
             tokens = await frontend.tokenize_chat(messages, tools, body.reasoning_effort)
@@ -94,7 +92,7 @@ class _OwnRoutes(HttpRoutes):
         body, headers = await self.read(request, DetokenizeBody)
         frontend = self.frontend
         check_model_name(frontend.card, body.model)
-        text = await to_thread(frontend.detokenize, body.tokens)
+        text = await frontend.detokenize(body.tokens)
         return json_response({"prompt": text}, headers)
 
     async def ready(self) -> Response:

@@ -55,6 +55,15 @@ class Cell(Protocol):
         """Close the thinking of all choices at their next step; otherwise as `cancel`."""
         ...
 
+    async def count_request(self, tenant: str) -> None:
+        """Count a request that never reaches the cell against its tenant's quota.
+
+        Raises:
+            QuotaError: It is one too many in this minute.
+            NotReadyError: The router, which counts, cannot be reached.
+        """
+        ...
+
     async def state(self) -> State:
         """The cell at this moment."""
         ...
@@ -84,8 +93,8 @@ class FrontendLike(Protocol):
         """A raw continuation; closing the iterator cancels it."""
         ...
 
-    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Token ids of plain text."""
+    async def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of plain text; its work leaves the event loop."""
         ...
 
     async def tokenize_chat(
@@ -94,8 +103,8 @@ class FrontendLike(Protocol):
         """Token ids of the exact prompt that a chat would get; its work leaves the event loop."""
         ...
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens shown.
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens shown; its work leaves the event loop.
 
         Raises:
             InvalidRequestError: An id is out of range.

@@ -40,7 +40,8 @@ class Quota(
     """What a tenant may use, all of its keys together; None is unlimited.
 
     Attributes:
-        requests_per_minute: Prompts that may be taken, each with any number of answers.
+        requests_per_minute: Prompts that may be taken, each with any number of answers; what is
+            only tokenized, counted or detokenized is a request too, of no tokens.
         tokens_per_minute: Prompt and completion; a prompt counts when it comes, a completion when
             it ends, so a long one may leave a debt that the next requests wait for.
         concurrent_requests: Answers that may be made, or wait for it, at a time.

@@ -98,6 +98,17 @@ class TenantQuotas:
             requests.take(1)
         self._num_live[tenant] += num_choices
 
+    def count_request(self, tenant: str) -> None:
+        """Count a request that generates nothing, and of whose tokens none counts.
+
+        Raises:
+            QuotaError: It is one too many; otherwise as in `begin`.
+        """
+        requests = self._requests.get(tenant)
+        if requests is not None:
+            _check(tenant, "requests_per_minute", requests, 1, self._clock())
+            requests.take(1)
+
     def end(self, tenant: str, num_output_tokens: int) -> None:
         """Count out a choice of a request that was begun, and what it brought."""
         self._leave(tenant, 1)

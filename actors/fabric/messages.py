@@ -166,6 +166,13 @@ class EndThinkingGeneration(_Message, frozen=True):
     tenant: str | None = None
 
 
+class CountRequest(_Message, frozen=True):
+    """Count a request that generates nothing against its tenant's requests per minute."""
+
+    tag: int
+    tenant: str
+
+
 class AskState(_Message, frozen=True):
     """Ask for the cell's state."""
 
@@ -221,6 +228,13 @@ class Rejected(_Message, frozen=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+
+
+class RequestCounted(_Message, frozen=True):
+    """Answer to CountRequest; `refusal` says why it was too much, and names no request."""
+
+    tag: int
+    refusal: Rejected | None
 
 
 class ControlDone(_Message, frozen=True):
@@ -305,6 +319,7 @@ Message = (
     | Submit
     | CancelGeneration
     | EndThinkingGeneration
+    | CountRequest
     | AskState
     | ReplicaCounts
     | AskCounts
@@ -312,6 +327,7 @@ Message = (
     | Members
     | Accepted
     | Rejected
+    | RequestCounted
     | ControlDone
     | PooledCounts
     | State

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from engine_fakes import make_request
 
-from ostro.actors.errors import ShardLostError
-from ostro.actors.fabric.messages import Message, Rejected
+from ostro.actors.errors import QuotaError, ShardLostError
+from ostro.actors.fabric.channel import AsyncConnection
+from ostro.actors.fabric.messages import CountRequest, Message, Rejected
 from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.router import Router, _Ground
+from ostro.cluster.cell_client import CellClient
+from ostro.configs.key_table import Key, KeyTable, Quota, Scope
 from ostro.configs.load import load_deployment
 
 
@@ -53,3 +56,40 @@ def test_an_epoch_that_replaces_another_takes_no_requests_over_in_silence() -> N
     assert isinstance(told, Rejected)
     assert (told.request_id, told.error) == ("lost", "ShardLostError")
     assert router._quotas._num_live == {}
+
+
+class JoinedConnection:
+    """Both ends of an ingress replica's connection: what one says the other hears at once."""
+
+    def __init__(self, router: Router, client: CellClient) -> None:
+        self._router, self._client = router, client
+
+    def send(self, message: Message) -> bool:
+        if isinstance(message, CountRequest):
+            self._router._answer(cast(AsyncConnection, self), "i", message)
+        else:
+            self._client._take(message)
+        return True
+
+
+def test_a_request_that_generates_nothing_is_counted_for_its_tenant() -> None:
+    router = make_router()
+    digest = "0" * 64
+    key = Key(tenant="acme", sha256=digest, scopes=(Scope.GENERATE,))
+    table = KeyTable(keys=(key,), quotas={"acme": Quota(requests_per_minute=2)})
+
+    async def nowhere() -> str:
+        raise AssertionError
+
+    async def run() -> QuotaError:
+        await router.set_keys(table)
+        client = CellClient(nowhere, b"secret", ingress_id="i", submit_timeout_s=1)
+        client._router = cast(AsyncConnection, JoinedConnection(router, client))
+        for tenant in ("acme", "acme", "other"):
+            await client.count_request(tenant)
+        with pytest.raises(QuotaError, match="requests_per_minute of 2") as caught:
+            await client.count_request("acme")
+        return caught.value
+
+    error = asyncio.run(run())
+    assert (error.param, error.retry_after_s) == ("requests_per_minute", pytest.approx(30, abs=2))

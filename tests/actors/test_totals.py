@@ -72,13 +72,45 @@ def test_adding_up_never_falls_where_a_rank_waits_outside_of_it() -> None:
     assert counts.counted()["add"] == 2.0
 
 
-def test_replicas_long_gone_are_forgotten_and_what_they_counted_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(counts_pool, "_MAX_REPLICAS", 3)
-    pool, series = CountsPool(), ("requests", ())
-    for number in range(10):
-        pool.take("stays", {series: 1.0})
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_replicas_long_gone_are_forgotten_and_what_they_counted_is_not() -> None:
+    clock, series = Clock(), ("requests", "")
+    pool = CountsPool(clock)
+    pool.take("stays", {series: 1.0})
+    for number in range(3):
         pool.take(str(number), {series: 2.0})
-    assert pool.total() == {series: 21.0}
-    assert set(pool._told) == {"stays", "8", "9"}
+        pool.leave(str(number))
+        clock.now_s += counts_pool._GONE_S / 2
+    pool.leave("never told anything")
+    assert set(pool._told) == {"stays", "2"}
+    assert pool.total() == {series: 7.0}
+
+
+def test_many_replicas_that_are_gone_take_bounded_room() -> None:
+    pool, series = CountsPool(Clock()), ("requests", "")
+    pool.take("stays", {series: 1.0})
+    for number in range(counts_pool._MAX_GONE + 10):
+        pool.take(str(number), {series: 1.0})
+        pool.leave(str(number))
+    assert len(pool._told) == 1 + counts_pool._MAX_GONE
+    assert {"stays", str(counts_pool._MAX_GONE + 9)} <= set(pool._told)
+    assert pool.total() == {series: 11.0 + counts_pool._MAX_GONE}
+
+
+def test_a_replica_that_lost_its_connection_alone_is_not_counted_twice() -> None:
+    clock, series = Clock(), ("requests", "")
+    pool = CountsPool(clock)
+    pool.take("a", {series: 5.0})
+    pool.leave("a")
+    clock.now_s += counts_pool._GONE_S - 1
+    pool.take("a", {series: 6.0})
+    clock.now_s += 2
+    pool.take("a", {series: 7.0})
+    assert pool.total() == {series: 7.0}

@@ -704,8 +704,9 @@ def test_frontend_tokenizes_and_detokenizes(prompts: PromptBuilder) -> None:
 
     ids = tokenized("high")
     assert ids == chat(prompts, effort="high")[1].prompt_token_ids
-    assert frontend.detokenize(ids).endswith("[INST]Hi[/INST]")
-    assert frontend.detokenize(frontend.tokenize_text("Hi", add_bos=False)) == "Hi"
+    assert asyncio.run(frontend.detokenize(ids)).endswith("[INST]Hi[/INST]")
+    greeting = asyncio.run(frontend.tokenize_text("Hi", add_bos=False))
+    assert asyncio.run(frontend.detokenize(greeting)) == "Hi"
     assert tokenized(None) == tokenized("none")
 
 
@@ -720,7 +721,7 @@ def test_frontend_counts_the_prompt_of_an_effort_that_may_not_think(prompts: Pro
 @pytest.mark.parametrize("token_id", [-1, VOCAB])
 def test_detokenize_refuses_ids_out_of_range(prompts: PromptBuilder, token_id: int) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        frontend_of(prompts, FakeCell([])).detokenize([token_id])
+        asyncio.run(frontend_of(prompts, FakeCell([])).detokenize([token_id]))
     assert caught.value.param == "tokens"
 
 

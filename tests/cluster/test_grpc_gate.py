@@ -12,6 +12,7 @@ import pytest
 from door_keys import (
     ADMIN,
     CONTROL,
+    COUNTED,
     EXPIRED,
     GENERATE,
     LIMITED,
@@ -266,6 +267,29 @@ def test_a_quota_that_is_used_up_tells_the_time_to_wait():
     retry = error_details_pb2.RetryInfo()
     assert status_pb2.Status.FromString(packed).details[1].Unpack(retry)
     assert retry.retry_delay.ToTimedelta().total_seconds() == 12.5
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [
+        ("Tokenize", pb.TokenizeRequest(text="Hi.")),
+        ("Tokenize", pb.TokenizeRequest(conversation=HELLO)),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[72])),
+    ],
+)
+def test_what_generates_nothing_counts_as_a_request_of_who_has_a_quota_of_them(name, request_):
+    async def run():
+        frontend = ScriptedFrontend()
+        async with face(frontend) as channel:
+            for key in (COUNTED, LIMITED):
+                await call(channel, name, request_, (("x-api-key", key),))
+            frontend.cell.quota_error = QuotaError("used up", param="requests_per_minute")
+            error = await refused(channel, name, request_, (("x-api-key", COUNTED),))
+        return error, frontend.cell.counted_tenants
+
+    error, counted = asyncio.run(run())
+    assert (error.code(), reason(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    assert counted == ["counted", "counted"]
 
 
 # ---- the audit log

@@ -16,6 +16,7 @@ import pytest
 from door_keys import (
     ADMIN,
     CONTROL,
+    COUNTED,
     EXPIRED,
     GENERATE,
     LIMITED,
@@ -321,6 +322,41 @@ def test_a_quota_that_was_spent_a_moment_ago_is_refused_without_a_look_at_the_pr
         )
         now_s[0] += 0.2
         assert ask_as(LIMITED) == (200, None)
+
+
+COUNTED_BODIES = {
+    "/tokenize": {"prompt": "Hi."},
+    "/detokenize": {"tokens": [72, 105]},
+    "/v1/messages/count_tokens": {"model": MODEL, "messages": HELLO},
+    "/v1/responses/input_tokens": {"model": MODEL, "input": "Hi."},
+}
+
+
+@pytest.mark.parametrize("path", COUNTED_BODIES)
+def test_what_generates_nothing_counts_as_a_request_of_who_has_a_quota_of_them(path):
+    frontend = ScriptedFrontend()
+    with face(frontend) as client:
+
+        def ask_as(key: str) -> httpx.Response:
+            return client.post(path, json=COUNTED_BODIES[path], headers=bearer(key))
+
+        assert ask_as(COUNTED).status_code == 200
+        assert ask_as(LIMITED).status_code == ask_as(GENERATE).status_code == 200
+        assert frontend.cell.counted_tenants == ["counted"]
+        frontend.cell.quota_error = QuotaError(
+            "used up", param="requests_per_minute", retry_after_s=12.3
+        )
+        refused = ask_as(COUNTED)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "13")
+
+
+def test_what_is_refused_before_it_is_tokenized_is_not_counted():
+    frontend = ScriptedFrontend()
+    with face(frontend) as client:
+        for body in ({}, {"prompt": "Hi.", "model": "another"}):
+            answer = client.post("/tokenize", json=body, headers=bearer(COUNTED))
+            assert answer.status_code in (400, 404)
+    assert frontend.cell.counted_tenants == []
 
 
 # ---- the audit log

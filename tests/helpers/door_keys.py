@@ -13,8 +13,9 @@ from ostro.cluster.key_ring import KeyRing
 from ostro.configs.key_table import Key, KeyTable, Quota, Scope
 from ostro.configs.security import SecurityConfig
 
-GENERATE, CONTROL, OBSERVE, ADMIN, EXPIRED, LIMITED = (
-    f"ostro-{name}" for name in ("generate", "control", "observe", "admin", "expired", "limited")
+GENERATE, CONTROL, OBSERVE, ADMIN, EXPIRED, LIMITED, COUNTED = (
+    f"ostro-{name}"
+    for name in ("generate", "control", "observe", "admin", "expired", "limited", "counted")
 )
 MAX_TOKENS = 100
 
@@ -39,8 +40,12 @@ TABLE = KeyTable(
         table_key(ADMIN, Scope.ADMIN, tenant="ops"),
         table_key(EXPIRED, Scope.ADMIN, expires=datetime(2020, 1, 1, tzinfo=UTC)),
         table_key(LIMITED, Scope.GENERATE, tenant="small"),
+        table_key(COUNTED, Scope.GENERATE, tenant="counted"),
     ),
-    quotas={"small": Quota(max_tokens_per_request=MAX_TOKENS, tokens_per_minute=1000)},
+    quotas={
+        "small": Quota(max_tokens_per_request=MAX_TOKENS, tokens_per_minute=1000),
+        "counted": Quota(requests_per_minute=60),
+    },
 )
 
 

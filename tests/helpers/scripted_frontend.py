@@ -18,7 +18,7 @@ from wait_for import wait_for
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.engine.stages import STAGES
 from ostro.actors.engine.step import ShardLoad
-from ostro.actors.errors import InvalidRequestError, NotReadyError
+from ostro.actors.errors import InvalidRequestError, NotReadyError, OstroError
 from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.generation import (
     ChatGeneration,
@@ -126,6 +126,8 @@ class ScriptedCell:
     running: set[str] = field(default_factory=lambda: {"gen-1"})
     num_output_tokens: int = 50
     steered_tenants: list[str | None] = field(default_factory=list)
+    counted_tenants: list[str] = field(default_factory=list)
+    quota_error: OstroError | None = None
 
     @property
     def ready(self) -> bool:
@@ -147,6 +149,11 @@ class ScriptedCell:
         self.steered_tenants.append(tenant)
         self.controls.append(("end_thinking", request_id))
         return request_id in self.running
+
+    async def count_request(self, tenant: str) -> None:
+        self.counted_tenants.append(tenant)
+        if self.quota_error is not None:
+            raise self.quota_error
 
     async def state(self) -> State:
         if not self.is_ready:
@@ -219,7 +226,7 @@ class ScriptedFrontend:
         self.asked.append(request)
         return self._play(request.model)
 
-    def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
+    async def tokenize_text(self, text: str, *, add_bos: bool = True) -> list[int]:
         return [1] * add_bos + [ord(letter) for letter in text]
 
     async def tokenize_chat(
@@ -227,7 +234,7 @@ class ScriptedFrontend:
     ) -> list[int]:
         return [1, len(messages), len(tools)]
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
         if not all(0 <= token_id < self.card.vocab_size for token_id in token_ids):
             raise InvalidRequestError("tokens takes token ids from 0 to 999", param="tokens")
         return "".join(chr(token_id) for token_id in token_ids)

@@ -52,6 +52,21 @@ def test_requests_per_minute_refill_evenly():
     refusal(quotas)
 
 
+def test_what_generates_nothing_is_a_request_of_no_tokens():
+    clock = Clock()
+    quotas = quotas_of(clock, requests_per_minute=2, tokens_per_minute=10, concurrent_requests=1)
+    quotas.count_request("acme")
+    quotas.count_request("acme")
+    quotas.count_request("other")
+    assert refusal(quotas).param == "requests_per_minute"
+    with pytest.raises(QuotaError) as caught:
+        quotas.count_request("acme")
+    assert caught.value.retry_after_s == pytest.approx(30.0)
+    clock.now_s += 60
+    quotas.begin("acme", 10)  # no token was charged, and nothing runs
+    quotas.count_request("acme")  # spent tokens do not stand in its way
+
+
 def test_a_quota_is_spent_while_the_smallest_request_has_to_wait():
     clock = Clock()
     quotas = quotas_of(clock, tokens_per_minute=600)

@@ -167,6 +167,10 @@ class AttentionEngine:
         if self._plans:
             self._run_plan(self._plans.popleft())
 
+    def is_at_rest(self) -> bool:
+        """See `rank_loop.Engine`."""
+        return self._scheduler.is_idle() and not self._grammars
+
     def _has_work(self) -> bool:
         """Whether to go on without waiting for a message."""
         if self._parts.conducted:

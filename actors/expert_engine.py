@@ -49,13 +49,14 @@ class ExpertEngine:
 
     def __init__(self, parts: ExpertParts) -> None:
         self._parts = parts
-        self._counted = False
+        self._counted = self._is_at_rest = False
         self._reported_s = time.monotonic()
         self.num_steps = 0
 
     def turn(self) -> None:
         """See `rank_loop.Engine`."""
         message = self._parts.connection.receive(timeout_s=_IDLE_WAIT_S)
+        self._is_at_rest = message is None
         if isinstance(message, StepPlan) and message.epoch == self._parts.epoch:
             self._parts.server.begin_step(message)
             self._parts.server.serve_all(self._parts.num_layers)
@@ -66,6 +67,10 @@ class ExpertEngine:
         elif message is not None:
             logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
         self._report_counts()
+
+    def is_at_rest(self) -> bool:
+        """See `rank_loop.Engine`."""
+        return self._is_at_rest
 
     def _report_counts(self) -> None:
         now_s = time.monotonic()

@@ -14,6 +14,7 @@ import torch
 from ostro.actors.errors import TransportError
 from ostro.actors.fabric.channel import ChannelError, SyncConnection
 from ostro.actors.fabric.messages import RankFailed
+from ostro.actors.full_collections import FullCollections
 from ostro.actors.rank import RankHealth, RankState
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,10 @@ class Engine(Protocol):
             TransportError: A peer failed.
             ChannelError: The router closed the epoch.
         """
+        ...
+
+    def is_at_rest(self) -> bool:
+        """Whether nobody waits for anything that it does."""
         ...
 
 
@@ -63,8 +68,7 @@ class RankLoop:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
-                self.engine.turn()
+            self._turn_until_stopped()
         except TransportError as error:
             self._fail(error.peer, error.message)
         except ChannelError:
@@ -75,6 +79,13 @@ class RankLoop:
             self._fail(self.rank, f"{type(error).__name__}: {error}")
         finally:
             self._connection.close()
+
+    def _turn_until_stopped(self) -> None:
+        engine = self.engine
+        with FullCollections() as collections:
+            while not self._stopping.is_set():
+                engine.turn()
+                collections.take_if_due(engine.num_steps, is_at_rest=engine.is_at_rest())
 
     def _fail(self, suspect: int | None, reason: str) -> None:
         if self._stopping.is_set():

@@ -29,6 +29,7 @@ from ostro.actors.engine.request import (
 )
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken
+from ostro.actors.full_collections import FullCollections
 from ostro.cluster.bench_figures import Figure
 from ostro.cluster.bench_progress import Progress
 from ostro.cluster.bench_statistics import percentile
@@ -178,7 +179,8 @@ def measure_scheduler(
         for scenario in Scenario:
             progress.note(f"{scenario.value}, {num_running} running")
             rig = _warm_rig(scenario, num_running, rounds * num_steps)
-            taken = [[rig.step() for _ in range(num_steps)] for _ in range(rounds)]
+            with FullCollections():  # as in a rank, which takes them when it is at rest
+                taken = [[rig.step() for _ in range(num_steps)] for _ in range(rounds)]
             rig.scheduler.check_integrity()
             memory = measure_memory(scenario, num_running, num_steps)
             figures += _figures(scenario, num_running, taken, memory)

@@ -12,8 +12,9 @@ A call that the server could not take (busy, starting, being mended) or whose co
 made again, `Retries` says how often, as long as nothing of its answer was given to the caller. A
 stream can go on even after that. It is asked anew with what has come as a prefix, continues after
 the last character that came, and says `Resumed` there. Its seed is fixed, so the text is mostly
-what the unbroken stream would have brought; it need not be. Streams with several choices, after a
-tool call, or within an answer of a given format are not continued, but fail.
+what the unbroken stream would have brought; it need not be. Several choices that had not ended are
+continued one after the other. After a tool call, or within an answer of a given format, a choice
+cannot be continued, and the stream fails with what broke it.
 
 Needs grpcio, protobuf and googleapis-common-protos, and nothing else that Ostro depends on.
 """
@@ -200,10 +201,10 @@ class Client(ClientChannel):
             call = rpc(stream.request, timeout=left_s, metadata=self._metadata)
             try:
                 for message in call:
-                    if (event := stream.take(message)) is not None:
-                        yield event
-                stream.check_ended()
-                return
+                    yield from stream.take(message)
+                if not stream.goes_on():
+                    return
+                delay_s = 0.0
             except (grpc.RpcError, OstroError) as error:
                 delay_s = stream.break_off(self._named(error), attempts)
             finally:
@@ -341,10 +342,11 @@ class AsyncClient(ClientChannel):
             call = rpc(stream.request, timeout=left_s, metadata=self._metadata)
             try:
                 async for message in call:
-                    if (event := stream.take(message)) is not None:
+                    for event in stream.take(message):
                         yield event
-                stream.check_ended()
-                return
+                if not stream.goes_on():
+                    return
+                delay_s = 0.0
             except (grpc.RpcError, OstroError) as error:
                 delay_s = stream.break_off(self._named(error), attempts)
             finally:

@@ -1,16 +1,19 @@
 """How a broken stream goes on: a request whose prompt has what was received already.
 
-Servers keep nothing of a stream whose connection broke, so the client asks anew, with its seed and
-what is left of its limits. Draws depend on the seed and the place in the text alone: the
-continuation is what the unbroken stream would have said wherever the text received is tokenized as
-the model wrote it (it mostly is) and no penalties are set, which count from the seam on.
+Servers keep nothing of a stream whose connection broke, so the client asks anew, for each of its
+choices by itself, with that choice's seed and what is left of its limits. Draws depend on the seed
+and the place in the text alone: the continuation is what the unbroken stream would have said
+wherever the text received is tokenized as the model wrote it (it mostly is) and no penalties are
+set, which count from the seam on.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ostro.actors.engine.choice_seed import SEED_RANGE, choice_seed
 from ostro.protos import generation_pb2 as pb
 
 StreamRequest = pb.StreamChatRequest | pb.StreamGenerateRequest
@@ -18,17 +21,20 @@ StreamRequest = pb.StreamChatRequest | pb.StreamGenerateRequest
 
 @dataclass(slots=True)
 class Received:
-    """What a stream has brought so far.
+    """What one choice of a stream has brought so far.
 
     Attributes:
+        opens_thinking: Whether thinking begins with its mark; it may be open in the prompt.
         answer: Text, calls excepted.
-        token_ids: All but those of tool calls.
+        token_ids: Of all that came.
         num_thinking_ids: How many of them were thinking, its marks included.
         budget_tokens: The thinking budget that the server told; None is unlimited.
         fits_a_prompt: One thinking, then text, and nothing else.
         num_open_blanks: Blanks at the answer's end that the continuation may say once more.
+        is_finished: Nothing is left to come.
     """
 
+    opens_thinking: bool = True
     thinking: str = ""
     answer: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -36,6 +42,9 @@ class Received:
     budget_tokens: int | None = None
     fits_a_prompt: bool = True
     num_open_blanks: int = 0
+    is_finished: bool = False
+    _num_thinking_before: int = 0
+    _num_thinking_told: int | None = None
 
     def add(self, delta: pb.Delta) -> None:
         """Take note of the next piece; blanks that were shown already are cut off it."""
@@ -60,9 +69,40 @@ class Received:
 
     @property
     def num_thinking_tokens(self) -> int:
-        """Thinking as the server counts it, which is without its marks."""
-        num_marks = 1 + bool(self.answer)
+        """Thinking as the server counts it, without its marks; as it told, once it has ended."""
+        if self._num_thinking_told is not None:
+            return self._num_thinking_told
+        num_marks = self.opens_thinking + bool(self.answer)
         return max(self.num_thinking_ids - num_marks, 0)
+
+    def break_off(self) -> None:
+        """What comes from now on is of another call, which counts from 0."""
+        self._num_thinking_before = self.num_thinking_tokens
+
+    def finish(self, finish: pb.Finish) -> None:
+        """Take note of the end, and have it tell the figures of all calls."""
+        self.is_finished = True
+        if self._num_thinking_before:
+            finish.report.thinking_tokens += self._num_thinking_before
+        self._num_thinking_told = finish.report.thinking_tokens
+
+
+def nothing_of(asked: StreamRequest) -> Received:
+    """A choice of which nothing has come yet."""
+    messages = asked.conversation.messages if isinstance(asked, pb.StreamChatRequest) else ()
+    parts = messages[-1].parts if messages and messages[-1].prefix else ()
+    is_open = any(p.WhichOneof("part") == "thinking" and not p.thinking.closed for p in parts)
+    return Received(opens_thinking=not is_open)
+
+
+def choice_alone(asked: StreamRequest, choice: int) -> StreamRequest:
+    """A request for one choice of several: a copy, in which it is the only and first one."""
+    request = copy.copy(asked)
+    if choice:
+        sampling = request.options.sampling
+        sampling.seed = choice_seed(sampling.seed % SEED_RANGE, choice)
+    request.options.ClearField("choices")
+    return request
 
 
 class Continue(Protocol):

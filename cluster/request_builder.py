@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from ostro.actors.engine.choice_seed import SEED_RANGE
 from ostro.actors.engine.request import (
     GenerationRequest,
     GrammarParams,
@@ -44,7 +45,6 @@ from ostro.configs.errors import ConfigError
 
 _T = TypeVar("_T")
 
-_SEED_RANGE = 1 << 63  # seeds are folded into a non-negative int64
 _SOFT_ZONE_SHARE = 8  # under an overridden budget the soft zone is at most this part of it
 
 
@@ -284,7 +284,7 @@ class RequestBuilder:
     def _sampling(
         self, options: GenerationOptions, row: EffortConfig, banned: tuple[int, ...]
     ) -> SamplingParams:
-        seed = secrets.randbelow(_SEED_RANGE) if options.seed is None else options.seed
+        seed = secrets.randbelow(SEED_RANGE) if options.seed is None else options.seed
         return SamplingParams(
             temperature=float(_either(options.temperature, row.temperature)),
             top_p=float(_either(options.top_p, row.top_p)),
@@ -294,7 +294,7 @@ class RequestBuilder:
             frequency_penalty=float(_either(options.frequency_penalty, 0.0)),
             repetition_penalty=float(_either(options.repetition_penalty, 1.0)),
             logit_bias={token: float(bias) for token, bias in options.logit_bias.items()},
-            seed=seed % _SEED_RANGE,
+            seed=seed % SEED_RANGE,
             num_logprobs=options.num_logprobs,
             banned_token_ids=banned,
         )

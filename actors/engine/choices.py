@@ -6,13 +6,10 @@ on the router's books and the shard's scheduler follow each by itself.
 
 from __future__ import annotations
 
-from hashlib import blake2b
-
 import msgspec
 
+from ostro.actors.engine.choice_seed import choice_seed
 from ostro.actors.engine.request import GenerationRequest
-
-_SEED_BYTES = 8
 
 
 def each_choice(request: GenerationRequest) -> list[GenerationRequest]:
@@ -39,17 +36,6 @@ def choice_ids(request: GenerationRequest) -> list[str]:
     submission = submission_of(request.request_id)
     others = range(request.choice + 1, request.choice + request.num_choices)
     return [request.request_id, *(f"{submission}.{choice}" for choice in others)]
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """Seed of a prompt's choice: `seed` itself for the first, in [0, 2**63) for the others.
-
-    A hash, so that the second choice of seed 1 is not the first of seed 2.
-    """
-    if index == 0:
-        return seed
-    digest = blake2b(f"{seed}/{index}".encode(), digest_size=_SEED_BYTES).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def unique_id(request_id: str, serial: str, choice: int) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import aclosing, closing
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -23,6 +24,7 @@ from scripted_frontend import (
 )
 from wire import Wire
 
+from ostro.actors.engine.choice_seed import choice_seed
 from ostro.actors.errors import (
     DeadlineError,
     ForbiddenError,
@@ -376,9 +378,116 @@ def test_the_figures_of_a_resumed_stream_are_those_of_the_whole():
         events = list(client.stream_chat("Hi"))
     ended = events[-1]
     assert isinstance(ended, pb.Ended)
-    assert ended.usage.completion_tokens == FINISHED.usage.completion_tokens + 5
-    assert ended.usage.thinking_tokens == FINISHED.usage.thinking_tokens + 2
+    assert ended.usage.completion_tokens == 6
+    assert ended.usage.thinking_tokens == FINISHED.usage.thinking_tokens + 2  # without its marks
     assert ended.usage.prompt_tokens == STARTED.num_prompt_tokens
+
+
+def tokens(text: str, *token_ids: int, choice: int = 0, thinking: bool = False) -> TextDelta:
+    return TextDelta(text=text, token_ids=token_ids, choice=choice, thinking=thinking)
+
+
+def finished(choice: int = 0, *, is_last: bool = True, **fields):
+    return replace(FINISHED, choice=choice, is_last=is_last, **fields)
+
+
+# The second has ended when it breaks, with a call; the third has not begun.
+BROKEN_CHOICES = (
+    replace(STARTED, num_choices=3),
+    tokens("Hm", 34, 5, thinking=True),
+    tokens("Ca", 7, 8, 9, choice=1),
+    replace(CALL, choice=1),
+    finished(1, is_last=False, reason="tool_calls"),
+    SHARD_LOST,
+)
+REST_OF_FIRST = (STARTED, tokens("m", 6, 35, thinking=True), tokens("Hello", 8, 2), FINISHED)
+REST_OF_THIRD = (STARTED, tokens("World", 9, 2), FINISHED)
+THREE_CHOICES = pb.GenerationOptions(choices=3)
+
+
+def told_by_choice(events: list[Event]) -> dict[int, str]:
+    texts: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, pb.Delta):
+            texts[event.choice] = texts.get(event.choice, "") + event.text
+    return texts
+
+
+def test_several_choices_go_on_each_by_itself():
+    frontend = Scripts(BROKEN_CHOICES, REST_OF_FIRST, REST_OF_THIRD)
+    with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
+        events = list(client.stream_chat("Hi", seed=5, max_tokens=20, options=THREE_CHOICES))
+    assert told_by_choice(events) == {0: "HmmHello", 1: "Ca", 2: "World"}
+    assert kinds(events).count("Resumed") == kinds(events).count("Ended") == 1
+    assert [event.choice for event in events if isinstance(event, pb.Finish)] == [1, 0, 2]
+    whole, first, third = (asked.options for asked in frontend.asked)
+    assert (whole.num_choices, first.num_choices, third.num_choices) == (3, 1, 1)
+    assert [first.seed, third.seed] == [5, choice_seed(5, 2)]
+    assert [first.max_tokens, third.max_tokens] == [18, 20]
+    assert len({asked.options.request_id for asked in frontend.asked}) == 1
+    assert frontend.asked[1].messages[-1].thinking == "Hm"
+    assert frontend.asked[2].messages == frontend.asked[0].messages
+
+
+def test_the_figures_of_resumed_choices_are_those_of_the_whole():
+    frontend = Scripts(BROKEN_CHOICES, REST_OF_FIRST, REST_OF_THIRD)
+    with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
+        events = list(client.stream_chat("Hi", options=THREE_CHOICES))
+    usage = events[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (STARTED.num_prompt_tokens, 11)
+    told_thinking = FINISHED.reasoning.thinking_tokens
+    # Of the first, one thinking token came before the break.
+    assert usage.thinking_tokens == 3 * told_thinking + 1
+    thinking = {e.choice: e.report.thinking_tokens for e in events if isinstance(e, pb.Finish)}
+    assert thinking == {1: told_thinking, 0: told_thinking + 1, 2: told_thinking}
+
+
+def test_several_choices_go_on_after_a_break_in_what_goes_on():
+    again = (STARTED, tokens("m", 6, thinking=True), SHARD_LOST)
+    frontend = Scripts(BROKEN_CHOICES, again, REST_OF_FIRST, REST_OF_THIRD)
+    with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
+        events = list(client.stream_chat("Hi", options=THREE_CHOICES))
+    assert told_by_choice(events) == {0: "HmmmHello", 1: "Ca", 2: "World"}
+    assert kinds(events).count("Resumed") == 2
+    assert events[-1].usage.completion_tokens == 12
+
+
+def test_who_cancels_what_goes_on_cancels_the_choices_to_come_too():
+    cancelled = (STARTED, tokens("m", 6, thinking=True), finished(reason="cancelled"))
+    frontend = Scripts(BROKEN_CHOICES, cancelled)
+    with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
+        events = list(client.stream_chat("Hi", options=THREE_CHOICES))
+    ends = {event.choice: event.reason for event in events if isinstance(event, pb.Finish)}
+    assert ends[0] == ends[2] == pb.FINISH_REASON_CANCELLED
+    assert kinds(events)[-1] == "Ended"
+    assert len(frontend.asked) == 2
+
+
+def test_several_choices_fail_where_one_of_them_cannot_go_on():
+    calling = (
+        replace(STARTED, num_choices=3),
+        tokens("Ca", 7),
+        replace(CALL, choice=2),
+        SHARD_LOST,
+    )
+    frontend = Scripts(calling)
+    with grpc_face(frontend) as address, Client(address, retries=QUICK) as client:
+        events = client.stream_chat("Hi", options=THREE_CHOICES)
+        with pytest.raises(ShardLostError, match="rank 1 is gone"):
+            list(events)
+    assert len(frontend.asked) == 1
+
+
+def test_thinking_that_the_prompt_opened_has_one_mark_less():
+    open_thinking = pb.Message(
+        role=pb.ROLE_ASSISTANT,
+        parts=[pb.Part(thinking=pb.Thinking(text="So", closed=False))],
+        prefix=True,
+    )
+    broken = (STARTED, tokens("Hm", 5, 6, thinking=True), SHARD_LOST)
+    with grpc_face(Scripts(broken, REST)) as address, Client(address, retries=QUICK) as client:
+        events = list(client.stream_chat([user("Hi"), open_thinking]))
+    assert events[-1].usage.thinking_tokens == FINISHED.reasoning.thinking_tokens + 2
 
 
 def test_the_async_client_goes_on_as_well():

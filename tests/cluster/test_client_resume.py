@@ -128,15 +128,15 @@ def test_a_stream_that_ends_without_its_last_message_is_broken():
     stream = TokenStream(chat(), continued_chat, resumes=True)
     stream.take(Event(started=pb.Started()))
     with pytest.raises(ConnectionLostError):
-        stream.check_ended()
+        stream.goes_on()
 
 
 def test_a_failure_told_in_the_stream_is_raised_where_the_status_is_lost():
     stream = TokenStream(chat(), continued_chat, resumes=True)
     failure = pb.Failure(code=14, reason="SHARD_LOST", message="rank 1 is gone", retryable=True)
-    assert stream.take(Event(failure=failure)) is None
+    assert stream.take(Event(failure=failure)) == []
     with pytest.raises(OstroError, match="rank 1 is gone") as raised:
-        stream.check_ended()
+        stream.goes_on()
     assert raised.value.code == "shard_lost"
 
 

@@ -9,7 +9,7 @@ import pytest
 from local_cell import ProcessPool, local_cell
 from model_rig import load_oracle, oracle_greedy
 
-from ostro.actors.engine.choices import choice_seed
+from ostro.actors.engine.choice_seed import choice_seed
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
 from ostro.configs.deployment import (
     DeploymentConfig,

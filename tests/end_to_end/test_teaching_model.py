@@ -117,32 +117,41 @@ def test_it_thinks_as_well_over_grpc(stub: generation_pb2_grpc.GenerationService
     assert answer.reasoning.ended_by == pb.ReasoningReport.ENDED_BY_MODEL
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_stream_that_is_cut_says_what_the_whole_one_says(
-    served: Served, temperature: float
+@pytest.mark.parametrize(("temperature", "num_choices"), [(0.0, 1), (0.7, 1), (0.7, 2)])
+def test_a_stream_that_is_cut_says_and_counts_what_the_whole_one_does(
+    served: Served, temperature: float, num_choices: int
 ) -> None:
     """Cut within the thinking, which has about 130 tokens."""
+    Told = tuple[dict[tuple[int, int], str], dict[int, int], list[int]]
 
-    def ask(client: Client, cut: Callable[[], None] = lambda: None) -> tuple[list[str], list[str]]:
-        texts, kinds = ["", ""], []
-        settings = Asked(effort="high", temperature=temperature, seed=3)
+    def ask(client: Client, cut: Callable[[], None] = lambda: None) -> tuple[Told, list[str]]:
+        texts, thinking, figures, kinds = {}, {}, [], []
+        options = pb.GenerationOptions(choices=num_choices)
+        settings = Asked(effort="high", temperature=temperature, seed=3, options=options)
         for event in client.stream_chat("What is 847 * 26?", **settings):
             kinds.append(type(event).__name__)
             if isinstance(event, pb.Delta):
-                texts[event.channel == pb.CHANNEL_ANSWER] += event.text
+                place = event.choice, event.channel
+                texts[place] = texts.get(place, "") + event.text
                 if kinds.count("Delta") == 20:
                     cut()
-        return texts, kinds
+            elif isinstance(event, pb.Finish):
+                thinking[event.choice] = event.report.thinking_tokens
+            elif isinstance(event, pb.Ended):
+                usage = event.usage
+                figures = [usage.prompt_tokens, usage.completion_tokens, usage.thinking_tokens]
+        return (texts, thinking, figures), kinds
 
     with (
         closing(Wire(served.grpc_address)) as wire,
         Client(served.grpc_address) as whole,
         Client(wire.address, retries=Retries(most=20, first_delay_s=0.05)) as broken,
     ):
-        texts, kinds = ask(whole)
+        told, kinds = ask(whole)
         assert "Resumed" not in kinds
-        texts_of_both, kinds = ask(broken, wire.cut)
-    assert texts_of_both == texts
+        told_by_both, kinds = ask(broken, wire.cut)
+    assert told_by_both == told
+    assert len(told[0]) == 2 * num_choices
     assert kinds.count("Resumed") == 1
 
 

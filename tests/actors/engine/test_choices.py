@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from engine_fakes import make_fake_image, make_request
 
+from ostro.actors.engine.choice_seed import choice_seed
 from ostro.actors.engine.choices import (
     callers_id,
     choice_ids,
-    choice_seed,
     each_choice,
     submission_of,
     unique_id,

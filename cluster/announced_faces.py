@@ -70,6 +70,8 @@ class AnnouncedFaces:
         told += f", valid until {self.certificate.not_after:%Y-%m-%d}"
         if client_ca := self.serving.tls.client_ca_file:
             told += f"; clients show one that {client_ca} has signed"
+        if client_crl := self.serving.tls.client_crl_file:
+            told += f" and {client_crl} does not revoke"
         return [told, *self.certificate.notes(_reachable(self.serving.host))]
 
     def _host(self) -> str:

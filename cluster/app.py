@@ -98,7 +98,7 @@ class Ingress(GrpcMethods):
         self._frontend = Frontend(self._cell, prompts, card, deployment)
         observability = deployment.observability
         self._tracer = make_tracer(observability, card.name, ingress_id, os.environ)
-        self._metrics = Metrics(card.name, observability, self._tracer)
+        self._metrics = Metrics(card.name, observability, self._tracer, deployment.serving.tls)
         GrpcMethods.__init__(
             self,
             lambda: self._frontend,

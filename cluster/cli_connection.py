@@ -68,8 +68,12 @@ def open_client(url: str, tls: Tls | None = None) -> Client:
         ConfigError: This is no such address, or a key that no header can carry.
     """
     key = api_key()
-    tls = None if url.startswith(_CLEAR_SCHEME) else tls
     try:
-        return Client(url, api_key=key, tls=tls, retries=_RETRIES)
+        return Client(url, api_key=key, tls=asked_tls(url, tls), retries=_RETRIES)
     except ConfigError as error:
         raise ConfigError(f"--url {error}") from None
+
+
+def asked_tls(url: str, tls: Tls | None) -> Tls | None:
+    """The options for TLS, unless the URL says that there is none."""
+    return None if url.startswith(_CLEAR_SCHEME) else tls

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import typer
@@ -17,14 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ostro.actors.errors import OstroError
-from ostro.cluster.cli_connection import DEFAULT_URL, Url, open_client
+from ostro.cluster.cli_connection import DEFAULT_URL, Url, asked_tls, open_client
 from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_loading import STATE_STYLES
-from ostro.cluster.cli_tls import Ca, Cert, Key, read_tls
+from ostro.cluster.cli_tls import Ca, Cert, Key, certificate_end, read_tls
 from ostro.cluster.client_channel import Tls
-from ostro.cluster.human_numbers import format_bytes
+from ostro.cluster.human_numbers import days_left, format_bytes
 from ostro.protos import cluster_pb2
 
+_SOON = timedelta(days=14)
 _BAR_WIDTH = 16
 _WIDE = 112  # columns that the table takes with its bars; without them it fits into 80
 _ID_CHARS = 8
@@ -51,6 +53,8 @@ def status(
         console.print_json(data=picture.to_dict(), indent=2)
         return
     console.print(_headline(picture))
+    if (warning := _certificate_warning(picture.certificate_end)) is not None:
+        console.print(warning)
     console.print(_actor_table(picture.cluster, has_bars=console.width >= _WIDE))
     console.print(_load_line(picture.cluster.load))
     _print_experts(picture.tokens, console)
@@ -63,11 +67,13 @@ class Picture:
     Attributes:
         tokens: Tokens by shard and expert over all layers; a token that several copies may have
             served counts for each of them in equal parts.
+        certificate_end: When the server's certificate expires, in UTC; None without TLS.
     """
 
     model: cluster_pb2.GetModelResponse
     cluster: cluster_pb2.Cluster
     tokens: dict[str, dict[int, float]]
+    certificate_end: datetime | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, named as in the protos; 64-bit numbers are texts, as JSON of protos is."""
@@ -75,6 +81,7 @@ class Picture:
             "model": _plain(self.model),
             "cluster": _plain(self.cluster),
             "expert_tokens": self.tokens,
+            "certificate_expires": self.certificate_end and self.certificate_end.isoformat(),
         }
 
 
@@ -114,7 +121,8 @@ def _look(url: str, tls: Tls | None) -> Picture:
             placements: Sequence[cluster_pb2.ExpertPlacement] = client.experts().placements
         except OstroError:
             placements = ()  # the rest of the picture stands without them
-    return Picture(model, cluster, sum_by_shard(placements))
+    end = certificate_end(url, asked_tls(url, tls))
+    return Picture(model, cluster, sum_by_shard(placements), end)
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -137,6 +145,14 @@ def _headline(picture: Picture) -> Text:
             "dim",
         ),
     )
+
+
+def _certificate_warning(end: datetime | None) -> Text | None:
+    """What to do about a certificate whose end is near."""
+    if end is None or (left := end - datetime.now(UTC)) >= _SOON:
+        return None
+    text = f"the certificate expires {days_left(left)}, on {end:%Y-%m-%d %H:%M} UTC: renew it"
+    return Text.assemble(("TLS      ", "bold"), (text, "bold yellow"))
 
 
 def _actor_table(cluster: cluster_pb2.Cluster, *, has_bars: bool) -> Table:

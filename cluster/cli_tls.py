@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ostro.cluster.client_channel import Tls
+from ostro.cluster.client_channel import Tls, parse_address, tls_of
 from ostro.configs.errors import ConfigError
 
 Ca = Annotated[
@@ -38,6 +41,8 @@ Key = Annotated[
         help="Its private key, if the certificate's file does not hold it.",
     ),
 ]
+
+_HANDSHAKE_TIMEOUT_S = 5.0
 
 
 def read_tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
@@ -72,6 +77,30 @@ def https_context(tls: Tls | None) -> ssl.SSLContext:
     except (OSError, ValueError) as error:  # SSLError is an OSError
         raise ConfigError(f"{_named(tls)}: cannot be used: {error}") from None
     return context
+
+
+def certificate_end(url: str, tls: Tls | None) -> datetime | None:
+    """When the certificate that a gRPC face shows expires, in UTC; None if none can be seen.
+
+    Args:
+        url: As the user typed it.
+        tls: The user's options.
+    """
+    tls = tls_of(url, tls)
+    if tls is None:
+        return None
+    host, _, port = parse_address(url).rpartition(":")
+    host = host.strip("[]")
+    context = https_context(tls)
+    context.set_alpn_protocols(["h2"])
+    with (
+        contextlib.suppress(OSError, KeyError, ValueError),  # SSLError is an OSError
+        socket.create_connection((host, int(port)), _HANDSHAKE_TIMEOUT_S) as connection,
+        context.wrap_socket(connection, server_hostname=tls.server_name or host) as secure,
+    ):
+        shown = secure.getpeercert() or {}
+        return datetime.fromtimestamp(ssl.cert_time_to_seconds(str(shown["notAfter"])), UTC)
+    return None
 
 
 def _named(tls: Tls) -> str:

@@ -94,7 +94,7 @@ class ClientChannel:
         Raises:
             ConfigError: No such address, a key that cannot be sent, a file that cannot be read.
         """
-        self.address, tls = parse_address(address), _tls_of(address, tls)
+        self.address, tls = parse_address(address), tls_of(address, tls)
         self._metadata = _key_metadata(api_key)
         self._retries = retries
         self._timeout_s = timeout_s
@@ -140,7 +140,7 @@ def parse_address(address: str) -> str:
     return f"{host}:{port}"
 
 
-def _tls_of(address: str, asked: Tls | None) -> Tls | None:
+def tls_of(address: str, asked: Tls | None) -> Tls | None:
     """How to speak TLS to an address: as asked, or as its scheme says; None for plain text."""
     return Tls() if asked is None and address.startswith(_TLS_SCHEMES) else asked
 

@@ -91,6 +91,10 @@ class HaproxyFolder:
         """Who signs the certificates of clients."""
         return self.path / "clients.pem"
 
+    def client_crl(self) -> Path:
+        """Which of those do not count any more."""
+        return self.path / "revoked.pem"
+
     def reload_script(self) -> Path:
         """What reads them again."""
         return self.path / "reload.lua"
@@ -104,6 +108,8 @@ class HaproxyFolder:
         }
         if tls.client_ca_file is not None:
             files[self.client_ca()] = tls.client_ca_file
+        if tls.client_crl_file is not None:
+            files[self.client_crl()] = tls.client_crl_file
         for name, file in files.items():
             name.unlink(missing_ok=True)
             name.symlink_to(file)
@@ -155,6 +161,7 @@ def _public(host: str, port: str) -> str:
 def _speak(face: _Face, tls: TlsConfig, folder: HaproxyFolder) -> str:
     # `optional`, for the open paths; a certificate that is shown must be a good one all the same.
     clients = f" ca-file {folder.client_ca()} verify optional" if tls.client_ca_file else ""
+    clients += f" crl-file {folder.client_crl()}" if tls.client_crl_file else ""
     return (
         f"ssl crt {folder.pem()} alpn {face.alpn} ssl-min-ver TLSv{tls.min_version} "
         f"ciphers {_CIPHERS} no-tls-tickets{clients}"
@@ -175,10 +182,11 @@ def _reload_files(config: str, tls: TlsConfig, folder: HaproxyFolder) -> str:
     """Read the files again when they change; a stream that is under way keeps what it has."""
 
     def ours(found: re.Match[str]) -> str:
-        client_ca = f" {folder.client_ca()}" if tls.client_ca_file is not None else ""
+        clients = f" {folder.client_ca()}" if tls.client_ca_file is not None else ""
+        clients += f" {folder.client_crl()}" if tls.client_crl_file is not None else ""
         return (
             f"{found[0]}\n    lua-load {folder.reload_script()} {found['socket']} "
-            f"{_RELOAD_PERIOD_S} {folder.pem()}{client_ca}"
+            f"{_RELOAD_PERIOD_S} {folder.pem()}{clients}"
         )
 
     return _change(config, r"    stats socket (?P<socket>\S+) .*$", ours)

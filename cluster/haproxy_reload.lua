@@ -2,7 +2,7 @@
 -- what they were shown; the next handshake shows the new one. What HAProxy does not take leaves the
 -- old certificate in use, and is tried again once the files have changed again.
 
-local admin_socket, period_s, pem, client_ca = ...
+local admin_socket, period_s, pem, client_ca, client_crl = ...
 local key = pem .. ".key"
 local TIMEOUT_S = 5
 
@@ -71,6 +71,12 @@ local function authorities()
   return parts
 end
 
+-- In one part, as nothing can be added to a list.
+local function revoked()
+  local text = read(client_crl)
+  return text and { { command = "set ssl crl-file " .. client_crl, text = text } }
+end
+
 local function joined(parts)
   local texts = {}
   for _, part in ipairs(parts or {}) do
@@ -82,6 +88,9 @@ end
 local watched = { { what = "ssl cert " .. pem, read = pair } }
 if client_ca then
   table.insert(watched, { what = "ssl ca-file " .. client_ca, read = authorities })
+end
+if client_crl then
+  table.insert(watched, { what = "ssl crl-file " .. client_crl, read = revoked })
 end
 for _, files in ipairs(watched) do
   files.before = joined(files.read())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 
 def format_bytes(num_bytes: float) -> str:
     """Bytes for people.
@@ -40,3 +42,16 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def days_left(left: timedelta) -> str:
+    """How soon something is, in whole days and never more than there are.
+
+    Example:
+        36 hours -> "in 1 day"
+    """
+    if left <= timedelta():
+        return "now"
+    if left < timedelta(days=1):
+        return "in less than a day"
+    return f"in {left.days} day{'s' if left.days > 1 else ''}"

@@ -21,8 +21,10 @@ from ostro.cluster.generation import Finished, GenerationEvent, ReasoningReport,
 from ostro.cluster.metrics_list import PREFIX, Kind, MetricSpec, Source, of_source
 from ostro.cluster.replica_families import CountsExchange, ReplicaFamilies
 from ostro.cluster.seams import Cell
+from ostro.cluster.tls_metrics import TlsCollector
 from ostro.cluster.tracing import NO_TRACES, UNKNOWN, Origin, Tracer
 from ostro.configs.observability import ObservabilityConfig
+from ostro.configs.tls import TlsConfig
 
 _DEFAULTS = ObservabilityConfig()
 _STATE_TIMEOUT_S = 2.0
@@ -56,6 +58,7 @@ class Metrics:
         model_name: str,
         config: ObservabilityConfig = _DEFAULTS,
         tracer: Tracer = NO_TRACES,
+        tls: TlsConfig | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
         self._model_name = model_name
@@ -67,6 +70,8 @@ class Metrics:
         self._served = CollectorRegistry()
         self._served.register(self._replicas)
         self._served.register(self._cell)
+        if tls is not None:
+            self._served.register(TlsCollector(tls, model_name))
         self._rendering = asyncio.Lock()
         self._telling: asyncio.Task[None] | None = None
         self._has_news = False

@@ -194,6 +194,12 @@ _REQUESTS = (
 
 _CELL = (
     _cell_gauge("cell_ready", "", "1 while the cell takes requests"),
+    _cell_gauge(
+        "tls_expiry_timestamp_seconds",
+        "seconds",
+        "Unix time until which a file of serving.tls counts; nothing without TLS",
+        "file",
+    ),
     _cell_gauge("cell_epoch", "", "Number of the epoch: one more after every recovery"),
     _cell_gauge(
         "num_requests_running", "requests", "Requests that advance in every step", "engine"

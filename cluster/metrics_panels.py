@@ -270,4 +270,14 @@ ROWS: dict[str, Sequence[Panel]] = {
             width=12,
         ),
     ),
+    "Certificates": (
+        _by(
+            "Days until they expire",
+            "d",
+            f"({gauge('tls_expiry_timestamp_seconds', 'file', 'min')} - time()) / 86400",
+            "file",
+            width=24,
+            text=METRICS["tls_expiry_timestamp_seconds"].text,
+        ),
+    ),
 }

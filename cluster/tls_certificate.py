@@ -5,17 +5,22 @@ from __future__ import annotations
 import ipaddress
 import ssl
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from ostro.configs.errors import ConfigError
+from ostro.cluster.tls_clients import check_clients
+from ostro.cluster.tls_files import (
+    Expiry,
+    at_minute,
+    expiries,
+    problem,
+    read_certificates,
+    read_file,
+)
 from ostro.configs.tls import TlsConfig
-
-_SOON = timedelta(days=14)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +31,13 @@ class FaceCertificate:
         leaf_pem: The certificate without those that sign it.
         names: Host names and addresses that it is for, host names first.
         not_after: Until when it is valid.
+        expiries: Until when each file counts, its own among them.
     """
 
     leaf_pem: str
     names: tuple[str, ...]
     not_after: datetime
+    expiries: tuple[Expiry, ...] = ()
 
     def covers(self, host: str) -> bool:
         """Whether a client that connects to this host accepts it."""
@@ -54,8 +61,7 @@ class FaceCertificate:
                 f"the certificate is for {', '.join(self.names) or 'no name at all'}; "
                 f"clients that call {host} refuse it"
             )
-        if self.not_after - now < _SOON:
-            told.append(f"the certificate expires on {self.not_after:%Y-%m-%d %H:%M} UTC")
+        told += [note for expiry in self.expiries if (note := expiry.note(now)) is not None]
         return told
 
 
@@ -63,19 +69,21 @@ def read_certificate(tls: TlsConfig, now: datetime | None = None) -> FaceCertifi
     """The certificate that the faces would show now.
 
     Raises:
-        ConfigError: A file cannot be read or used, the key is another certificate's, or the
-            certificate is not valid now; the text names the field.
+        ConfigError: A file cannot be read or used, the key is another certificate's, a certificate
+            is not valid now, or no client could get in; the text names the field.
     """
-    texts = {name: _read(name, Path(file)) for name, file in tls.files().items()}
-    leaf = _certificates("cert_file", tls.cert_file, texts["cert_file"])[0]
-    if tls.client_ca_file is not None:
-        _certificates("client_ca_file", tls.client_ca_file, texts["client_ca_file"])
-    _check_key(tls, texts["key_file"], leaf)
-    _check_dates(tls, leaf, now or datetime.now(UTC))
+    now = now or datetime.now(UTC)
+    leaf, *chain = read_certificates(tls, "cert_file")
+    _check_key(tls, leaf)
+    _check_dates(tls, leaf, now)
+    for other in chain:
+        _check_chain_date(tls, other, now)
+    check_clients(tls, now)
     return FaceCertificate(
         leaf_pem=leaf.public_bytes(Encoding.PEM).decode(),
         names=_names(leaf),
         not_after=leaf.not_valid_after_utc,
+        expiries=tuple(expiries(tls)),
     )
 
 
@@ -87,42 +95,36 @@ def trust_only(certificate: FaceCertificate) -> ssl.SSLContext:
     return context
 
 
-def _read(name: str, file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise _problem(name, str(file), f"cannot be read: {error.strerror}") from None
-
-
-def _certificates(name: str, file: str, pem: bytes) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(pem)
-    except ValueError:
-        raise _problem(name, file, "holds no certificate in PEM") from None
-
-
-def _check_key(tls: TlsConfig, pem: bytes, leaf: x509.Certificate) -> None:
+def _check_key(tls: TlsConfig, leaf: x509.Certificate) -> None:
+    pem = read_file(tls, "key_file")
     try:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
-        raise _problem(
-            "key_file", tls.key_file, "is encrypted; decrypt it, and let nobody else read it"
+        raise problem(
+            tls, "key_file", "is encrypted; decrypt it, and let nobody else read it"
         ) from None
     except (ValueError, UnsupportedAlgorithm):
-        raise _problem("key_file", tls.key_file, "holds no private key in PEM") from None
+        raise problem(tls, "key_file", "holds no private key in PEM") from None
     if key.public_key() != leaf.public_key():
-        raise _problem("key_file", tls.key_file, f"is not the key of {tls.cert_file}")
+        raise problem(tls, "key_file", f"is not the key of {tls.cert_file}")
 
 
 def _check_dates(tls: TlsConfig, leaf: x509.Certificate, now: datetime) -> None:
     first, last = leaf.not_valid_before_utc, leaf.not_valid_after_utc
     if last <= now:
-        text = f"expired on {last:%Y-%m-%d %H:%M} UTC; renew it"
+        text = f"expired on {at_minute(last)}; renew it"
     elif first > now:
-        text = f"is not valid before {first:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M} UTC"
+        text = f"is not valid before {at_minute(first)}, and it is {at_minute(now)}"
     else:
         return
-    raise _problem("cert_file", tls.cert_file, text)
+    raise problem(tls, "cert_file", text)
+
+
+def _check_chain_date(tls: TlsConfig, other: x509.Certificate, now: datetime) -> None:
+    """An intermediate certificate's end is the end of the one that it signs."""
+    if other.not_valid_after_utc <= now:
+        name, end = other.subject.rfc4514_string(), at_minute(other.not_valid_after_utc)
+        raise problem(tls, "cert_file", f"the certificate of {name} in it expired on {end}")
 
 
 def _names(leaf: x509.Certificate) -> tuple[str, ...]:
@@ -140,7 +142,3 @@ def _canonical(host: str) -> str:
         return str(ipaddress.ip_address(host))
     except ValueError:
         return host.lower().rstrip(".")
-
-
-def _problem(name: str, file: str, text: str) -> ConfigError:
-    return ConfigError(f"serving.tls.{name}={file}: {text}")

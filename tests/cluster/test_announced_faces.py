@@ -7,6 +7,7 @@ import pytest
 
 from ostro.cluster.announced_faces import AnnouncedFaces
 from ostro.cluster.tls_certificate import FaceCertificate
+from ostro.cluster.tls_files import Expiry
 from ostro.configs.deployment import ServingConfig
 from ostro.configs.tls import TlsConfig
 
@@ -16,7 +17,8 @@ SERVING = ServingConfig(host="0.0.0.0", tls=TLS)
 
 def certificate(*names: str, days: float = 90) -> FaceCertificate:
     end = datetime.now(UTC) + timedelta(days=days)
-    return FaceCertificate(leaf_pem="", names=names, not_after=end)
+    expiry = Expiry(field="cert_file", file=TLS.cert_file, at=end)
+    return FaceCertificate(leaf_pem="", names=names, not_after=end, expiries=(expiry,))
 
 
 def test_clear_text_needs_no_options():
@@ -54,7 +56,7 @@ def test_clients_with_certificates_are_told_where_they_go():
     ("shown", "told"),
     [
         (certificate("llm.example.com"), "clients that call 127.0.0.1 refuse it"),
-        (certificate("127.0.0.1", days=2), "the certificate expires on"),
+        (certificate("127.0.0.1", days=2), "the certificate expires in 1 day, on 20"),
     ],
 )
 def test_what_is_wrong_with_a_certificate_is_told(shown, told):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import grpc
 import pytest
+from certificates import Authority
 from grpc_thread import serve_in_thread
 from typer.testing import CliRunner
 
@@ -136,6 +138,33 @@ def test_status_json_is_one_object_named_as_in_the_protos(cluster):
     assert picture["cluster"]["epoch"] == "7"
     assert picture["cluster"]["actors"][0]["state"] == "ACTOR_STATE_LOADING"
     assert picture["expert_tokens"] == {"a": {"0": 40.0}, "b": {"1": 0.0}}
+
+
+def test_status_tells_of_a_certificate_that_expires_soon(tmp_path):
+    authority = Authority(tmp_path)
+
+    def seen(days: float, *options: str) -> str:
+        pair = authority.issue("server", "localhost", days=days)
+        credentials = grpc.ssl_server_credentials([(pair.key.read_bytes(), pair.cert.read_bytes())])
+        fake = FakeCluster()
+        with serve_in_thread(
+            lambda server: cluster_pb2_grpc.add_ClusterServiceServicer_to_server(fake, server),
+            credentials=credentials,
+        ) as address:
+            fake.url = address.replace("127.0.0.1", "localhost")
+            result = status(fake, "--ca", str(authority.ca), *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout
+
+    assert "TLS      the certificate expires in 2 days, on 20" in seen(2.5)
+    assert "expires" not in seen(20)
+    told = json.loads(seen(2.5, "--json"))["certificate_expires"]
+    left = datetime.fromisoformat(told) - datetime.now(UTC)
+    assert timedelta(days=2) < left < timedelta(days=3)
+
+
+def test_status_of_clear_text_tells_of_no_certificate(cluster):
+    assert json.loads(status(cluster, "--json").stdout)["certificate_expires"] is None
 
 
 def test_status_says_in_one_line_that_nothing_answers(free_port):

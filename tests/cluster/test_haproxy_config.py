@@ -277,6 +277,29 @@ def test_an_older_protocol_than_allowed_is_refused(mutual):
         httpx.get(mutual.url("/ready"), verify=context, timeout=WAIT_S)
 
 
+# ---- revocation
+
+
+def test_a_revoked_certificate_is_refused_also_while_it_runs(tmp_path, authority, clients, alice):
+    bob = clients.issue("bob", common_name="bob")
+    crl = clients.revoke(bob)
+    server = authority.issue("revoking", "localhost")
+    tls = tls_config(server, clients.ca, client_crl_file=str(crl))
+    with running(tmp_path, authority, FaceListeners(host="127.0.0.1", tls=tls)) as proxy:
+        assert accepts(proxy, alice)
+        assert not accepts(proxy, bob)
+        with pytest.raises(grpc.RpcError):
+            proxy.call(client=bob)
+        assert proxy.call(client=alice)
+        clients.revoke(alice)
+        wait_for(lambda: accepts(proxy, bob))
+        assert not accepts(proxy, alice)
+        crl.write_text("no list")
+        wait_for(lambda: "kept as it was: ssl crl-file" in proxy.log())
+        assert accepts(proxy, bob)
+        assert not accepts(proxy, alice)
+
+
 # ---- renewal
 
 

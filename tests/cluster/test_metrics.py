@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import replace
 
 import pytest
+from certificates import Authority, tls_config
 from prometheus_client.parser import text_string_to_metric_families
 from scripted_frontend import (
     FINISHED,
@@ -202,8 +204,8 @@ def test_experts_are_told_layer_by_layer_where_asked():
     ]
 
 
-def test_what_is_served_is_the_list_as_the_client_library_reads_it():
-    metrics = Metrics(MODEL)
+def test_what_is_served_is_the_list_as_the_client_library_reads_it(tmp_path):
+    metrics = Metrics(MODEL, tls=tls_config(Authority(tmp_path).issue("server", "box")))
     for tenant in ("a", ""):
         play(metrics, replace(STARTED, tenant=tenant), *THOUGHTFUL[1:])
     with pytest.raises(OverloadedError):
@@ -220,6 +222,21 @@ def test_what_is_served_is_the_list_as_the_client_library_reads_it():
         PREFIX + spec.name: (spec.kind.value, spec.text, set(spec.label_names))
         for spec in METRICS.values()
     }
+
+
+def test_the_end_of_a_certificate_is_that_of_the_file_as_it_lies_there(tmp_path):
+    authority = Authority(tmp_path)
+    metrics = Metrics(MODEL, tls=tls_config(authority.issue("server", "box", days=3)))
+
+    def days_left() -> float:
+        text = asyncio.run(metrics.render(None)).decode()
+        line = next(li for li in text.splitlines() if li.startswith("ostro_tls_expiry_timestamp"))
+        assert 'file="cert_file"' in line
+        return (float(line.split()[-1]) - time.time()) / 86400
+
+    assert days_left() == pytest.approx(3, abs=0.1)
+    authority.issue("server", "box", days=60)
+    assert days_left() == pytest.approx(60, abs=0.1)
 
 
 # What dashboards and autoscalers made for vLLM look for, and what reasoning and experts add.

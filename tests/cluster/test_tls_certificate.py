@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from ostro.cluster.tls_certificate import FaceCertificate, read_certificate, trust_only
+from ostro.cluster.tls_files import expiries
 from ostro.configs.errors import ConfigError
 from ostro.configs.tls import TlsConfig
 
@@ -77,7 +78,20 @@ def test_a_host_that_it_misses_is_called_by_one_of_its_names(pair):
 def test_a_near_end_is_told(authority):
     certificate = read_certificate(tls_config(authority.issue("short", "box", days=3)))
     (note,) = certificate.notes("box")
-    assert "expires" in note
+    assert "expires in 2 days, on 20" in note
+    assert "short.pem" in note
+    assert certificate.notes("box", datetime.now(UTC) - timedelta(days=20)) == []
+
+
+def test_a_near_end_of_what_clients_need_is_told(authority, pair, tmp_path):
+    crl = authority.revoke(days=0.5)
+    tls = tls_config(pair, authority.ca, client_crl_file=str(crl))
+    (note,) = read_certificate(tls).notes("127.0.0.1")
+    assert "must be renewed, or no client gets in, in less than a day" in note
+    assert str(crl) in note
+    later = next(e.at for e in expiries(tls) if e.field == "client_ca_file") - timedelta(days=1.5)
+    notes = read_certificate(tls_config(pair, authority.ca)).notes("127.0.0.1", later)
+    assert any("signs those of clients expires in 1 day," in note for note in notes)
 
 
 def test_a_certificate_without_names_is_called_by_the_host():
@@ -124,6 +138,45 @@ def test_an_encrypted_key_is_refused(pair):
 
 def test_an_expired_certificate_is_refused(authority):
     refuse(tls_config(authority.issue("old", "box", days=-1)), "cert_file=.*expired on")
+
+
+def test_an_expired_certificate_is_named_with_its_date(authority):
+    old = authority.issue("old", "box", days=-1)
+    day = f"{datetime.now(UTC) - timedelta(days=1):%Y-%m-%d}"
+    refuse(tls_config(old), rf"serving\.tls\.cert_file=.*old\.pem: expired on {day}")
+
+
+def test_an_expired_certificate_in_the_chain_is_refused(authority, pair, tmp_path):
+    old = authority.issue("intermediate", "box", days=-1)
+    pair.cert.write_bytes(pair.cert.read_bytes() + old.cert.read_bytes())
+    refuse(tls_config(pair), r"cert_file=.*server\.pem: the certificate of .* in it expired on 20")
+
+
+def test_authorities_of_clients_that_have_all_expired_are_refused(authority, pair, tmp_path):
+    old = authority.issue("old", common_name="old authority", days=-1)
+    refuse(tls_config(pair, old.cert), r"client_ca_file=.*old\.pem: expired on 20.*; renew it")
+    both = tmp_path / "both.pem"
+    both.write_bytes(authority.ca.read_bytes() + old.cert.read_bytes())
+    assert read_certificate(tls_config(pair, both)).names
+
+
+def test_a_list_of_revoked_certificates_must_be_one_and_in_time(authority, pair, tmp_path):
+    def with_crl(file):
+        return tls_config(pair, authority.ca, client_crl_file=str(file))
+
+    assert read_certificate(with_crl(authority.revoke())).names
+    refuse(with_crl("/no/such.crl"), r"client_crl_file=/no/such\.crl: cannot be read")
+    refuse(with_crl(authority.ca), "client_crl_file=.*holds no list of revoked certificates in PEM")
+    refuse(with_crl(authority.revoke(days=-1)), "was to be renewed by 20.*none of its clients")
+    strangers = Authority(tmp_path / "other").revoke()
+    refuse(with_crl(strangers), r"client_crl_file=.*holds no list of .*, which is in .*ca\.pem")
+
+
+def test_a_file_that_cannot_be_read_has_no_end(authority, pair):
+    tls = tls_config(pair, authority.ca)
+    assert [expiry.field for expiry in expiries(tls)] == ["cert_file", "client_ca_file"]
+    pair.cert.write_text("half of a renewal")
+    assert [expiry.field for expiry in expiries(tls)] == ["client_ca_file"]
 
 
 def test_a_certificate_of_the_future_is_refused(pair):

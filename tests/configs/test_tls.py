@@ -32,6 +32,7 @@ def test_a_version_needs_no_quotes(text):
         ([*FILES, "serving.tls.min_version=1.1"], r"min_version=1\.1: must be one of"),
         ([*FILES, "serving.tls.cert_file="], r"serving\.tls\.cert_file=None: must be text"),
         ([*FILES, "serving.tls.cert_file=' '"], r"serving\.tls\.cert_file: must name a file"),
+        ([*FILES, "serving.tls.client_crl_file=x"], r"client_crl_file=x: .*set client_ca_file too"),
         ([*FILES, "serving.tls.certfile=x"], r"did you mean cert_file"),
     ],
 )

@@ -7,6 +7,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from ostro.configs.tls import TlsConfig
 
@@ -50,6 +53,30 @@ class Authority:
         pair.cert.write_bytes(b"".join(pem.bytes() for pem in made.cert_chain_pems))
         pair.key.write_bytes(made.private_key_pem.bytes())
         return pair
+
+    def revoke(self, *pairs: KeyPair, days: float = 30) -> Path:
+        """The list of these and no other certificates, in a file that is there already or not.
+
+        Args:
+            pairs: Whose certificates do not count any more.
+            days: Until a newer list must be there; less than 0 for one that is too old.
+        """
+        own = x509.load_pem_x509_certificate(self._authority.cert_pem.bytes())
+        now = datetime.now(UTC)
+        crl = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(own.subject)
+            .last_update(now - timedelta(days=60))
+            .next_update(now + timedelta(days=days))
+        )
+        for pair in pairs:
+            revoked = x509.load_pem_x509_certificate(pair.cert.read_bytes())
+            entry = x509.RevokedCertificateBuilder().serial_number(revoked.serial_number)
+            crl = crl.add_revoked_certificate(entry.revocation_date(now).build())
+        key = load_pem_private_key(self._authority.private_key_pem.bytes(), None)
+        file = self._folder / "revoked.crl"
+        file.write_bytes(crl.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+        return file
 
 
 def tls_config(pair: KeyPair, client_ca: Path | None = None, **fields: object) -> TlsConfig:

@@ -24,7 +24,6 @@ from ostro.actors.engine.grammar_queue import GrammarQueue
 from ostro.actors.engine.images import check_images
 from ostro.actors.engine.request import (
     FinishReason,
-    GenerationRequest,
     RequestProgress,
     TokenEvent,
 )
@@ -188,8 +187,8 @@ class AttentionEngine:
         match message:
             case StepPlan():
                 self._plans.append(message)
-            case Assign(request=request, ingress_id=ingress_id):
-                self._add(request, ingress_id)
+            case Assign():
+                self._add(message)
             case Cancel(request_id=request_id):
                 self._cancel(request_id)
             case EndThinking(request_id=request_id):
@@ -200,12 +199,16 @@ class AttentionEngine:
             case _:
                 logger.warning("rank %d: unexpected %s", self._parts.rank, type(message).__name__)
 
-    def _add(self, request: GenerationRequest, ingress_id: str) -> None:
+    def _add(self, assign: Assign) -> None:
+        request, output_token_ids = assign.request, assign.output_token_ids
         choices, now_s = each_choice(request), time.monotonic()
-        self._ingress_of.update((choice.request_id, ingress_id) for choice in choices)
+        self._ingress_of.update((choice.request_id, assign.ingress_id) for choice in choices)
         try:
             check_images(request, self._parts.vision)
-            waiting = [RequestProgress(choice, arrived_s=now_s) for choice in choices]
+            waiting = [
+                RequestProgress(choice, arrived_s=now_s, output_token_ids=output_token_ids)
+                for choice in choices
+            ]
             if request.grammar is None:
                 self._scheduler.add(*waiting)
             else:

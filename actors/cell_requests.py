@@ -1,10 +1,11 @@
-"""The requests that live in a cell: where each runs, who reads it, and its journal.
+"""The requests that live in a cell: where each runs, who reads it, what it has brought.
 
 The router's bookkeeping between an ingress that submits and a shard that serves; no sockets here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,10 +13,9 @@ from ostro.actors.engine.admission import AdmissionPolicy
 from ostro.actors.engine.assignment import Assigner
 from ostro.actors.engine.choices import callers_id, each_choice, submission_of
 from ostro.actors.engine.images import check_image_bytes, image_bytes
-from ostro.actors.engine.journal import Journal
 from ostro.actors.engine.quotas import TenantQuotas
 from ostro.actors.engine.request import GenerationRequest
-from ostro.actors.errors import OstroError, OverloadedError
+from ostro.actors.errors import OverloadedError
 from ostro.actors.fabric.messages import StepDone
 from ostro.configs.deployment import EngineConfig
 
@@ -47,44 +47,64 @@ class CellRequests:
             rank: AdmissionPolicy(engine.max_waiting_requests, engine.max_waiting_tokens)
             for rank in ranks
         }
+        per_rank = engine.max_waiting_requests + engine.max_running_requests
+        self._max_live = per_rank * len(ranks)
         self._max_live_image_bytes = engine.max_live_image_bytes
         self._num_prompt_tokens = dict.fromkeys(ranks, 0)
-        per_rank = engine.max_waiting_requests + engine.max_running_requests
-        self._journal = Journal(max_entries=per_rank * len(ranks))
         self._quotas = quotas
         self._live: dict[str, LiveRequest] = {}
+        self._num_outputs: Counter[str] = Counter()
         self._choices: dict[str, list[str]] = {}  # of a submission: ids of those that run
         self._latest: dict[tuple[str, str], str] = {}  # of a tenant and its id: the submission
 
-    def place(self, request: GenerationRequest, ingress_id: str) -> int:
-        """Choose the rank that serves all choices of a request, and begin their journals.
+    def place(
+        self, request: GenerationRequest, ingress_id: str, *, is_resumed: bool = False
+    ) -> int:
+        """Choose the rank that serves all choices of a request.
+
+        One that is resumed was let in before it was lost: nothing refuses it now, and its tenant
+        pays for what it brings from here on alone.
 
         Raises:
             InvalidRequestError: Its images are more than a request may carry.
             OverloadedError: Every shard's queue is full.
             QuotaError: Its tenant has used up what it may.
         """
-        check_image_bytes(request)
-        tenant, num_prompt_tokens = request.tenant, len(request.prompt_token_ids)
-        self._quotas.begin(tenant, num_prompt_tokens, request.num_choices)
-        try:
+        tenant = request.tenant
+        if is_resumed:
+            num_charged = 0
+            rank = self._assigner.ranked(request)[0]
+            self._quotas.resume(tenant, request.num_choices)
+        else:
+            num_charged = len(request.prompt_token_ids)
             rank = self._admit(request)
-            self._journal.add(request, rank)
-        except OstroError:
-            self._quotas.undo(tenant, num_prompt_tokens, request.num_choices)
-            raise
         submission = submission_of(request.request_id)
         self._latest[tenant, callers_id(request.request_id)] = submission
         running = self._choices.setdefault(submission, [])
         for choice in each_choice(request):
             name = choice.request_id
-            charged_tokens = num_prompt_tokens if name == request.request_id else 0
+            charged_tokens = num_charged if name == request.request_id else 0
             self._assigner.add(rank, choice)
             self._live[name] = LiveRequest(name, rank, ingress_id, tenant, charged_tokens)
             running.append(name)
         return rank
 
     def _admit(self, request: GenerationRequest) -> int:
+        """The rank that takes a request, which is charged to its tenant."""
+        check_image_bytes(request)
+        charged = request.tenant, len(request.prompt_token_ids), request.num_choices
+        self._quotas.begin(*charged)
+        try:
+            return self._rank_with_room(request)
+        except OverloadedError:
+            self._quotas.undo(*charged)
+            raise
+
+    def _rank_with_room(self, request: GenerationRequest) -> int:
+        if len(self._live) + request.num_choices > self._max_live:
+            raise OverloadedError(
+                f"{len(self._live)} requests are being served already", retry_after_s=1.0
+            )
         refusal: OverloadedError | None = None
         for rank in self._assigner.ranked(request):
             num_waiting, waiting_tokens = self._assigner.waiting(rank)
@@ -149,10 +169,11 @@ class CellRequests:
         """Take in what a step brought: tokens, ends, cached pages; `elapsed_s` since the last."""
         self._measure_drain(report, elapsed_s)
         for request_id, token_ids in report.outputs:
-            self._journal.record(request_id, token_ids)
+            if request_id in self._live:
+                self._num_outputs[request_id] += len(token_ids)
             self._assigner.grow(report.rank, request_id, len(token_ids))
         for request_id in report.finished:
-            num_output_tokens = self._journal.forget(request_id)
+            num_output_tokens = self._num_outputs.pop(request_id, 0)
             self._assigner.remove(report.rank, request_id)
             live = self._live.pop(request_id, None)
             if live is not None:

@@ -41,7 +41,7 @@ class IngressLinks:
 
     def reject(self, ingress_id: str, request_id: str, error: OstroError) -> None:
         """Tell a replica that one of its requests was refused or has failed."""
-        self.tell(ingress_id, _rejection(request_id, error))
+        self.tell(ingress_id, Rejected.by(request_id, error))
 
 
 def counted(asked: CountRequest, quotas: TenantQuotas) -> RequestCounted:
@@ -49,17 +49,5 @@ def counted(asked: CountRequest, quotas: TenantQuotas) -> RequestCounted:
     try:
         quotas.count_request(asked.tenant)
     except QuotaError as error:
-        return RequestCounted(asked.tag, _rejection("", error))
+        return RequestCounted(asked.tag, Rejected.by("", error))
     return RequestCounted(asked.tag, None)
-
-
-def _rejection(request_id: str, error: OstroError) -> Rejected:
-    """An error as it travels."""
-    return Rejected(
-        request_id=request_id,
-        error=type(error).__name__,
-        code=error.code,
-        message=error.message,
-        param=error.param,
-        retry_after_s=error.retry_after_s,
-    )

@@ -20,7 +20,6 @@ from ostro.actors.cell_requests import CellRequests, LiveRequest
 from ostro.actors.cell_totals import CellTotals
 from ostro.actors.counts_pool import CountsPool
 from ostro.actors.engine.quotas import TenantQuotas
-from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, AsyncServer, ChannelError
 from ostro.actors.fabric.epoch import host_store
@@ -330,8 +329,8 @@ class Router:
 
     def _answer(self, connection: AsyncConnection, ingress_id: str, message: Message) -> None:
         match message:
-            case Submit(request=request):
-                self._submit(ingress_id, request)
+            case Submit():
+                self._submit(ingress_id, message)
             case CancelGeneration(tag=tag, request_id=request_id, tenant=tenant):
                 found = self._requests.find(request_id, tenant)
                 connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
@@ -350,16 +349,17 @@ class Router:
     async def _send_state(self, connection: AsyncConnection, tag: int) -> None:
         connection.send(await self.state(tag))
 
-    def _submit(self, ingress_id: str, request: GenerationRequest) -> None:
+    def _submit(self, ingress_id: str, submit: Submit) -> None:
+        request, output = submit.request, submit.output_token_ids
         try:
             if not self._ready or self._epoch is None:
                 why = "stopping" if self._draining else "starting or recovering"
                 raise NotReadyError(f"the server is {why}; try again", retry_after_s=5)
-            rank = self._requests.place(request, ingress_id)
+            rank = self._requests.place(request, ingress_id, is_resumed=output is not None)
         except OstroError as error:
             self._ingresses.reject(ingress_id, request.request_id, error)
             return
-        self._epoch.send(rank, Assign(self._epoch.number, request, ingress_id))
+        self._epoch.send(rank, Assign(self._epoch.number, request, ingress_id, output))
         self._ingresses.tell(ingress_id, Accepted(request.request_id, rank))
 
     def _tell_ranks(

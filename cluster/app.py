@@ -93,6 +93,7 @@ class Ingress(GrpcMethods):
             spec.secret,
             ingress_id=ingress_id,
             submit_timeout_s=deployment.serving.submit_timeout_s,
+            recovery_timeout_s=deployment.serving.recovery_timeout_s,
             on_keys=keys.replace,
         )
         self._frontend = Frontend(self._cell, prompts, card, deployment)

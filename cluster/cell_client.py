@@ -2,6 +2,10 @@
 
 One connection to the router and one to each attention shard, kept for the life of the replica and
 dialled again after an epoch changes. All on one asyncio loop.
+
+What a lost rank or router was making goes on when the cell is mended: the replica has every token
+that the caller has, and submits what is left (`unfinished`). The sampler draws by seed and
+position, so the rest is what it would have been.
 """
 
 from __future__ import annotations
@@ -10,11 +14,11 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-
-import msgspec
+from contextlib import aclosing
+from typing import TypeVar
 
 from ostro.actors import errors
-from ostro.actors.engine.choices import choice_ids, submission_of, unique_id
+from ostro.actors.engine.choices import choice_ids, submission_of
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection, connect
@@ -40,6 +44,7 @@ from ostro.actors.fabric.messages import (
     Submit,
 )
 from ostro.cluster.cell_inbox import Inbox
+from ostro.cluster.unfinished import Unfinished
 from ostro.configs.key_table import KeyTable
 
 logger = logging.getLogger(__name__)
@@ -50,8 +55,10 @@ _REDIAL_PAUSE_S = 0.5
 _ANSWER_TIMEOUT_S = 10.0
 _MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on top of it
 _ROOM_POLL_S = 0.002
+_MENDED_POLL_S = 0.05
+_MOST_LOSSES = 3  # a request that kills its ranks is not to take the cell down for ever
 
-_Answer = State | ControlDone | RequestCounted | PooledCounts
+_Answer = TypeVar("_Answer", State, ControlDone, RequestCounted, PooledCounts)
 FindRouter = Callable[[], Awaitable[str]]
 
 
@@ -63,6 +70,7 @@ class CellClient:
         secret: The deployment's secret.
         ingress_id: Unique among the replicas.
         submit_timeout_s: How long the router may take to accept a request.
+        recovery_timeout_s: How long a request that was lost waits for the cell to be mended.
         on_keys: Told who may call, at first and on change, if the deployment has keys.
     """
 
@@ -73,18 +81,21 @@ class CellClient:
         *,
         ingress_id: str,
         submit_timeout_s: float,
+        recovery_timeout_s: float = 0.0,
         on_keys: Callable[[KeyTable], None] = lambda _: None,
     ) -> None:
         self._find_router = find_router
         self._secret = secret
         self._ingress_id = ingress_id
         self._submit_timeout_s = submit_timeout_s
+        self._recovery_timeout_s = recovery_timeout_s
+        self._closed = False
         self._on_keys = on_keys
         self._router: AsyncConnection | None = None
         self._members = Members(0, False, {})
         self._inboxes: dict[str, Inbox] = {}  # by the id of each choice
         self._running: set[tuple[str, str]] = set()
-        self._answers: dict[int, asyncio.Future[_Answer]] = {}
+        self._answers: dict[int, asyncio.Future[Message]] = {}
         self._tags = itertools.count(1)
         self._streams: dict[int, asyncio.Task[None]] = {}
         self._streaming: set[int] = set()
@@ -102,6 +113,7 @@ class CellClient:
 
     async def close(self) -> None:
         """End every connection; running requests fail."""
+        self._closed = True
         for task in (self._main, *self._streams.values()):
             if task is not None:
                 task.cancel()
@@ -124,21 +136,52 @@ class CellClient:
         callers_name = (requests[0].tenant, requests[0].request_id)
         self._check_new(callers_name)
         self._running.add(callers_name)
-        serial = f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}"
-        named = [_named(request, serial) for request in requests]
-        open_ids = {choice_id for request in named for choice_id in choice_ids(request)}
-        choices, inbox = list(open_ids), Inbox()
-        self._inboxes.update(dict.fromkeys(choices, inbox))
-        num_unplaced = len(named)
-        del requests  # its images are megabytes, and the answer may take long
+        unfinished = Unfinished(requests)
+        del requests  # `unfinished` lets go of images when they are not needed any more
         try:
-            while named:
-                await self._send_request(named.pop(0))
+            async with aclosing(self._pursue(unfinished)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._running.discard(callers_name)
+
+    async def _pursue(self, unfinished: Unfinished) -> AsyncIterator[TokenEvent]:
+        """Events of one attempt after the other: what is lost is submitted again."""
+        loss: ShardLostError | None = None
+        num_losses, give_up_s = 0, 0.0
+        while unfinished:
+            try:
+                async with aclosing(self._attempt(unfinished)) as events:
+                    async for event in events:
+                        loss = None
+                        yield event
+            except ShardLostError as error:
+                num_losses += 1
+                if num_losses == _MOST_LOSSES:
+                    raise
+                loss = error
+                give_up_s = asyncio.get_running_loop().time() + self._recovery_timeout_s
+            except NotReadyError:
+                if loss is None:
+                    raise
+            else:
+                return
+            await self._until_mended(loss, give_up_s)
+
+    async def _attempt(self, unfinished: Unfinished) -> AsyncIterator[TokenEvent]:
+        submits = unfinished.submits(f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}")
+        choices = [name for submit in submits for name in choice_ids(submit.request)]
+        open_ids, inbox, num_unplaced = set(choices), Inbox(), len(submits)
+        self._inboxes.update(dict.fromkeys(choices, inbox))
+        try:
+            while submits:
+                await self._submit(submits.pop(0))
             while open_ids:
                 item = await inbox.next(self._submit_timeout_s if num_unplaced else None)
                 if isinstance(item, OstroError):
                     raise item
                 if isinstance(item, TokenEvent):
+                    unfinished.observe(item)
                     if item.finish_reason is not None:
                         open_ids.discard(item.request_id)
                     yield item
@@ -147,39 +190,46 @@ class CellClient:
         finally:
             for choice_id in choices:
                 del self._inboxes[choice_id]
-            self._running.discard(callers_name)
+            unfinished.drop(inbox.dropped)
             if open_ids:
                 self._forget(submission_of(choices[0]))
 
+    async def _until_mended(self, loss: ShardLostError, give_up_s: float) -> None:
+        """Wait until requests are taken again, or raise what was lost."""
+        while not self._closed and asyncio.get_running_loop().time() < give_up_s:
+            await asyncio.sleep(_MENDED_POLL_S)
+            if self.ready:
+                return
+        raise loss
+
     def drop(self, request_id: str) -> None:
         """See `seams.Cell.drop`."""
-        if request_id in self._inboxes:
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:
+            inbox.dropped.add(request_id)
             self._forget(request_id)
 
     async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.cancel`."""
-        done = await self._ask(lambda tag: CancelGeneration(tag, request_id, tenant))
-        return isinstance(done, ControlDone) and done.applied
+        done = await self._ask(ControlDone, lambda tag: CancelGeneration(tag, request_id, tenant))
+        return done.applied
 
     async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.end_thinking`."""
-        done = await self._ask(lambda tag: EndThinkingGeneration(tag, request_id, tenant))
-        return isinstance(done, ControlDone) and done.applied
+        done = await self._ask(
+            ControlDone, lambda tag: EndThinkingGeneration(tag, request_id, tenant)
+        )
+        return done.applied
 
     async def count_request(self, tenant: str) -> None:
         """See `seams.Cell.count_request`."""
-        counted = await self._ask(lambda tag: CountRequest(tag, tenant))
-        if not isinstance(counted, RequestCounted):
-            raise NotReadyError(f"the router answered with {type(counted).__name__}")
+        counted = await self._ask(RequestCounted, lambda tag: CountRequest(tag, tenant))
         if counted.refusal is not None:
-            raise _error_of(counted.refusal)
+            raise counted.refusal.as_error()
 
     async def state(self) -> State:
         """See `seams.Cell.state`."""
-        state = await self._ask(AskState)
-        if not isinstance(state, State):
-            raise NotReadyError(f"the router answered with {type(state).__name__}")
-        return state
+        return await self._ask(State, AskState)
 
     def tell_counts(self, counts: Counts) -> None:
         """See `replica_families.CountsExchange.tell_counts`."""
@@ -188,24 +238,22 @@ class CellClient:
 
     async def pooled_counts(self) -> Counts:
         """See `replica_families.CountsExchange.pooled_counts`."""
-        pooled = await self._ask(AskCounts)
-        if not isinstance(pooled, PooledCounts):
-            raise NotReadyError(f"the router answered with {type(pooled).__name__}")
-        return pooled.counts
+        return (await self._ask(PooledCounts, AskCounts)).counts
 
-    async def _ask(self, make: Callable[[int], Message]) -> _Answer:
-        if self._router is None:
-            raise NotReadyError("the router cannot be reached; try again", retry_after_s=5)
+    async def _ask(self, kind: type[_Answer], make: Callable[[int], Message]) -> _Answer:
         tag = next(self._tags)
-        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._answers[tag] = answer
         try:
-            self._router.send(make(tag))
-            return await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
+            self._send_to_router(make(tag))
+            answered = await asyncio.wait_for(answer, _ANSWER_TIMEOUT_S)
         except TimeoutError:
             raise NotReadyError("the router does not answer; try again", retry_after_s=5) from None
         finally:
             del self._answers[tag]
+        if not isinstance(answered, kind):
+            raise NotReadyError(f"the router answered with {type(answered).__name__}")
+        return answered
 
     def _send_to_router(self, message: Message) -> None:
         if self._router is None:
@@ -224,10 +272,10 @@ class CellClient:
                 code="duplicate_request_id",
             )
 
-    async def _send_request(self, request: GenerationRequest) -> None:
-        if request.images:
+    async def _submit(self, submit: Submit) -> None:
+        if submit.request.images:
             await self._room_to_send()
-        self._send_to_router(Submit(request))
+        self._send_to_router(submit)
 
     async def _room_to_send(self) -> None:
         """Images go out one request after the other: the channel drops a peer that is far behind.
@@ -281,12 +329,12 @@ class CellClient:
                 if inbox is not None:
                     inbox.ranks.add(rank)
                     inbox.put(message)
-                    if rank not in self._streaming:  # its tokens have nowhere to go
-                        inbox.put(_lost(rank))
+                    if rank not in self._streaming:
+                        inbox.put(NotReadyError("tokens have no way here yet", retry_after_s=5))
             case Rejected(request_id=request_id):
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
-                    inbox.put(_error_of(message))
+                    inbox.put(message.as_error())
             case State() | ControlDone() | RequestCounted() | PooledCounts():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():
@@ -348,21 +396,5 @@ class CellClient:
             inbox.put(error())
 
 
-def _named(request: GenerationRequest, serial: str) -> GenerationRequest:
-    name = unique_id(request.request_id, serial, request.choice)
-    return msgspec.structs.replace(request, request_id=name)
-
-
 def _lost(rank: int) -> ShardLostError:
     return ShardLostError(f"attention-{rank} was lost", retry_after_s=5)
-
-
-def _error_of(message: Rejected) -> OstroError:
-    kind = getattr(errors, message.error, OstroError)
-    error: OstroError = kind(
-        message.message,
-        code=message.code,
-        param=message.param,
-        retry_after_s=message.retry_after_s,
-    )
-    return error

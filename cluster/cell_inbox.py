@@ -20,10 +20,12 @@ class Inbox:
 
     Attributes:
         ranks: Where its requests were placed.
+        dropped: Ids of choices of which no more is wanted.
     """
 
     def __init__(self) -> None:
         self.ranks: set[int] = set()
+        self.dropped: set[str] = set()
         self._queue: asyncio.Queue[Item] = asyncio.Queue()
         self._held: deque[Item] = deque()
 

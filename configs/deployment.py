@@ -295,6 +295,8 @@ class ServingConfig:
         max_choices: Answers per prompt (`n`), at most.
         max_prompts: Prompts per text completion, at most.
         submit_timeout_s: How long the router may take to accept a request.
+        recovery_timeout_s: How long a request that was interrupted by the loss of a rank waits for
+            the cell to be mended, and then goes on; 0 fails it at once.
         request_timeout_s: How long one generation may take altogether.
         drain_timeout_s: How long running generations may finish after a stop was asked for.
         keep_alive_s: Pause after which an idle SSE stream gets a comment line.
@@ -316,6 +318,7 @@ class ServingConfig:
     max_choices: int = 16
     max_prompts: int = 64
     submit_timeout_s: float = 10.0
+    recovery_timeout_s: float = 120.0
     request_timeout_s: float = 3600.0
     drain_timeout_s: float = 20.0
     keep_alive_s: float = 15.0
@@ -349,6 +352,8 @@ class ServingConfig:
             "keep_alive_s",
         ):
             _positive(self, name)
+        if not self.recovery_timeout_s >= 0.0:
+            raise ConfigError(f"recovery_timeout_s={self.recovery_timeout_s}: must be 0 or above")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,10 @@ class TenantQuotas:
             _check(tenant, "requests_per_minute", requests, 1, self._clock())
             requests.take(1)
 
+    def resume(self, tenant: str, num_choices: int = 1) -> None:
+        """Count in choices that were let in before and lost: they run, and cost nothing so far."""
+        self._num_live[tenant] += num_choices
+
     def end(self, tenant: str, num_output_tokens: int) -> None:
         """Count out a choice of a request that was begun, and what it brought."""
         self._leave(tenant, 1)

@@ -258,6 +258,7 @@ class RequestProgress:
 
     Attributes:
         output_token_ids: Known output; given at construction where one goes on after a failure.
+        is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
         num_pending_outputs: Outputs that planned steps will sample.
@@ -277,6 +278,7 @@ class RequestProgress:
         "arrival",
         "arrived_s",
         "grammar",
+        "is_resumed",
         "max_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -300,14 +302,15 @@ class RequestProgress:
         request: GenerationRequest,
         *,
         arrived_s: float,
-        output_token_ids: Sequence[int] = (),
+        output_token_ids: Sequence[int] | None = None,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
         self.arrived_s = arrived_s
         self.state = RequestState.WAITING
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.output_token_ids = list(output_token_ids)
+        self.output_token_ids = list(output_token_ids or ())
+        self.is_resumed = output_token_ids is not None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_pending_outputs = 0

@@ -93,7 +93,7 @@ class Scheduler:
                 "this request_id is in use", code="duplicate_request_id", param="request_id"
             )
         check_servable(first, self._longest)
-        if not first.output_token_ids:
+        if not first.is_resumed:
             self._admission.check(*self._waiting.beside(first))
         for progress in choices:
             self._enter(progress)

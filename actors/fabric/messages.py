@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import msgspec
 
+from ostro.actors import errors
 from ostro.actors.engine.request import GenerationRequest, TokenEvent
 from ostro.actors.engine.step import ShardLoad
+from ostro.actors.errors import OstroError
 from ostro.configs.key_table import KeyTable
 
 
@@ -47,7 +49,7 @@ class StepDone(_Message, frozen=True):
 
     Attributes:
         step: The step, or None if nothing ran.
-        outputs: New output tokens by request id, for the journal.
+        outputs: New output tokens by request id.
         finished: Requests that ended in this step.
         cached_pages: Hashes of pages that became reusable, for placement by longest cached prefix.
         dropped_pages: Hashes of pages that were evicted.
@@ -104,11 +106,16 @@ class StepPlan(_Message, frozen=True):
 
 
 class Assign(_Message, frozen=True):
-    """Serve this request and send its tokens to that ingress."""
+    """Serve this request and send its tokens to that ingress.
+
+    Attributes:
+        output_token_ids: As in `Submit`.
+    """
 
     epoch: int
     request: GenerationRequest
     ingress_id: str
+    output_token_ids: list[int] | None = None
 
 
 class Cancel(_Message, frozen=True):
@@ -142,9 +149,15 @@ class IngressHello(_Message, frozen=True):
 
 
 class Submit(_Message, frozen=True):
-    """Serve this request, all of its choices on one rank."""
+    """Serve this request, all of its choices on one rank.
+
+    Attributes:
+        output_token_ids: What a choice that was lost had brought: it goes on from there. None
+            begins anew.
+    """
 
     request: GenerationRequest
+    output_token_ids: list[int] | None = None
 
 
 class CancelGeneration(_Message, frozen=True):
@@ -228,6 +241,25 @@ class Rejected(_Message, frozen=True):
     message: str
     param: str | None = None
     retry_after_s: float | None = None
+
+    @classmethod
+    def by(cls, request_id: str, error: OstroError) -> Rejected:
+        """The message that tells of an error."""
+        return cls(
+            request_id=request_id,
+            error=type(error).__name__,
+            code=error.code,
+            message=error.message,
+            param=error.param,
+            retry_after_s=error.retry_after_s,
+        )
+
+    def as_error(self) -> OstroError:
+        """The error that the message tells of."""
+        kind: type[OstroError] = getattr(errors, self.error, OstroError)
+        return kind(
+            self.message, code=self.code, param=self.param, retry_after_s=self.retry_after_s
+        )
 
 
 class RequestCounted(_Message, frozen=True):

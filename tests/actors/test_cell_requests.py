@@ -96,3 +96,13 @@ def test_pixels_of_choices_count_once() -> None:
     request = msgspec.structs.replace(_request("a#i-1.0", 60), num_choices=3)
     requests.place(request, "i")
     requests.place(_request("b", 40), "i")
+
+
+def test_what_is_resumed_is_let_in_whatever_waits() -> None:
+    engine = EngineConfig(max_waiting_requests=1, max_live_image_bytes=10)
+    requests = CellRequests(engine, [0], TenantQuotas())
+    requests.place(_request("a#i-1.0", 10), "i")
+    with pytest.raises(OverloadedError):
+        requests.place(_request("b#i-1.0", 10), "i")
+    assert requests.place(_request("b#i-2.0", 10), "i", is_resumed=True) == 0
+    assert _found(requests, "b") == ["b#i-2.0"]

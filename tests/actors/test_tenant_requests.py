@@ -107,3 +107,24 @@ def test_more_choices_than_a_tenant_may_ever_have_are_refused_for_good() -> None
     with pytest.raises(InvalidRequestError, match="3 answers") as caught:
         requests.place(request, "i")
     assert (caught.value.code, caught.value.param) == ("above_quota", "n")
+
+
+def test_what_is_resumed_costs_only_what_it_brings_from_there() -> None:
+    quotas = _quotas(concurrent_requests=1, requests_per_minute=1, tokens_per_minute=600)
+    before = CellRequests(EngineConfig(), [0], quotas)
+    before.place(_of("acme", "a#i-1.0"), "i")
+    before.give_up()
+    after = CellRequests(EngineConfig(), [0], quotas)
+    after.place(_of("acme", "a#i-2.0"), "i", is_resumed=True)
+    with pytest.raises(QuotaError, match="concurrent_requests"):
+        after.place(_of("acme", "b#i-1.0"), "i")
+    after.follow(step_that_finished("a#i-2.0", outputs=[("a#i-2.0", [1] * 1200)]), elapsed_s=0.1)
+    with pytest.raises(QuotaError, match="tokens_per_minute"):
+        after.place(_of("acme", "b#i-1.0"), "i")
+
+
+def test_what_is_resumed_runs_beside_as_many_as_a_quota_allows() -> None:
+    requests = CellRequests(EngineConfig(), [0], _quotas(concurrent_requests=1))
+    requests.place(_of("acme", "a#i-1.0"), "i")
+    requests.place(_of("acme", "b#i-2.0"), "i", is_resumed=True)
+    assert len(requests) == 2

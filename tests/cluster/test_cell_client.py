@@ -1,4 +1,4 @@
-"""CellClient: images go out one by one and not for ever; what waits is joined; choices."""
+"""CellClient: images go out one by one; what waits is joined; choices; what is lost goes on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from ostro.actors.engine.request import (
     StopParams,
     TokenEvent,
 )
-from ostro.actors.errors import InvalidRequestError, NotReadyError, OverloadedError
+from ostro.actors.errors import (
+    InvalidRequestError,
+    NotReadyError,
+    OstroError,
+    OverloadedError,
+    ShardLostError,
+)
 from ostro.actors.fabric.messages import Accepted, CancelGeneration, Members, Rejected, Submit
 from ostro.cluster.cell_client import CellClient
 
@@ -36,11 +42,19 @@ class FakeRouter:
         return True
 
 
-def client_of(router: FakeRouter, *, submit_timeout_s: float = 10.0) -> CellClient:
+def client_of(
+    router: FakeRouter, *, submit_timeout_s: float = 10.0, recovery_timeout_s: float = 0.0
+) -> CellClient:
     async def nowhere() -> str:
         raise AssertionError
 
-    client = CellClient(nowhere, b"secret", ingress_id="test", submit_timeout_s=submit_timeout_s)
+    client = CellClient(
+        nowhere,
+        b"secret",
+        ingress_id="test",
+        submit_timeout_s=submit_timeout_s,
+        recovery_timeout_s=recovery_timeout_s,
+    )
     client._router = router  # type: ignore[assignment]
     client._members = Members(0, True, {0: "unix:nowhere"})
     client._streaming = {0}
@@ -250,5 +264,141 @@ def test_a_request_id_is_used_once_at_a_time() -> None:
         await asyncio.sleep(0)
         retry.cancel()
         assert len([m for m in router.sent if isinstance(m, Submit)]) == 2
+
+    asyncio.run(run())
+
+
+class MendingCell:
+    """A client and its router, which loses what it serves and takes it again."""
+
+    def __init__(self, *, recovery_timeout_s: float = 30.0) -> None:
+        self.router = FakeRouter(unsent_bytes=0)
+        self.client = client_of(self.router, recovery_timeout_s=recovery_timeout_s)
+        self.read: list[TokenEvent] = []
+
+    async def reads(self, *asked: GenerationRequest) -> None:
+        async for event in self.client.submit(*asked):
+            self.read.append(event)
+
+    async def submitted(self, count: int) -> list[Submit]:
+        """All that was submitted, once it is so much."""
+        async with asyncio.timeout(20):
+            while len(sent := [m for m in self.router.sent if isinstance(m, Submit)]) < count:
+                self.router.was_sent.clear()
+                await self.router.was_sent.wait()
+        for submit in sent:
+            self.client._take(Accepted(submit.request.request_id, 0))
+        return sent
+
+    def brings(self, submit: Submit, *token_ids: int, finish: FinishReason | None = None) -> None:
+        choice = submit.request.choice
+        event = TokenEvent(submit.request.request_id, 0, list(token_ids), choice=choice)
+        self.client._hand_out([msgspec.structs.replace(event, finish_reason=finish)])
+
+    def loses(self, submit: Submit, error: OstroError | None = None) -> None:
+        lost = error or ShardLostError("lost expert-1", retry_after_s=5)
+        self.client._take(Rejected.by(submit.request.request_id, lost))
+
+
+def test_what_was_lost_goes_on_with_what_the_reader_has() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(2)))
+        (first,) = await cell.submitted(1)
+        cell.brings(first, 5, 6)
+        cell.loses(first)
+        _, again, other = await cell.submitted(3)
+        assert (again.output_token_ids, other.output_token_ids) == ([5, 6], [])
+        assert again.request.request_id != first.request.request_id
+        cell.brings(first, 99)  # late, of the life before
+        cell.brings(again, 7, finish=STOP)
+        cell.brings(other, 8, finish=STOP)
+        await asyncio.wait_for(reading, 20)
+        assert [(e.choice, e.token_ids) for e in cell.read] == [(0, [5, 6]), (0, [7]), (1, [8])]
+        assert not cell.client._inboxes
+
+    asyncio.run(run())
+
+
+def test_a_cell_that_is_not_mended_yet_is_asked_again() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        (first,) = await cell.submitted(1)
+        cell.client._members = Members(0, False, {0: "unix:nowhere"})
+        cell.loses(first)
+        await asyncio.sleep(0.2)
+        assert len(await cell.submitted(1)) == 1
+        cell.client._members = Members(1, True, {0: "unix:nowhere"})
+        _, again = await cell.submitted(2)
+        cell.loses(again, NotReadyError("the server is recovering", retry_after_s=5))
+        *_, third = await cell.submitted(3)
+        cell.brings(third, 7, finish=STOP)
+        await asyncio.wait_for(reading, 20)
+        assert [event.token_ids for event in cell.read] == [[7]]
+
+    asyncio.run(run())
+
+
+def test_what_is_lost_again_and_again_is_given_up() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        for life in range(1, 4):
+            *_, submit = await cell.submitted(life)
+            cell.brings(submit, life)
+            cell.loses(submit)
+        with pytest.raises(ShardLostError, match="expert-1"):
+            await asyncio.wait_for(reading, 20)
+        assert [event.token_ids for event in cell.read] == [[1], [2], [3]]
+        assert not cell.client._running
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("recovery_timeout_s", [0.0, 0.2])
+def test_a_cell_that_is_not_mended_in_time_ends_the_wait_with_the_loss(
+    recovery_timeout_s: float,
+) -> None:
+    async def run() -> None:
+        cell = MendingCell(recovery_timeout_s=recovery_timeout_s)
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        (first,) = await cell.submitted(1)
+        cell.client._members = Members(0, False, {})
+        cell.loses(first)
+        with pytest.raises(ShardLostError, match="expert-1"):
+            await asyncio.wait_for(reading, 20)
+        assert not cell.client._inboxes
+
+    asyncio.run(run())
+
+
+def test_closing_ends_the_wait_for_a_mended_cell() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        (first,) = await cell.submitted(1)
+        cell.client._members = Members(0, False, {})
+        cell.loses(first)
+        await asyncio.sleep(0.1)
+        cell.client._router = None
+        await cell.client.close()
+        with pytest.raises(ShardLostError):
+            await asyncio.wait_for(reading, 20)
+
+    asyncio.run(run())
+
+
+def test_a_choice_that_was_dropped_does_not_go_on() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(2)))
+        (first,) = await cell.submitted(1)
+        cell.client.drop(first.request.request_id)
+        cell.loses(first)
+        _, again = await cell.submitted(2)
+        assert again.request.choice == 1
+        cell.brings(again, 8, finish=STOP)
+        await asyncio.wait_for(reading, 20)
 
     asyncio.run(run())

@@ -122,6 +122,7 @@ def test_override_of_one_effort_keeps_the_others() -> None:
         ("engines.page_size=4", "engines: unknown key (did you mean engine?)"),
         ("reasoning.efforts.lo.budget_tokens=4", "reasoning.efforts.lo: unknown key"),
         ("engine.page_size=0", "engine.page_size=0: must be"),
+        ("serving.recovery_timeout_s=-1", "recovery_timeout_s=-1.0: must be 0 or above"),
         ("engine.inter_token_target_ms=0", "inter_token_target_ms=0.0: must be above 0"),
         ("engine.inter_token_target_ms=.nan", "inter_token_target_ms=nan: must be above 0"),
         ("engine.page_size=many", "engine.page_size='many': must be a whole number"),

@@ -83,7 +83,7 @@ def make_progress(
     request: GenerationRequest, *output: int, arrived_s: float = 0.0
 ) -> RequestProgress:
     """A request as a shard hands it to the scheduler."""
-    progress = RequestProgress(request, arrived_s=arrived_s, output_token_ids=output)
+    progress = RequestProgress(request, arrived_s=arrived_s, output_token_ids=output or None)
     if request.grammar is not None:
         matcher = LLMatcher(_TOKENIZER, request.grammar.text, log_level=0)
         progress.grammar = AnswerGrammar(matcher, request.grammar)

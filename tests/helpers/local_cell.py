@@ -165,6 +165,7 @@ async def local_cell(
     *,
     dtype: str = "float32",
     device: str = "cpu",
+    recovery_timeout_s: float = 0.0,
 ) -> AsyncIterator[LocalCell]:
     layout = deployment.layout
     peers = pool.take(layout.world_size())
@@ -181,7 +182,13 @@ async def local_cell(
         listen_address="unix:",
         secret=secret,
     )
-    client = CellClient(router.address, secret, ingress_id="test", submit_timeout_s=10.0)
+    client = CellClient(
+        router.address,
+        secret,
+        ingress_id="test",
+        submit_timeout_s=10.0,
+        recovery_timeout_s=recovery_timeout_s,
+    )
     try:
         await router.start()
         client.start()

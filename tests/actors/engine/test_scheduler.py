@@ -49,7 +49,7 @@ def _scheduler(
 
 
 def _add(scheduler: Scheduler, request: GenerationRequest, *output: int) -> RequestProgress:
-    progress = RequestProgress(request, arrived_s=7.5, output_token_ids=output)
+    progress = RequestProgress(request, arrived_s=7.5, output_token_ids=output or None)
     scheduler.add(progress)
     return progress
 

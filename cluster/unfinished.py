@@ -1,0 +1,84 @@
+"""What is left to do of one submission: its choices that have not ended, each with its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from ostro.actors.engine.choices import choice_ids, each_choice, unique_id
+from ostro.actors.engine.request import GenerationRequest, TokenEvent
+from ostro.actors.fabric.messages import Submit
+
+
+class Unfinished:
+    """Follows a submission, so that what a failure interrupts can be submitted again.
+
+    A prompt and its images are kept as long as one of its choices has not ended.
+
+    Args:
+        requests: As the caller named them; several have different prompts.
+    """
+
+    def __init__(self, requests: Sequence[GenerationRequest]) -> None:
+        self._requests = list(requests)
+        self._output_of = {
+            request.choice + index: list[int]()
+            for request in requests
+            for index in range(request.num_choices)
+        }
+        self._choice_of: dict[str, int] = {}  # by the ids of the latest `submits`
+        self._has_begun = False
+
+    def __len__(self) -> int:
+        return len(self._output_of)
+
+    def submits(self, serial: str) -> list[Submit]:
+        """What to ask of the router: whole requests at first, then what is left choice by choice.
+
+        Args:
+            serial: Another one each time, so that nothing of an earlier attempt is mistaken for
+                this one's.
+        """
+        if self._has_begun:
+            left = [
+                Submit(_named(choice, request, serial), list(self._output_of[choice.choice]))
+                for request in self._requests
+                for choice in each_choice(request)
+                if choice.choice in self._output_of
+            ]
+        else:
+            left = [Submit(_named(request, request, serial)) for request in self._requests]
+        self._has_begun = True
+        self._choice_of = {
+            choice_id: submit.request.choice + index
+            for submit in left
+            for index, choice_id in enumerate(choice_ids(submit.request))
+        }
+        return left
+
+    def observe(self, event: TokenEvent) -> None:
+        """Take note of what a choice brought."""
+        output = self._output_of.get(event.choice)
+        if output is not None:
+            output.extend(event.token_ids)
+            if event.finish_reason is not None:
+                self._end(event.choice)
+
+    def drop(self, choice_ids: Iterable[str]) -> None:
+        """Forget choices that the caller wants no more of, by their ids in the latest attempt."""
+        for choice_id in choice_ids:
+            self._end(self._choice_of[choice_id])
+
+    def _end(self, choice: int) -> None:
+        self._output_of.pop(choice, None)
+        self._requests = [request for request in self._requests if self._is_wanted(request)]
+
+    def _is_wanted(self, request: GenerationRequest) -> bool:
+        choices = range(request.choice, request.choice + request.num_choices)
+        return any(choice in self._output_of for choice in choices)
+
+
+def _named(choice: GenerationRequest, asked: GenerationRequest, serial: str) -> GenerationRequest:
+    name = unique_id(asked.request_id, serial, choice.choice)
+    return msgspec.structs.replace(choice, request_id=name)

@@ -1,0 +1,123 @@
+"""Real processes are killed while requests run: their answers go on as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+
+import checkpoints
+import msgspec
+import pytest
+from local_cell import LocalCell, ProcessPool, local_cell
+
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    StopParams,
+    ThinkingParams,
+    TokenEvent,
+)
+from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
+
+_NUM_NEW = 400
+_KILL_AFTER = 40  # tokens, of all requests together
+_LAYOUT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=2, num_expert_shards=1)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny")
+    checkpoints.make_tiny_checkpoint(directory, num_layers=2)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = ProcessPool()
+    yield pool
+    pool.close()
+
+
+def deployment() -> DeploymentConfig:
+    return DeploymentConfig(
+        model="tiny",
+        layout=_LAYOUT,
+        engine=EngineConfig(page_size=8, num_pages=1024, num_threads=1),
+    )
+
+
+def requests() -> list[GenerationRequest]:
+    """Greedy, sampled twice from one prompt, and one that thinks on a budget."""
+    greedy = GenerationRequest(
+        request_id="greedy",
+        prompt_token_ids=[100, 101, 102],
+        sampling=SamplingParams(),
+        stop=StopParams(max_tokens=_NUM_NEW, ignore_eos=True),
+    )
+    sampled = msgspec.structs.replace(
+        greedy,
+        request_id="sampled",
+        sampling=SamplingParams(temperature=1.0, seed=7, num_logprobs=0),
+        num_choices=2,
+    )
+    thinking = msgspec.structs.replace(
+        greedy,
+        request_id="thinking",
+        thinking=ThinkingParams(
+            begin_token_id=5,
+            end_token_id=6,
+            budget_tokens=200,
+            soft_zone_tokens=0,
+            closing_token_ids=(40, 41, 6),
+            starts_open=True,
+        ),
+    )
+    return [greedy, sampled, thinking]
+
+
+async def read(cell: LocalCell, request: GenerationRequest, seen: list[int]) -> list[TokenEvent]:
+    events = []
+    async for event in cell.client.submit(request):
+        events.append(event)
+        seen[0] += len(event.token_ids)
+    return events
+
+
+def told(events: list[TokenEvent]) -> dict[int, tuple[list[int], object]]:
+    """Of each choice its tokens, in order and without gaps, and how it ended."""
+    tokens: dict[int, list[int]] = {}
+    ends = {}
+    for event in events:
+        so_far = tokens.setdefault(event.choice, [])
+        assert event.first_index == len(so_far)
+        so_far.extend(event.token_ids)
+        if event.finish_reason is not None:
+            ends[event.choice] = (event.finish_reason, event.thinking_ended_by)
+    return {choice: (so_far, ends[choice]) for choice, so_far in tokens.items()}
+
+
+@pytest.mark.parametrize("lost", [2, 0], ids=["expert", "attention"])
+def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
+    async def run():
+        async with local_cell(pool, deployment(), model_dir, recovery_timeout_s=240) as cell:
+            undisturbed = [told(await read(cell, request, [0])) for request in requests()]
+            seen = [0]
+            reading = [asyncio.create_task(read(cell, request, seen)) for request in requests()]
+            async with asyncio.timeout(240):
+                while seen[0] < _KILL_AFTER:
+                    await asyncio.sleep(0.005)
+                cell.peers[lost].kill()
+                disturbed = [told(events) for events in await asyncio.gather(*reading)]
+            state = await cell.client.state()
+            return undisturbed, disturbed, state
+
+    undisturbed, disturbed, state = asyncio.run(run())
+    assert state.epoch == 1
+    assert disturbed == undisturbed
+    assert all(
+        len(tokens) == _NUM_NEW and end[0] is FinishReason.LENGTH
+        for answer in disturbed
+        for tokens, end in answer.values()
+    )
+    assert disturbed[2][0][1][1] == "budget"
+    assert all(load.num_running == load.num_waiting == 0 for load in state.loads.values())

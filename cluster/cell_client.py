@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -145,7 +145,7 @@ class CellClient:
         finally:
             self._running.discard(callers_name)
 
-    async def _pursue(self, unfinished: Unfinished) -> AsyncIterator[TokenEvent]:
+    async def _pursue(self, unfinished: Unfinished) -> AsyncGenerator[TokenEvent, None]:
         """Events of one attempt after the other: what is lost is submitted again."""
         loss: ShardLostError | None = None
         num_losses, give_up_s = 0, 0.0
@@ -168,7 +168,7 @@ class CellClient:
                 return
             await self._until_mended(loss, give_up_s)
 
-    async def _attempt(self, unfinished: Unfinished) -> AsyncIterator[TokenEvent]:
+    async def _attempt(self, unfinished: Unfinished) -> AsyncGenerator[TokenEvent, None]:
         submits = unfinished.submits(f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}")
         choices = [name for submit in submits for name in choice_ids(submit.request)]
         open_ids, inbox, num_unplaced = set(choices), Inbox(), len(submits)

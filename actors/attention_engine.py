@@ -125,7 +125,6 @@ class AttentionParts:
     max_waiting_requests: int
     vision: VisionConfig | None
     num_layers: int
-    device: str
     take_counts: Callable[[], list[list[int]]] | None
 
 
@@ -274,7 +273,6 @@ class AttentionEngine:
             step.entries,
             page_size=parts.page_size,
             num_micro_batches=len(plan.tokens_AM[parts.rank]),
-            device=parts.device,
         )
         parts.masks.start(entry.progress for entry in step.entries if entry.samples)
         parts.exchange.begin_step(plan)

@@ -137,7 +137,6 @@ class AttentionShard(RankActor):
             max_waiting_requests=engine.max_waiting_requests,
             vision=self._config.vision,
             num_layers=self._config.num_layers,
-            device=spec.device,
             take_counts=self._experts.take_counts if self._experts else None,
         )
         return AttentionEngine(parts), self._tokens.start()

@@ -121,20 +121,17 @@ class WholeModel:
         slots = [table[last // PAGE_SIZE] * PAGE_SIZE + last % PAGE_SIZE for table in tables]
         tokens = torch.randint(self.config.vocab_size, (num_requests,)).tolist()
 
-        def on_gpu(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, device="cuda")
-
         def make() -> Batch:
             lengths = [context] * num_requests
             return Batch(
-                tokens_T=on_gpu(tokens),
-                positions_T=on_gpu([last] * num_requests),
-                slots_T=on_gpu(slots),
+                tokens_T=torch.tensor(tokens),
+                positions_T=torch.tensor([last] * num_requests),
+                slots_T=torch.tensor(slots),
                 last_position=last,
                 decode_rows=slice(0, num_requests),
-                decode_plan=DecodePlan(tables, lengths, PAGE_SIZE, torch.device("cuda")),
+                decode_plan=DecodePlan(tables, lengths, PAGE_SIZE, torch.device("cpu")),
                 prefill_spans=(),
-                sample_rows=on_gpu(list(range(num_requests))),
+                sample_rows=torch.tensor(list(range(num_requests))),
                 image_spans=(),
             )
 
@@ -142,20 +139,19 @@ class WholeModel:
 
     def prefill_batch(self, num_tokens: int, context: int) -> Batch:
         """The last `num_tokens` of one request of this context."""
-        device = torch.device("cuda")
-        pages_n = torch.randperm(self.cache.num_pages, device=device)[: -(-context // PAGE_SIZE)]
+        pages_n = torch.randperm(self.cache.num_pages)[: -(-context // PAGE_SIZE)]
         start = context - num_tokens
-        positions_T = torch.arange(start, context, device=device)
+        positions_T = torch.arange(start, context)
         slots_T = pages_n[positions_T // PAGE_SIZE] * PAGE_SIZE + positions_T % PAGE_SIZE
         return Batch(
-            tokens_T=torch.randint(self.config.vocab_size, (num_tokens,), device=device),
+            tokens_T=torch.randint(self.config.vocab_size, (num_tokens,)),
             positions_T=positions_T,
             slots_T=slots_T,
             last_position=context - 1,
             decode_rows=slice(0, 0),
             decode_plan=None,
             prefill_spans=(PrefillSpan(slice(0, num_tokens), start, pages_n),),
-            sample_rows=torch.tensor([num_tokens - 1], device=device),
+            sample_rows=torch.tensor([num_tokens - 1]),
             image_spans=(),
         )
 

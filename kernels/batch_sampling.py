@@ -35,19 +35,14 @@ class Draws:
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device) -> Draws:
-        """The table of these rows, on its way to `device`."""
+        """The table of these rows on `device`."""
         settings = [[d.temperature, d.top_k, d.top_p, d.min_p, d.uniform] for d in draws]
         drawn = [draw for draw in draws if draw.temperature > 0.0]
         return cls(
-            settings_B5=sent(torch.tensor(settings, dtype=torch.float64).view(-1, 5), device),
+            settings_B5=torch.tensor(settings, dtype=torch.float64, device=device).view(-1, 5),
             is_greedy=not drawn,
             is_filtered=any(draw.top_k or draw.top_p < 1.0 for draw in drawn),
         )
-
-
-def sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Values of the host on their way to a device: the caller waits neither for it nor the copy."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def sample_rows(

@@ -89,6 +89,14 @@ class DecodePlan:
         plan._chunks = chunks
         return plan
 
+    def with_chunks(self, chunks: DecodeChunks) -> DecodePlan:
+        """The same plan on the device to which its chunks were taken."""
+        plan = DecodePlan(
+            self.page_tables, self.context_lengths, self.page_size, chunks.chunk_X4.device
+        )
+        plan._chunks = chunks
+        return plan
+
     def buckets(self) -> list[DecodeBucket]:
         """Queries by the power of two above their page count.
 
@@ -148,7 +156,7 @@ class DecodePlan:
 
         if self._chunks is None:
             chunks = cut_chunks(self.page_tables, self.context_lengths, self.page_size)
-            self._chunks = chunks.to(self.device)
+            self._chunks = chunks if self.device.type == "cpu" else chunks.to(self.device)
         return self._chunks
 
 

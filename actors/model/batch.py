@@ -1,22 +1,23 @@
-"""What a micro-batch of a step looks like to the model: device tensors, made from a plan.
+"""What a micro-batch of a step looks like to the model: tensors, made on the host from a plan.
 
 A step's tokens stand in the order of its entries and are cut into micro-batches at any token, so a
 request's chunk may span two of them. Rows of a single new token attend together (decode); longer
-spans attend one by one (prefill).
+spans attend one by one (prefill). `moved` takes a step's batches to the device that computes it.
 
 Shape letters: T tokens of the micro-batch, B rows that attend as decode, n pages of a request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from ostro.actors.engine.request import ImageInput, RequestState
 from ostro.actors.engine.step import ScheduledRequest
+from ostro.actors.model.packed_copy import send_together
 from ostro.kernels.mla_decode import DecodePlan
 
 _NO_TOKEN = 0
@@ -53,7 +54,7 @@ class ImageSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch; tensors are int64 and on the model's device, unless they say more.
+    """One micro-batch; tensors are int64 and all on one device, unless they say more.
 
     Attributes:
         positions_T: Absolute positions, for rotary embedding and query scale.
@@ -111,17 +112,15 @@ def build_batches(
     *,
     page_size: int,
     num_micro_batches: int,
-    device: torch.device | str,
     position_offset: int = 0,
 ) -> list[Batch]:
-    """Cut a step into micro-batches, some of which may be empty.
+    """Cut a step into micro-batches, some of which may be empty; their tensors are on the host.
 
     Args:
         entries: The step; every token before an entry's `start` is in the cache already or in an
             earlier entry, of the same request or of one whose prompt begins alike.
         page_size: Slots per page.
         num_micro_batches: How many batches to make.
-        device: Where their tensors go.
         position_offset: Added to absolute positions, not to places in pages: tests reach far
             positions with short contexts.
 
@@ -129,10 +128,55 @@ def build_batches(
         RuntimeError: A token is still unknown, so the step before has not been completed.
     """
     sizes = split_evenly(sum(entry.num_tokens for entry in entries), num_micro_batches)
+    return [_build(spans, page_size, position_offset) for spans in _cut(entries, sizes)]
+
+
+def moved(batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """Batches of a step on a device, by one copy for all that are not there yet."""
+    tensors: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    is_there = [batch.tokens_T.device == device for batch in batches]
+    if all(is_there):
+        return list(batches)
+    for batch, there in zip(batches, is_there, strict=True):
+        if not there:
+            _mapped(batch, note)
+    sent = iter(send_together(tensors, device))
     return [
-        _build(spans, page_size, torch.device(device), position_offset)
-        for spans in _cut(entries, sizes)
+        batch if there else _mapped(batch, lambda _: next(sent))
+        for batch, there in zip(batches, is_there, strict=True)
     ]
+
+
+def _mapped(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """The batch with each of its tensors changed, always in the same order."""
+    rows, plan = batch.decode_rows, batch.decode_plan
+    return replace(
+        batch,
+        tokens_T=change(batch.tokens_T),
+        positions_T=change(batch.positions_T),
+        slots_T=change(batch.slots_T),
+        decode_rows=change(rows) if isinstance(rows, torch.Tensor) else rows,
+        decode_plan=None if plan is None else _mapped_plan(plan, change),
+        prefill_spans=[replace(span, pages_n=change(span.pages_n)) for span in batch.prefill_spans],
+        sample_rows=change(batch.sample_rows),
+    )
+
+
+def _mapped_plan(plan: DecodePlan, change: Callable[[torch.Tensor], torch.Tensor]) -> DecodePlan:
+    chunks = plan.chunks()
+    return plan.with_chunks(
+        replace(
+            chunks,
+            pages_G=change(chunks.pages_G),
+            chunk_X4=change(chunks.chunk_X4),
+            first_T1=change(chunks.first_T1),
+        )
+    )
 
 
 def _cut(entries: Sequence[ScheduledRequest], sizes: Sequence[int]) -> Iterator[list[_Span]]:
@@ -151,9 +195,7 @@ def _cut(entries: Sequence[ScheduledRequest], sizes: Sequence[int]) -> Iterator[
         yield spans
 
 
-def _build(
-    spans: Sequence[_Span], page_size: int, device: torch.device, position_offset: int
-) -> Batch:
+def _build(spans: Sequence[_Span], page_size: int, position_offset: int) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -174,31 +216,31 @@ def _build(
             tokens.extend(_known_token(entry, index) for index in range(span.first, span.stop))
             positions.extend(range(start + position_offset, stop + position_offset))
             _extend_slots(slots, entry.pages, start, stop, page_size)
-            pages_n = torch.tensor(entry.pages[: -(-stop // page_size)], device=device)
+            pages_n = torch.tensor(entry.pages[: -(-stop // page_size)])
             prefills.append(PrefillSpan(slice(row, row + span.num_tokens), start, pages_n))
         if entry.progress.request.images:
             image_spans.extend(_image_spans(entry.progress.request.images, start, stop, row))
         if entry.samples and span.stop == entry.num_tokens:
             sample_rows.append(len(tokens) - 1)
     return Batch(
-        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
-        slots_T=torch.tensor(slots, dtype=torch.int64, device=device),
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        positions_T=torch.tensor(positions, dtype=torch.int64),
+        slots_T=torch.tensor(slots, dtype=torch.int64),
         last_position=max(positions, default=-1),
-        decode_rows=_row_index([row for row, _ in decodes], device),
-        decode_plan=_decode_plan([span for _, span in decodes], page_size, device),
+        decode_rows=_row_index([row for row, _ in decodes]),
+        decode_plan=_decode_plan([span for _, span in decodes], page_size),
         prefill_spans=prefills,
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         image_spans=image_spans,
     )
 
 
-def _decode_plan(spans: Sequence[_Span], page_size: int, device: torch.device) -> DecodePlan | None:
+def _decode_plan(spans: Sequence[_Span], page_size: int) -> DecodePlan | None:
     if not spans:
         return None
     tables = [span.entry.pages for span in spans]
     lengths = [span.entry.start + span.first + 1 for span in spans]
-    return DecodePlan(tables, lengths, page_size, device)
+    return DecodePlan(tables, lengths, page_size, torch.device("cpu"))
 
 
 def _known_token(entry: ScheduledRequest, index: int) -> int:
@@ -236,9 +278,9 @@ def _extend_slots(
         start += count
 
 
-def _row_index(rows: list[int], device: torch.device) -> slice | torch.Tensor:
+def _row_index(rows: list[int]) -> slice | torch.Tensor:
     if not rows:
         return slice(0, 0)
     if rows[-1] - rows[0] == len(rows) - 1:
         return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows)

@@ -17,13 +17,21 @@ from typing import Any
 
 import torch
 
-from ostro.actors.model.batch import Batch
+from ostro.actors.model.batch import Batch, build_batches
 from ostro.actors.model.decoder import Decoder, ExpertExchange
+from ostro.actors.model.packed_copy import (
+    Form,
+    host_memory,
+    packed_bytes,
+    packed_views,
+    send_together,
+)
 from ostro.configs.model import ModelConfig
 from ostro.kernels.gpu.mla_decode import (
     MAX_CHUNK_KEYS,
     MIN_CHUNK_KEYS,
     DecodeChunks,
+    cut_chunks,
     most_chunks,
     serves,
 )
@@ -71,45 +79,40 @@ def chunk_sizes(num_requests: int, most: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphInputs:
-    """What a graph reads, in memory that stays where it is."""
+    """What a graph reads: views of one piece of memory, of which a step copies the beginning."""
 
     tokens_T: torch.Tensor
     positions_T: torch.Tensor
     slots_T: torch.Tensor
-    sample_rows: torch.Tensor
     num_live: torch.Tensor
     chunks: DecodeChunks
 
-    def part(self, num_requests: int, num_chunks: int) -> GraphInputs:
-        """The same memory, as much of it as a smaller graph reads."""
-        return GraphInputs(
-            tokens_T=self.tokens_T[:num_requests],
-            positions_T=self.positions_T[:num_requests],
-            slots_T=self.slots_T[:num_requests],
-            sample_rows=self.sample_rows[:num_requests],
-            num_live=self.num_live,
-            chunks=DecodeChunks(
-                pages_G=self.chunks.pages_G,
-                chunk_X4=self.chunks.chunk_X4[:num_chunks],
-                first_T1=self.chunks.first_T1[: num_requests + 1],
-            ),
+    @classmethod
+    def within(cls, memory_bytes: torch.Tensor, forms: Sequence[Form]) -> GraphInputs:
+        """The views; `forms` are from `input_forms`."""
+        tokens_T, positions_T, slots_T, num_live, first_T1, chunk_X4, pages_G = packed_views(
+            memory_bytes, forms
+        )
+        return cls(
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            slots_T=slots_T,
+            num_live=num_live,
+            chunks=DecodeChunks(pages_G, chunk_X4, first_T1),
         )
 
     def fill(self, batch: Batch, chunks: DecodeChunks) -> None:
-        """Take a step's values; what is left of the memory becomes padding."""
+        """Take a step's values, on the host; all that is left becomes padding."""
         live, num_chunks = batch.num_tokens, len(chunks.chunk_X4)
-        self.tokens_T[:live].copy_(batch.tokens_T)
-        self.positions_T[:live].copy_(batch.positions_T)
-        self.slots_T[:live].copy_(batch.slots_T)
-        self.slots_T[live:].fill_(_NO_SLOT)
         self.num_live.fill_(live)
-        self.chunks.pages_G[: len(chunks.pages_G)].copy_(chunks.pages_G)
-        self.chunks.chunk_X4[:num_chunks].copy_(chunks.chunk_X4)
-        self.chunks.chunk_X4[num_chunks:].zero_()
-        self.chunks.first_T1[: live + 1].copy_(chunks.first_T1)
-        self.chunks.first_T1[live + 1 :].fill_(num_chunks)
+        _fill(self.tokens_T, batch.tokens_T, 0)
+        _fill(self.positions_T, batch.positions_T, 0)
+        _fill(self.slots_T, batch.slots_T, _NO_SLOT)
+        _fill(self.chunks.pages_G, chunks.pages_G, 0)
+        _fill(self.chunks.chunk_X4, chunks.chunk_X4, 0)
+        _fill(self.chunks.first_T1, chunks.first_T1, num_chunks)
 
-    def batch(self, page_size: int) -> Batch:
+    def batch(self, sample_rows: torch.Tensor, page_size: int) -> Batch:
         """A micro-batch of it all, padding included."""
         num_requests = len(self.tokens_T)
         return Batch(
@@ -120,33 +123,52 @@ class GraphInputs:
             decode_rows=slice(0, num_requests),
             decode_plan=DecodePlan.of_chunks(self.chunks, page_size),
             prefill_spans=(),
-            sample_rows=self.sample_rows,
+            sample_rows=sample_rows[:num_requests],
             image_spans=(),
             num_live=self.num_live,
         )
 
 
-def make_inputs(
-    num_requests: int, num_chunks: int, page_size: int, device: torch.device
-) -> GraphInputs:
-    """Of padding alone."""
+def _fill(whole: torch.Tensor, values: torch.Tensor, padding: int) -> None:
+    whole[: len(values)] = values
+    whole[len(values) :] = padding
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=dtype, device=device)
 
-    num_pages = num_chunks * -(-MAX_CHUNK_KEYS // page_size)
-    return GraphInputs(
-        tokens_T=zeros(num_requests),
-        positions_T=zeros(num_requests),
-        slots_T=zeros(num_requests).fill_(_NO_SLOT),
-        sample_rows=torch.arange(num_requests, device=device),
-        num_live=zeros(1, dtype=torch.int32),
-        chunks=DecodeChunks(
-            pages_G=zeros(num_pages, dtype=torch.int32),
-            chunk_X4=zeros(num_chunks, 4, dtype=torch.int32),
-            first_T1=zeros(num_requests + 1, dtype=torch.int32),
-        ),
-    )
+def input_forms(num_requests: int, num_chunks: int, num_pages: int) -> list[Form]:
+    """Forms of the inputs of a graph of such a size; what varies from step to step comes last."""
+    return [
+        (torch.int64, (num_requests,)),
+        (torch.int64, (num_requests,)),
+        (torch.int64, (num_requests,)),
+        (torch.int32, (1,)),
+        (torch.int32, (num_requests + 1,)),
+        (torch.int32, (num_chunks, 4)),
+        (torch.int32, (num_pages,)),
+    ]
+
+
+def most_pages(num_chunks: int, page_size: int) -> int:
+    """Pages of so many chunks, at most."""
+    return num_chunks * -(-MAX_CHUNK_KEYS // page_size)
+
+
+def load_inputs(
+    memory_bytes: torch.Tensor, size: tuple[int, int], batch: Batch, chunks: DecodeChunks
+) -> None:
+    """Send a step to where the graph of a size reads it, as one copy that nobody waits for.
+
+    The graph before may still read: on one stream the copy comes after it, and before the next.
+
+    Args:
+        memory_bytes: uint8, on the device; all graphs read it from its beginning.
+        size: (requests, chunks) of the graph.
+        batch: Of the step, on the host.
+        chunks: Likewise.
+    """
+    forms = input_forms(*size, len(chunks.pages_G))
+    host_bytes = host_memory(packed_bytes(forms), memory_bytes.device)
+    GraphInputs.within(host_bytes, forms).fill(batch, chunks)
+    memory_bytes[: len(host_bytes)].copy_(host_bytes, non_blocking=True)
 
 
 def fitting_size(
@@ -177,7 +199,7 @@ class GraphedDecoder:
         """The exchange must do without the host: nothing may be waited for within a graph."""
         self._decoder = decoder
         self._exchange = exchange
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, GraphInputs]] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._sizes: dict[int, list[int]] = {}
         self.seconds = decoder.seconds
         self.seconds["graph"] = 0.0
@@ -205,18 +227,16 @@ class GraphedDecoder:
             count: [most[count]] if only_largest else chunk_sizes(count, most[count])
             for count in counts
         }
+        sizes = [(count, chunks) for count in self._sizes for chunks in self._sizes[count]]
         device = self._decoder.cache.layers[0].device
-        whole = make_inputs(max_requests, max(most.values()), page_size, device)
-        config = self._decoder.config
-        logits_TV = torch.empty(max_requests, config.vocab_size, device=device)
+        num_bytes = max(packed_bytes(self._forms(size)) for size in sizes)
+        self._memory_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._sample_rows = torch.arange(max_requests, device=device)
+        vocabulary = self._decoder.config.vocab_size
+        self._logits_TV = torch.empty(max_requests, vocabulary, device=device)
         pool = torch.cuda.graph_pool_handle()
-        for num_requests in reversed(self._sizes):
-            for num_chunks in reversed(self._sizes[num_requests]):
-                inputs = whole.part(num_requests, num_chunks)
-                graph = self._capture(inputs, logits_TV[:num_requests], pool)
-                self._graphs[num_requests, num_chunks] = graph, inputs
-                self._last = graph
-        self._logits_TV = logits_TV
+        for size in reversed(sizes):
+            self._graphs[size] = self._last = self._capture(size, pool)
         logger.info(
             "captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - began_s
         )
@@ -228,13 +248,15 @@ class GraphedDecoder:
         if found is None:
             return self._decoder.forward(batches, exchange)
         began_s = time.perf_counter()
-        graph, inputs, batch, chunks = found
-        inputs.fill(batch, chunks)
-        graph.replay()
-        self._last = graph
+        size, chunks = found
+        batch, device = batches[0], self._memory_bytes.device
+        load_inputs(self._memory_bytes, size, batch, chunks)
+        self._last = self._graphs[size]
+        self._last.replay()
         logits_BV = self._logits_TV[: batch.num_tokens]
         if len(batch.sample_rows) < batch.num_tokens:
-            logits_BV = logits_BV.index_select(0, batch.sample_rows)
+            (sample_rows,) = send_together([batch.sample_rows], device)
+            logits_BV = logits_BV.index_select(0, sample_rows)
         self.seconds["graph"] += time.perf_counter() - began_s
         return [logits_BV]
 
@@ -242,10 +264,8 @@ class GraphedDecoder:
         """The graph of the last decode step once more, for benchmarks."""
         self._last.replay()
 
-    def _find(
-        self, batches: Sequence[Batch]
-    ) -> tuple[torch.cuda.CUDAGraph, GraphInputs, Batch, DecodeChunks] | None:
-        """The graph of a step, if it has one."""
+    def _find(self, batches: Sequence[Batch]) -> tuple[tuple[int, int], DecodeChunks] | None:
+        """Size of the graph of a step, if it has one, and the step's chunks."""
         batch = batches[0]
         if len(batches) > 1 or batch.decode_plan is None:
             return None
@@ -253,13 +273,18 @@ class GraphedDecoder:
             return None
         chunks = batch.decode_plan.chunks()
         size = fitting_size(self._sizes, batch.num_tokens, len(chunks.chunk_X4))
-        return None if size is None else (*self._graphs[size], batch, chunks)
+        return None if size is None else (size, chunks)
 
-    def _capture(
-        self, inputs: GraphInputs, logits_TV: torch.Tensor, pool: Any
-    ) -> torch.cuda.CUDAGraph:
+    def _forms(self, size: tuple[int, int]) -> list[Form]:
+        return input_forms(*size, most_pages(size[1], self._decoder.cache.page_size))
+
+    def _capture(self, size: tuple[int, int], pool: Any) -> torch.cuda.CUDAGraph:
         """Of padding alone: the experts' counts and the cache stay as they are."""
-        batch = inputs.batch(self._decoder.cache.page_size)
+        page_size = self._decoder.cache.page_size
+        (padding,) = build_batches([], page_size=page_size, num_micro_batches=1)
+        load_inputs(self._memory_bytes, size, padding, cut_chunks([], [], page_size))
+        inputs = GraphInputs.within(self._memory_bytes, self._forms(size))
+        batch = inputs.batch(self._sample_rows, page_size)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -267,5 +292,6 @@ class GraphedDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
+            logits_TV = self._logits_TV[: size[0]]
             logits_TV.copy_(self._decoder.forward([batch], self._exchange)[0])
         return graph

@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import embedding
 
 from ostro.actors.model.attention import Attention, PositionTerms
-from ostro.actors.model.batch import Batch, ImageSpan
+from ostro.actors.model.batch import Batch, ImageSpan, moved
 from ostro.actors.model.image_features import ImageFeatures
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.vision import VisionTower
@@ -125,12 +125,12 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batches: Sequence[Batch], exchange: ExpertExchange) -> list[torch.Tensor]:
-        """Advance every token of the step by one forward pass.
+        """Advance every token of the step by one forward pass; the batches may be on the host.
 
         Returns:
             Per micro-batch the logits of its `sample_rows`, float32 [B, V].
         """
-        slices = [self._enter(batch) for batch in batches]
+        slices = [self._enter(batch) for batch in moved(batches, self._weights.embed_VD.device)]
         last = self.config.num_layers - 1
         for layer in range(self.config.num_layers):
             for index, slice_ in enumerate(slices):

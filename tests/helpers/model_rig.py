@@ -123,7 +123,6 @@ class ModelRig:
         )
         self._num_micro_batches = num_micro_batches
         self._position_offset = position_offset
-        self._device = device
         # A fixed shuffle: pages of a request are neither consecutive nor ascending.
         generator = torch.Generator().manual_seed(5)
         self._free_pages: list[int] = torch.randperm(num_pages, generator=generator).tolist()
@@ -166,13 +165,11 @@ class ModelRig:
             entries,
             page_size=self.cache.page_size,
             num_micro_batches=self._num_micro_batches,
-            device=self._device,
             position_offset=self._position_offset,
         )
         if all_rows:
             batches = [
-                replace(batch, sample_rows=torch.arange(batch.num_tokens, device=self._device))
-                for batch in batches
+                replace(batch, sample_rows=torch.arange(batch.num_tokens)) for batch in batches
             ]
         return self.decoder.forward(batches, self.exchange)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from model_rig import make_progress
 
 from ostro.actors.engine.request import RequestState
 from ostro.actors.engine.step import ScheduledRequest
-from ostro.actors.model.batch import Batch, build_batches, split_evenly
+from ostro.actors.model.batch import Batch, build_batches, moved, split_evenly
 
 
 def entry(
@@ -30,7 +32,7 @@ def entry(
 
 
 def build(entries: list[ScheduledRequest], num_micro_batches: int = 1) -> list[Batch]:
-    return build_batches(entries, page_size=4, num_micro_batches=num_micro_batches, device="cpu")
+    return build_batches(entries, page_size=4, num_micro_batches=num_micro_batches)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_a_token_that_is_still_unknown_is_an_error() -> None:
 
 def test_position_offset_moves_positions_but_not_slots() -> None:
     (batch,) = build_batches(
-        [entry(1, 2, [3])], page_size=4, num_micro_batches=1, device="cpu", position_offset=8192
+        [entry(1, 2, [3])], page_size=4, num_micro_batches=1, position_offset=8192
     )
     assert batch.positions_T.tolist() == [8193, 8194]
     assert batch.slots_T.tolist() == [13, 14]
@@ -130,3 +132,36 @@ def test_a_token_that_a_cancelled_request_will_never_know_is_filled_in() -> None
     planned.progress.move_to(RequestState.FINISHED)
     (batch,) = build([planned])
     assert batch.num_tokens == 1
+
+
+def test_batches_of_another_device_are_moved_whole() -> None:
+    entries = [entry(8, 1, [1, 2, 3], samples=True), entry(0, 4, [4]), entry(3, 2, [5, 6])]
+    batches = build(entries, 2)
+    # Not equal to plain "cpu", so that everything is packed and copied.
+    for found, batch in zip(moved(batches, torch.device("cpu:0")), batches, strict=True):
+        assert found is not batch
+        assert torch.equal(found.tokens_T, batch.tokens_T)
+        assert torch.equal(found.positions_T, batch.positions_T)
+        assert torch.equal(found.slots_T, batch.slots_T)
+        assert torch.equal(found.sample_rows, batch.sample_rows)
+        for one, other in zip(found.prefill_spans, batch.prefill_spans, strict=True):
+            assert (one.rows, one.start) == (other.rows, other.start)
+            assert torch.equal(one.pages_n, other.pages_n)
+        assert (found.decode_plan is None) is (batch.decode_plan is None)
+        if found.decode_plan is not None and batch.decode_plan is not None:
+            assert found.decode_plan.context_lengths == batch.decode_plan.context_lengths
+            chunks = astuple(batch.decode_plan.chunks())
+            for one, other in zip(astuple(found.decode_plan.chunks()), chunks, strict=True):
+                assert torch.equal(one, other)
+
+
+def test_moved_decode_rows_that_are_apart_stay_apart() -> None:
+    (batch,) = build([entry(8, 1, [1, 2, 3]), entry(0, 4, [4]), entry(3, 1, [5])])
+    (found,) = moved([batch], torch.device("cpu:0"))
+    assert isinstance(found.decode_rows, torch.Tensor)
+    assert found.decode_rows.tolist() == [0, 5]
+
+
+def test_batches_that_are_there_are_not_copied() -> None:
+    batches = build([entry(0, 3, [5], samples=True)], 2)
+    assert [id(batch) for batch in moved(batches, torch.device("cpu"))] == list(map(id, batches))

@@ -15,11 +15,16 @@ from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.batch import Batch, build_batches
 from ostro.actors.model.cuda_graphs import (
     GraphedDecoder,
+    GraphInputs,
     chunk_sizes,
     fitting_size,
-    make_inputs,
+    input_forms,
+    load_inputs,
+    most_pages,
     request_sizes,
 )
+from ostro.actors.model.packed_copy import packed_bytes
+from ostro.kernels.gpu.mla_decode import cut_chunks
 from ostro.kernels.mla_decode import DecodePlan
 
 PAGE_SIZE, NUM_PAGES = 16, 256
@@ -87,19 +92,62 @@ def _step(lengths: list[int]) -> Batch:
     )
 
 
-def test_inputs_of_a_smaller_step_leave_nothing_of_a_larger_one() -> None:
-    inputs = make_inputs(4, 8, PAGE_SIZE, torch.device("cpu"))
-    for lengths in ([300, 20, 5, 700], [40]):
+def _inputs(memory_bytes: torch.Tensor, size: tuple[int, int]) -> GraphInputs:
+    forms = input_forms(*size, most_pages(size[1], PAGE_SIZE))
+    return GraphInputs.within(memory_bytes, forms)
+
+
+def _poisoned(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that was used before: large negative numbers of any dtype."""
+    return torch.full((num_bytes,), 0x9B, dtype=torch.uint8, device=device)
+
+
+def test_a_step_leaves_nothing_of_other_steps_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ostro.actors.model.cuda_graphs.host_memory", _poisoned)
+    sizes = ((4, 8), (2, 4), (4, 8))
+    memory_bytes = _poisoned(
+        packed_bytes(input_forms(*sizes[0], most_pages(8, PAGE_SIZE))), torch.device("cpu")
+    )
+    for size, lengths in zip(sizes, ([300, 20, 5, 700], [300, 17], [40]), strict=True):
         step = _step(lengths)
         assert step.decode_plan is not None
-        inputs.fill(step, step.decode_plan.chunks())
-    assert inputs.num_live.tolist() == [1]
-    assert inputs.tokens_T[0] == 100
-    assert inputs.slots_T.tolist() == [1000, -1, -1, -1]
-    assert inputs.chunks.first_T1.tolist() == [0, 1, 1, 1, 1]
-    assert inputs.chunks.chunk_X4[0].tolist() == [0, 0, 40, 0]
-    assert not inputs.chunks.chunk_X4[1:].any()
-    assert inputs.chunks.pages_G[:3].tolist() == [0, 1, 2]
+        chunks = step.decode_plan.chunks()
+        load_inputs(memory_bytes, size, step, chunks)
+        inputs, live, num_chunks = _inputs(memory_bytes, size), len(lengths), len(chunks.chunk_X4)
+        padding = size[0] - live
+        assert inputs.num_live.tolist() == [live]
+        assert inputs.tokens_T.tolist() == step.tokens_T.tolist() + [0] * padding
+        assert inputs.positions_T.tolist() == step.positions_T.tolist() + [0] * padding
+        assert inputs.slots_T.tolist() == step.slots_T.tolist() + [-1] * padding
+        first = chunks.first_T1.tolist() + [num_chunks] * padding
+        assert inputs.chunks.first_T1.tolist() == first
+        assert torch.equal(inputs.chunks.chunk_X4[:num_chunks], chunks.chunk_X4)
+        assert not inputs.chunks.chunk_X4[num_chunks:].any()
+        assert torch.equal(inputs.chunks.pages_G[: len(chunks.pages_G)], chunks.pages_G)
+
+
+def test_no_requests_are_padding_alone() -> None:
+    memory_bytes = _poisoned(
+        packed_bytes(input_forms(2, 4, most_pages(4, PAGE_SIZE))), torch.device("cpu")
+    )
+    (padding,) = build_batches([], page_size=PAGE_SIZE, num_micro_batches=1)
+    load_inputs(memory_bytes, (2, 4), padding, cut_chunks([], [], PAGE_SIZE))
+    inputs = _inputs(memory_bytes, (2, 4))
+    assert inputs.num_live.tolist() == [0]
+    assert inputs.slots_T.tolist() == [-1, -1]
+    assert inputs.chunks.first_T1.tolist() == [0, 0, 0]
+    assert not inputs.chunks.chunk_X4.any()
+    batch = inputs.batch(torch.arange(2), PAGE_SIZE)
+    assert batch.num_tokens == 2
+    assert batch.sample_rows.tolist() == [0, 1]
+
+
+def test_inputs_hold_the_pages_of_the_largest_chunks() -> None:
+    lengths = [2_048, 16_384, 70_000]
+    step = _step(lengths)
+    assert step.decode_plan is not None
+    chunks = step.decode_plan.chunks()
+    assert len(chunks.pages_G) <= most_pages(len(chunks.chunk_X4), PAGE_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +202,7 @@ def test_graphs_give_the_logits_of_single_launches(directory: Path, dtype: torch
     for step in range(5):
         live = progress[: 1 + step % 3]
         entries = [rig.entry(one, 1) for one in live]
-        batches = build_batches(entries, page_size=PAGE_SIZE, num_micro_batches=1, device="cuda")
+        batches = build_batches(entries, page_size=PAGE_SIZE, num_micro_batches=1)
         graphs = graphed.seconds["graph"]
         (logits_BV,) = graphed.forward(batches, exchange)
         assert graphed.seconds["graph"] > graphs
@@ -171,7 +219,7 @@ def test_steps_without_a_graph_go_launch_by_launch(directory: Path) -> None:
     graphed, exchange = _graphed(rig)
     graphed.capture(max_requests=1, max_context=2048, num_pages=NUM_PAGES)
     entries = [rig.entry(one, one.num_tokens) for one in _prompts()]
-    batches = build_batches(entries, page_size=PAGE_SIZE, num_micro_batches=1, device="cuda")
+    batches = build_batches(entries, page_size=PAGE_SIZE, num_micro_batches=1)
     (logits_BV,) = graphed.forward(batches, exchange)
     assert graphed.seconds["graph"] == 0.0
     assert relative_error(logits_BV, rig.step(entries)) < 1e-4

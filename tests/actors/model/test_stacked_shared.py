@@ -170,9 +170,7 @@ def test_a_graph_gives_what_single_launches_give(
     for one, token_id in zip(progress, logits_BV.argmax(dim=1).tolist(), strict=True):
         one.output_token_ids.append(token_id)
     entries = [rig.entry(one, 1) for one in progress]
-    batches = build_batches(
-        entries, page_size=rig.cache.page_size, num_micro_batches=1, device="cuda"
-    )
+    batches = build_batches(entries, page_size=rig.cache.page_size, num_micro_batches=1)
     expected_BV = rig.step(entries)
     local.take_counts()
     (logits_BV,) = graphed.forward(batches, rig.exchange)  # of four requests, one of them padding

@@ -113,6 +113,7 @@ class Router:
         self._epoch_number = -1
         self._keys: KeyTable | None = None
         self._quotas = TenantQuotas()
+        self._num_resumed = 0
         self._done = CellTotals()  # in the epochs before this one
         self._requests = self._no_requests()
         self._ingresses = IngressLinks()
@@ -186,6 +187,7 @@ class Router:
             rank_of_physical=list(placement.rank_of_physical) if placement else [],
             seconds=dict(done.seconds),
             num_steps=done.num_steps,
+            num_resumed=self._num_resumed,
         )
 
     @property
@@ -356,6 +358,7 @@ class Router:
                 why = "stopping" if self._draining else "starting or recovering"
                 raise NotReadyError(f"the server is {why}; try again", retry_after_s=5)
             rank = self._requests.place(request, ingress_id, is_resumed=output is not None)
+            self._num_resumed += output is not None
         except OstroError as error:
             self._ingresses.reject(ingress_id, request.request_id, error)
             return

@@ -96,6 +96,7 @@ class CellCollector(Collector):
         yield "expert_tokens", self._expert_samples(state)
         yield "expert_imbalance_ratio", [((), expert_imbalance(state))]
         yield "steps", [((), state.num_steps)]
+        yield "requests_resumed", [((), state.num_resumed)]
         yield from _step_samples(state.seconds)
         yield from _actor_samples(state.actors)
 

@@ -220,6 +220,7 @@ _CELL = (
     *_counted(
         "requests",
         ("num_preemptions", "engine", "Requests set back for want of pages"),
+        ("requests_resumed", "", "Choices that went on after the loss of a rank"),
         source=Source.CELL,
     ),
     *_counted(

@@ -141,6 +141,7 @@ ROWS: dict[str, Sequence[Panel]] = {
             (Query(ratio(rate("prefix_cache_hits"), rate("prefix_cache_queries")), "hits"),),
         ),
         _by("Preemptions", _PER_SECOND, rate("num_preemptions", "engine"), "engine"),
+        Panel("Resumed", _PER_SECOND, (Query(rate("requests_resumed"), "after a loss"),)),
     ),
     "Reasoning": (
         _by("Thinking by effort", _TOKENS_PER_S, rate("thinking_tokens", "effort"), "effort"),

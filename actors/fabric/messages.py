@@ -311,6 +311,7 @@ class State(_Message, frozen=True):
         rows_LE: Rows per layer and logical expert.
         physical_to_logical: Logical expert of every physical slot, in rank order.
         seconds: By stage, over all ranks.
+        num_resumed: Choices that went on after a loss.
     """
 
     tag: int
@@ -323,6 +324,7 @@ class State(_Message, frozen=True):
     rank_of_physical: list[int]
     seconds: dict[str, float]
     num_steps: int
+    num_resumed: int = 0
 
 
 # ---- an attention shard to an ingress

@@ -113,6 +113,7 @@ def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
 
     undisturbed, disturbed, state = asyncio.run(run())
     assert state.epoch == 1
+    assert 1 <= state.num_resumed <= 4
     assert disturbed == undisturbed
     assert all(
         len(tokens) == _NUM_NEW and end[0] is FinishReason.LENGTH

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ostro.actors.errors import OstroError, ShardLostError
+from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
 from ostro.actors.model.device import choose_dtype, choose_precision, weight_dtype
 from ostro.actors.router import Router
@@ -108,6 +108,7 @@ def launch(
             cannot be read, or the Ray cluster serves something already.
         CheckpointError: The checkpoint cannot be served.
         ShardLostError: A rank did not start; the message names it.
+        NotReadyError: Ray did not start here.
     """
     seconds: dict[str, float] = {}
     config = load_model_config(model_dir)
@@ -172,13 +173,19 @@ def _connect(layout: LayoutConfig) -> bool:
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
-    ray.init(
-        address=address,
-        namespace=NAMESPACE,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        **(fresh if address == "local" else {}),
-    )
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            **(fresh if address == "local" else {}),
+        )
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # What Ray raises where its processes did not come up in the 30 s that it gives them.
+        raise NotReadyError(f"Ray did not start, is the machine busy? {error}") from error
     return True
 
 
@@ -346,7 +353,7 @@ def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
         done, _ = ray.wait([started], timeout=_POLL_S)
         if done:
             break
-        on_progress("load", ray.get(router.state.remote(), timeout=_CALL_TIMEOUT_S))
+        _tell_progress(router, on_progress)
     try:
         ray.get(started)
     except ray.exceptions.RayTaskError as error:
@@ -356,7 +363,13 @@ def _wait_started(router: Any, started: Any, on_progress: OnProgress) -> None:
         raise
     except ray.exceptions.RayActorError:
         raise ShardLostError("the router died while it started; see Ray's logs") from None
-    on_progress("load", ray.get(router.state.remote(), timeout=_CALL_TIMEOUT_S))
+    _tell_progress(router, on_progress)
+
+
+def _tell_progress(router: Any, on_progress: OnProgress) -> None:
+    """A router that is too busy to say how far it is goes on loading all the same."""
+    with suppress(ray.exceptions.GetTimeoutError):
+        on_progress("load", ray.get(router.state.remote(), timeout=_CALL_TIMEOUT_S))
 
 
 def _end_router(router: Any) -> None:

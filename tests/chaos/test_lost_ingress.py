@@ -19,6 +19,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 PATIENT = Retries(most=40, first_delay_s=0.2, longest_delay_s=2.0)
 QUESTION = "What is 847 * 26?"
+# Long enough that it is still being made when the replica dies, however busy the machine.
+ASKED = {
+    "effort": "high",
+    "temperature": 0,
+    "options": pb.GenerationOptions(stopping=pb.StoppingOptions(ignore_eos=True, max_tokens=1500)),
+}
 
 
 @pytest.fixture
@@ -36,9 +42,9 @@ def replicas(served: Served) -> list[int]:
 
 def test_a_stream_outlives_its_ingress_replica(served: Served) -> None:
     with Client(served.grpc_address, retries=PATIENT) as client:
-        whole = client.chat(QUESTION, effort="high", temperature=0).choices[0].message
+        whole = client.chat(QUESTION, **ASKED).choices[0].message
         texts, breaks = {pb.CHANNEL_THINKING: "", pb.CHANNEL_ANSWER: ""}, []
-        for event in client.stream_chat(QUESTION, effort="high", temperature=0):
+        for event in client.stream_chat(QUESTION, **ASKED):
             if isinstance(event, pb.Delta):
                 if not breaks and texts[pb.CHANNEL_THINKING] == "":
                     for pid in replicas(served):

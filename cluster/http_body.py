@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import msgspec
 from pydantic import ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from ostro.actors.errors import InvalidRequestError, SlowBodyError, TooLargeError
 from ostro.cluster.wire_schema import RequestBody, ignored_fields
@@ -50,12 +50,14 @@ async def read_body(
     Raises:
         TooLargeError: More than `max_body_bytes`.
         SlowBodyError: It took longer than `body_timeout_s`.
-        InvalidRequestError: No JSON, or no UTF-8.
+        InvalidRequestError: No JSON, or no UTF-8, or the caller left before it was whole.
         SchemaError: JSON that is no `kind`.
     """
     try:
         async with asyncio.timeout(limits.body_timeout_s) as timeout:
             data = await _read(request, limits.max_body_bytes)
+    except ClientDisconnect:  # nobody reads the refusal, but the logs tell of no failure of ours
+        raise InvalidRequestError("the body broke off", code="incomplete_body") from None
     except TimeoutError:
         if not timeout.expired():
             raise

@@ -28,6 +28,7 @@ from door_keys import (
 )
 from fastapi.routing import APIRoute
 from scripted_frontend import MODEL, THOUGHTFUL, ScriptedFrontend, served
+from wait_for import wait_for
 
 from ostro.actors.errors import QuotaError, SpentQuotaError
 from ostro.cluster.audit import AuditLog
@@ -424,6 +425,20 @@ def test_a_client_that_leaves_is_seen_in_its_line(audited):
     (line,) = audited()
     assert (line["status"], line["finish_reason"]) == (200, None)
     assert (line["prompt_tokens"], line["completion_tokens"]) == (7, None)
+
+
+def test_a_client_that_leaves_in_its_body_is_no_failure_of_ours(audited, caplog):
+    with (
+        face() as client,
+        socket.create_connection((client.base_url.host, client.base_url.port), 10) as connection,
+    ):
+        head = f"POST {CHAT_PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {GENERATE}\r\n"
+        connection.sendall(head.encode() + b"content-length: 1000000\r\n\r\n{")
+        connection.close()
+        wait_for(lambda: CHAT_PATH in caplog.text)
+    text = caplog.text
+    assert [line["status"] for line in audited()] == [400]
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,12 @@ class HealthBook:
         self._num_restarts: Counter[int] = Counter()
         self._asked_s = -_FRESH_S
 
+    async def latest_epoch(self) -> int:
+        """The highest epoch that any rank knows of; -1 if none does."""
+        await self.statuses()
+        epochs = (health.epoch for health in self._answers.values())
+        return max((epoch for epoch in epochs if epoch is not None), default=-1)
+
     async def statuses(self) -> list[ActorStatus]:
         """All ranks, in rank order."""
         if time.monotonic() - self._asked_s >= _FRESH_S:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from ostro.actors.errors import TransportError
+from ostro.actors.errors import ShardLostError, TransportError
 from ostro.actors.fabric.placement import Placement
 from ostro.configs.deployment import DeploymentConfig
+
+logger = logging.getLogger(__name__)
+
+_SILENT_TIMEOUT_S = 15.0
 
 
 class RankState(StrEnum):
@@ -126,3 +131,12 @@ async def wait_for_all(calls: Iterable[Coroutine[None, None, None]]) -> None:
     errors.sort(key=lambda error: not isinstance(error, TransportError))
     if errors:
         raise errors[0]
+
+
+async def restart_if_silent(peer: Peer) -> None:
+    """End a rank that hangs; one that died comes back by itself and answers in time."""
+    try:
+        await peer.health(timeout_s=_SILENT_TIMEOUT_S)
+    except ShardLostError as error:
+        logger.warning("restarting %s: %s", peer.name, error)
+        await peer.restart()

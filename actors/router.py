@@ -48,7 +48,7 @@ from ostro.actors.fabric.placement import Placement, initial_placement
 from ostro.actors.health_book import HealthBook
 from ostro.actors.ingress_links import IngressLinks, counted
 from ostro.actors.model.weights import check_checkpoint
-from ostro.actors.rank import EpochSpec, Peer, RankSpec, wait_for_all
+from ostro.actors.rank import EpochSpec, Peer, RankSpec, restart_if_silent, wait_for_all
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
@@ -56,7 +56,6 @@ from ostro.configs.key_table import KeyTable
 
 logger = logging.getLogger(__name__)
 
-_SILENT_TIMEOUT_S = 15.0
 _LEAVE_TIMEOUT_S = 10.0
 _MEND_PAUSE_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 _WATCH_EVERY_S = 1.0
@@ -78,8 +77,8 @@ class _Ground:
 class Router:
     """Conducts one cell.
 
-    Remote surface: `start`, `address`, `set_keys`, `state`, `drain`, `stop`. Everything else
-    arrives on the step listener, where ranks and ingress replicas show the deployment's secret.
+    Remote surface: `start`, `resume`, `address`, `set_keys`, `state`, `drain`, `stop`. All else
+    arrives on the step listener, from ranks and ingress replicas that show the secret.
     """
 
     def __init__(
@@ -133,12 +132,21 @@ class Router:
         async with self._starting:
             if self._ground is None:
                 self._ground = await self._lay_ground()
-                self._spawn(self._watch())
             if not (self._epoch and self._epoch.serving):
                 await self._begin_epoch(self._ground)
 
+    async def resume(self) -> None:
+        """Begin to take over the ranks of a router that died, and go on until that succeeds."""
+        async with self._starting:
+            if self._ground is not None:
+                return
+            # No number twice: what was sent in an earlier epoch may still be on its way.
+            self._epoch_number = await self._health.latest_epoch()
+            self._ground = await self._lay_ground()
+        self._spawn(self._mend())
+
     async def address(self) -> str:
-        """Where ranks and ingress replicas connect."""
+        """Where ranks and ingress replicas connect; NotReadyError before `start` or `resume`."""
         if self._ground is None:
             raise NotReadyError("the router has not been started; call start() first")
         return self._ground.address
@@ -203,7 +211,9 @@ class Router:
             config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
         )
         self._rows_LE = [[0] * config.num_experts for _ in range(config.num_layers)]
-        return _Ground(placement, host_store(self._host), await self._server.start())
+        ground = _Ground(placement, host_store(self._host), await self._server.start())
+        self._spawn(self._watch())
+        return ground
 
     async def _begin_epoch(self, ground: _Ground) -> None:
         timeouts = self._deployment.layout
@@ -277,7 +287,7 @@ class Router:
         for attempt in itertools.count():
             await asyncio.sleep(_MEND_PAUSE_S[min(attempt, len(_MEND_PAUSE_S) - 1)])
             try:
-                await wait_for_all(self._restart_if_silent(peer) for peer in self._peers)
+                await wait_for_all(restart_if_silent(peer) for peer in self._peers)
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
@@ -285,14 +295,6 @@ class Router:
                 logger.warning("epoch %d did not form: %s", self._epoch_number, error)
                 continue
             return
-
-    async def _restart_if_silent(self, peer: Peer) -> None:
-        """End a rank that hangs; one that died comes back by itself and answers in time."""
-        try:
-            await peer.health(timeout_s=_SILENT_TIMEOUT_S)
-        except ShardLostError as error:
-            logger.warning("restarting %s: %s", peer.name, error)
-            await peer.restart()
 
     async def _watch(self) -> None:
         """Name the ranks that sit on a step for too long."""

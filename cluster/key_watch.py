@@ -32,10 +32,16 @@ _CALL_TIMEOUT_S = 30.0
 Mark = tuple[int, int, int, int] | None
 
 
-def key_publishing(security: SecurityConfig, router: Any) -> AbstractContextManager[None]:
+def no_keys() -> None:
+    """Publishes nothing, of a deployment without keys."""
+
+
+def key_publishing(
+    security: SecurityConfig, router: Any
+) -> AbstractContextManager[Callable[[], None]]:
     """Publishes a deployment's keys by way of its router actor, as `published_keys` does."""
     if security.key_file is None:
-        return nullcontext()
+        return nullcontext(no_keys)
 
     def publish(table: KeyTable) -> None:
         try:
@@ -49,11 +55,12 @@ def key_publishing(security: SecurityConfig, router: Any) -> AbstractContextMana
 @contextmanager
 def published_keys(
     path: Path, publish: Callable[[KeyTable], None], poll_s: float = _POLL_S
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Publish the keys now and, from a thread, whenever the file has changed.
 
-    A file that cannot be read later on leaves the keys as they were; a publication that fails is
-    tried again. Both are logged.
+    Gives a function that publishes those in force again, for a router that knows none. A file that
+    cannot be read later on leaves the keys as they were; a publication that fails is tried again.
+    Both are logged.
 
     Args:
         path: The key file.
@@ -65,23 +72,41 @@ def published_keys(
         ConfigError: The file cannot be read at first.
         OstroError: The first publication failed.
     """
-    mark = _mark(path)
-    publish(read_keys(path))
+    mark, in_force = _mark(path), _InForce(publish)
+    in_force.replace(read_keys(path))
     ending = threading.Event()
     watch = threading.Thread(
-        target=_watch, args=(path, publish, poll_s, mark, ending), name="key-watch", daemon=True
+        target=_watch, args=(path, in_force, poll_s, mark, ending), name="key-watch", daemon=True
     )
     watch.start()
     try:
-        yield
+        yield in_force.publish_again
     finally:
         ending.set()
         watch.join(_JOIN_TIMEOUT_S)
 
 
+class _InForce:
+    """The table that was published last; two threads may publish, and never an older one."""
+
+    def __init__(self, publish: Callable[[KeyTable], None]) -> None:
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._table = KeyTable()
+
+    def replace(self, table: KeyTable) -> None:
+        with self._lock:
+            self._publish(table)
+            self._table = table
+
+    def publish_again(self) -> None:
+        with self._lock:
+            self._publish(self._table)
+
+
 def _watch(
     path: Path,
-    publish: Callable[[KeyTable], None],
+    in_force: _InForce,
     poll_s: float,
     published: Mark,
     ending: threading.Event,
@@ -93,7 +118,7 @@ def _watch(
             continue
         try:
             table = read_keys(path)
-            publish(table)
+            in_force.replace(table)
         except ConfigError as error:
             logger.warning("the keys stay as they were: %s", error)
         except OstroError as error:

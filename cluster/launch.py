@@ -31,18 +31,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
 from ostro.actors.model.device import choose_dtype, choose_precision, weight_dtype
-from ostro.actors.router import Router
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.key_file import check_access
-from ostro.cluster.key_watch import key_publishing
+from ostro.cluster.key_watch import key_publishing, no_keys
 from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
 from ostro.cluster.peers import RayPeer, address_in, with_place
 from ostro.cluster.placed_shard import (
     PlacedAttentionShard,
     PlacedExpertShard,
-    listen_address,
+    PlacedRouter,
     thread_environment,
 )
+from ostro.cluster.router_watch import RayRouter, watched_router
 from ostro.cluster.running_cluster import RunningCluster
 from ostro.cluster.serve_ingress import (
     clear_ingress,
@@ -135,14 +135,16 @@ def launch(
         )
         with _stage("actors", seconds, on_progress):
             router = _make_actors(spec, nodes, device, attention, undo)
+            publish_keys = no_keys
             if with_ingress:
-                undo.enter_context(key_publishing(deployment.security, router))
+                publish_keys = undo.enter_context(key_publishing(deployment.security, router))
         with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
             started = router.start.remote()
             if with_ingress:
                 undo.callback(stop_ingress)
                 opened = pool.submit(start_ingress, spec)
             _wait_started(router, started, on_progress)
+            undo.enter_context(watched_router(RayRouter(router), publish_keys))
         if with_ingress:
             with _stage("answer", seconds, on_progress):
                 opened.result()
@@ -248,12 +250,12 @@ def _make_actors(
         peers.append(RayPeer(name, actor))
     host = _LOOPBACK if socket_dir else _address_of_first(group)
     router = (
-        ray.remote(Router)
+        ray.remote(PlacedRouter)
         .options(
             name=ROUTER_NAME,
             namespace=NAMESPACE,
             num_cpus=0,
-            max_restarts=0,
+            max_restarts=-1,
             max_concurrency=1000,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
@@ -264,7 +266,7 @@ def _make_actors(
             device=device,
             dtype=spec.dtype,
             host=host,
-            listen_address=listen_address(host, socket_dir, "router"),
+            socket_dir=socket_dir,
             secret=spec.secret,
         )
     )

@@ -1,15 +1,20 @@
-"""Shards that find out where they run: Ray may start one anew on another node.
+"""Actors that find out where they run: Ray may start one anew, a shard on another node.
 
 What `cluster.launch` makes actors of; `ostro.actors` knows nothing of Ray.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+
 import ray
 
 from ostro.actors.attention_shard import AttentionShard
 from ostro.actors.expert_shard import ExpertShard
 from ostro.actors.model.device import num_threads
+from ostro.actors.rank import Peer
+from ostro.actors.router import Router
 from ostro.configs.deployment import DeploymentConfig
 
 _LOOPBACK = "127.0.0.1"
@@ -35,6 +40,38 @@ class PlacedExpertShard(ExpertShard):
 
     def __init__(self, _name: str, socket_dir: str | None) -> None:
         super().__init__(host=_host(socket_dir), node_id=_node_id())
+
+
+class PlacedRouter(Router):
+    """A router that listens where no earlier process of it left a socket.
+
+    Args:
+        host: Its address in the cell, on any node but the cluster's only one.
+        socket_dir: See `PlacedAttentionShard`.
+    """
+
+    def __init__(
+        self,
+        deployment: DeploymentConfig,
+        model_dir: str,
+        peers: Sequence[Peer],
+        *,
+        device: str,
+        dtype: str,
+        host: str,
+        socket_dir: str | None,
+        secret: bytes,
+    ) -> None:
+        super().__init__(
+            deployment,
+            model_dir,
+            peers,
+            device=device,
+            dtype=dtype,
+            host=host,
+            listen_address=listen_address(host, socket_dir, f"router.{os.getpid()}"),
+            secret=secret,
+        )
 
 
 def listen_address(host: str, socket_dir: str | None, name: str) -> str:

@@ -276,3 +276,13 @@ def test_a_file_is_not_read_while_it_is_being_written(path, monkeypatch):
             write(path, entry() + "\n" * size)
             os.utime(path, ns=(size, size))
         assert published.get(timeout=WAIT_S).keys == (key(),)
+
+
+def test_the_keys_in_force_are_published_again_on_demand(path):
+    write_keys(path, TABLE)
+    published: queue.Queue[KeyTable] = queue.Queue()
+    with published_keys(path, published.put, poll_s=0.01) as publish_again:
+        assert published.get(timeout=WAIT_S) == TABLE
+        write(path, "keys: [")  # in force is what was whole
+        publish_again()
+        assert published.get(timeout=WAIT_S) == TABLE

@@ -189,12 +189,12 @@ async def local_cell(
         submit_timeout_s=10.0,
         recovery_timeout_s=recovery_timeout_s,
     )
+    cell = LocalCell(router, client, peers)
     try:
         await router.start()
         client.start()
-        cell = LocalCell(router, client, peers)
         await cell.wait_ready()
         yield cell
     finally:
         await client.close()
-        await router.stop()
+        await cell.router.stop()

@@ -22,6 +22,7 @@ from ostro.cluster.door import Door
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
+from ostro.cluster.image_fetch import ImageFetcher
 from ostro.cluster.key_ring import KeyRing
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.model_card import make_card
@@ -96,10 +97,11 @@ class Ingress(GrpcMethods):
             recovery_timeout_s=deployment.serving.recovery_timeout_s,
             on_keys=keys.replace,
         )
-        self._frontend = Frontend(self._cell, prompts, card, deployment)
         observability = deployment.observability
         self._tracer = make_tracer(observability, card.name, ingress_id, os.environ)
         self._metrics = Metrics(card.name, observability, self._tracer, deployment.serving.tls)
+        fetcher = ImageFetcher(deployment.serving, observe=self._metrics.observe_fetch)
+        self._frontend = Frontend(self._cell, prompts, card, deployment, fetcher)
         GrpcMethods.__init__(
             self,
             lambda: self._frontend,

@@ -13,6 +13,7 @@ import asyncio
 import ipaddress
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +24,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from ostro.actors.errors import InvalidRequestError, OverloadedError
+from ostro.cluster.fetch_outcome import (
+    FetchOutcome,
+    ObserveFetch,
+    RefusedImageError,
+    observe_nothing,
+)
 from ostro.cluster.generation import ChatMessage, ImageFile, ImageUrl
 from ostro.cluster.images import not_fetched
 from ostro.cluster.public_address import is_public_address
@@ -38,15 +45,6 @@ _HEADERS = {
     "Accept-Encoding": "identity",  # what unpacks could be larger than any limit
 }
 _NO_ADDRESS = "the URL's host has no address on the public internet"
-
-
-class _RefusedError(Exception):
-    """Why one image is not to be had."""
-
-    def __init__(self, why: str, code: str = "invalid_image_url") -> None:
-        super().__init__(why)
-        self.why = why
-        self.code = code
 
 
 class _NotPublicError(OSError):
@@ -66,11 +64,15 @@ def system_addresses(host: str) -> list[str]:
 class ImageFetcher:
     """Fetches for one event loop; nothing is kept from one request to the next.
 
+    A cache would tell one caller what another has fetched, by the time that an image takes. What is
+    dear comes after the fetch and is kept under the pixels' digest: prefix and embeddings.
+
     Args:
         serving: Limits of images; without its `image_fetch`, nothing is fetched.
         look_up: Host -> addresses; blocks.
         may_reach: Whether an address may be connected to.
         trust: Whose certificates count; None for the machine's.
+        observe: Told of every fetch that was begun or waited for.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class ImageFetcher:
         look_up: Callable[[str], list[str]] = system_addresses,
         may_reach: Callable[[str], bool] = is_public_address,
         trust: ssl.SSLContext | None = None,
+        observe: ObserveFetch = observe_nothing,
     ) -> None:
         self._config = serving.image_fetch
+        self._observe = observe
         self._max_image_bytes = serving.max_image_bytes
         self._max_request_bytes = serving.max_body_bytes
         self._may_reach = may_reach
@@ -164,19 +168,33 @@ class ImageFetcher:
                     made.shutdown(socket.SHUT_RDWR)
 
     async def _in_turn(self, file: ImageFile, config: ImageFetchConfig, room: _Room) -> ImageFile:
+        outcome, began_s, num_bytes = FetchOutcome.CANCELLED, time.monotonic(), 0
+        try:
+            await self._take_turn(config)
+            began_s = time.monotonic()
+            try:
+                data = await self._fetch(file, config, room)
+            finally:
+                self._free.release()
+            outcome, num_bytes = FetchOutcome.OK, len(data)
+            return replace(file, data=data)
+        except OverloadedError:
+            outcome = FetchOutcome.OVERLOADED
+            raise
+        except RefusedImageError as refused:
+            outcome = refused.outcome
+            raise InvalidRequestError(
+                f"{file.where}: {refused.why}", code=refused.code, param=file.where
+            ) from None
+        finally:
+            self._observe(outcome, time.monotonic() - began_s, num_bytes)
+
+    async def _take_turn(self, config: ImageFetchConfig) -> None:
         try:
             async with asyncio.timeout(config.timeout_s):
                 await self._free.acquire()
         except TimeoutError:
             raise _overloaded() from None
-        try:
-            return replace(file, data=await self._fetch(file, config, room))
-        except _RefusedError as refused:
-            raise InvalidRequestError(
-                f"{file.where}: {refused.why}", code=refused.code, param=file.where
-            ) from None
-        finally:
-            self._free.release()
 
     async def _fetch(self, file: ImageFile, config: ImageFetchConfig, room: _Room) -> bytes:
         """What goes wrong by way of the network, in words."""
@@ -185,20 +203,25 @@ class ImageFetcher:
             async with asyncio.timeout(config.timeout_s):
                 return await self._follow(_parsed(file.data.text), config, room)
         except TimeoutError:
-            raise _RefusedError(
+            raise RefusedImageError(
                 f"the image did not arrive within {config.timeout_s:g} s: send the file as a data "
-                f"URI"
+                f"URI",
+                FetchOutcome.TIMEOUT,
+            ) from None
+        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
+            raise RefusedImageError(
+                "the URL's host shows no certificate that holds for it", FetchOutcome.UNREACHABLE
             ) from None
         except aiohttp.ClientConnectorDNSError:
-            raise _RefusedError(_NO_ADDRESS) from None
-        except (aiohttp.ClientConnectorCertificateError, aiohttp.ClientConnectorSSLError):
-            raise _RefusedError("the URL's host shows no certificate that holds for it") from None
+            raise RefusedImageError(_NO_ADDRESS, FetchOutcome.NOT_ALLOWED) from None
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, _NotPublicError):
-                raise _RefusedError(_NO_ADDRESS) from None
-            raise _RefusedError("the URL's host cannot be reached") from None
+                raise RefusedImageError(_NO_ADDRESS, FetchOutcome.NOT_ALLOWED) from None
+            raise RefusedImageError(
+                "the URL's host cannot be reached", FetchOutcome.UNREACHABLE
+            ) from None
         except (aiohttp.ClientError, OSError, ValueError):
-            raise _RefusedError("the image cannot be fetched from this URL") from None
+            raise RefusedImageError("the image cannot be fetched from this URL") from None
 
     async def _follow(self, url: URL, config: ImageFetchConfig, room: _Room) -> bytes:
         for _ in range(config.max_redirects + 1):
@@ -210,13 +233,15 @@ class ImageFetcher:
                 if answer.status not in _REDIRECTS:
                     return await self._body(answer, room)
                 url = url.join(_parsed(answer.headers.get("Location", "")))
-        raise _RefusedError(f"the URL redirects more than {config.max_redirects} times")
+        raise RefusedImageError(f"the URL redirects more than {config.max_redirects} times")
 
     async def _body(self, answer: aiohttp.ClientResponse, room: _Room) -> bytes:
         if answer.status != 200:
-            raise _RefusedError(f"the URL's host answers with status {answer.status}, not 200")
+            raise RefusedImageError(f"the URL's host answers with status {answer.status}, not 200")
         if answer.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise _RefusedError("the URL's host sends the image packed, which was not asked for")
+            raise RefusedImageError(
+                "the URL's host sends the image packed, which was not asked for"
+            )
         if (answer.content_length or 0) > self._max_image_bytes:
             raise self._too_large()
         data = bytearray()
@@ -227,10 +252,11 @@ class ImageFetcher:
             room.take(len(chunk))
         return bytes(data)
 
-    def _too_large(self) -> _RefusedError:
-        return _RefusedError(
+    def _too_large(self) -> RefusedImageError:
+        return RefusedImageError(
             f"the image file is larger than {self._max_image_bytes} bytes, the most that is "
             f"taken: scale the image down or save it as JPEG",
+            FetchOutcome.TOO_LARGE,
             "image_too_large",
         )
 
@@ -285,9 +311,10 @@ class _Room:
     def take(self, num_bytes: int) -> None:
         self._left_bytes -= num_bytes
         if self._left_bytes < 0:
-            raise _RefusedError(
+            raise RefusedImageError(
                 f"the images of this request are larger than {self._max_bytes} bytes together: "
                 f"send fewer or smaller ones",
+                FetchOutcome.TOO_LARGE,
                 "image_too_large",
             )
 
@@ -302,7 +329,9 @@ def _with_files(message: ChatMessage, files: Iterator[ImageFile]) -> ChatMessage
 def _parsed(text: str) -> URL:
     """As it was written where that is well-formed: signatures may cover every character."""
     if len(text) > _MAX_URL_CHARS:
-        raise _RefusedError(f"a URL may have {_MAX_URL_CHARS} characters: send a data URI")
+        raise RefusedImageError(
+            f"a URL may have {_MAX_URL_CHARS} characters: send a data URI", FetchOutcome.NOT_ALLOWED
+        )
     is_encoded = text.isascii() and text.isprintable() and " " not in text
     return URL(text, encoded=is_encoded)
 
@@ -311,13 +340,19 @@ def _check_url(url: URL, config: ImageFetchConfig) -> None:
     """Refuse what may not be asked for, before anything is looked up."""
     host = (url.raw_host or "").lower().removesuffix(".")
     if url.scheme.lower() != "https" or not host:
-        raise _RefusedError("images are fetched over https alone, also after a redirect")
+        raise RefusedImageError(
+            "images are fetched over https alone, also after a redirect", FetchOutcome.NOT_ALLOWED
+        )
     if url.raw_user is not None or url.raw_password is not None:
-        raise _RefusedError("a URL with a user name or a password is not fetched: leave them out")
+        raise RefusedImageError(
+            "a URL with a user name or a password is not fetched: leave them out",
+            FetchOutcome.NOT_ALLOWED,
+        )
     if not config.allows_host(host) or url.port not in config.allowed_ports:
-        raise _RefusedError(
+        raise RefusedImageError(
             "this server fetches no images from the URL's host and port: send the file as a data "
-            "URI, or ask whoever runs it to name them in serving.image_fetch"
+            "URI, or ask whoever runs it to name them in serving.image_fetch",
+            FetchOutcome.NOT_ALLOWED,
         )
 
 

@@ -17,6 +17,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from ostro.actors.errors import DeadlineError, NotReadyError, OstroError, OverloadedError
 from ostro.cluster.cell_metrics import CellCollector
+from ostro.cluster.fetch_outcome import FetchOutcome
 from ostro.cluster.generation import Finished, GenerationEvent, ReasoningReport, Started, TextDelta
 from ostro.cluster.metrics_list import PREFIX, Kind, MetricSpec, Source, of_source
 from ostro.cluster.replica_families import CountsExchange, ReplicaFamilies
@@ -124,6 +125,11 @@ class Metrics:
     def count_refused_key(self, error: OstroError) -> None:
         """A caller was not let in."""
         self._counter("api_key_refusals", error.code).inc()
+
+    def observe_fetch(self, outcome: FetchOutcome, seconds: float, num_bytes: int) -> None:
+        """An image was fetched, or was not to be had."""
+        self._histogram("image_fetch_seconds", outcome).observe(seconds)
+        self._counter("image_fetch_bytes").inc(num_bytes)
 
     def share(self, exchange: CountsExchange) -> None:
         """Count together with the other replicas, for as long as this one lives."""

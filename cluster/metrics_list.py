@@ -190,6 +190,18 @@ _REQUESTS = (
         "request_generation_tokens", "tokens", _TOKENS, "Output tokens of a request", "effort"
     ),
     _histogram("request_params_n", "choices", _CHOICES, "Choices of a request"),
+    _histogram(
+        "image_fetch_seconds",
+        "seconds",
+        _FIRST_S,
+        "Of one image that a request names by URL, redirects included",
+        "outcome",
+    ),
+    *_counted(
+        "bytes",
+        ("image_fetch_bytes", "", "Files of images that were fetched"),
+        source=Source.REPLICA,
+    ),
 )
 
 _CELL = (

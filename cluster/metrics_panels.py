@@ -271,6 +271,18 @@ ROWS: dict[str, Sequence[Panel]] = {
             width=12,
         ),
     ),
+    "Images by URL": (
+        _by(
+            "Fetches", _PER_SECOND, rate("image_fetch_seconds", "outcome"), "outcome", stacked=True
+        ),
+        _by(
+            "Fetch time by outcome, p95",
+            "s",
+            quantile("image_fetch_seconds", 0.95, "outcome"),
+            "outcome",
+        ),
+        Panel("Fetched", "Bps", (Query(rate("image_fetch_bytes"), "files"),)),
+    ),
     "Certificates": (
         _by(
             "Days until they expire",

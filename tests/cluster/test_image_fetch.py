@@ -15,6 +15,7 @@ from image_host import NAME, OTHER_NAME, WAIT_S, ImageHost
 
 from ostro.actors.errors import InvalidRequestError, OverloadedError
 from ostro.cluster import image_fetch
+from ostro.cluster.fetch_outcome import FetchOutcome, ObserveFetch, observe_nothing
 from ostro.cluster.generation import ChatMessage, ImageFile, ImageUrl
 from ostro.cluster.image_fetch import ImageFetcher
 from ostro.cluster.public_address import is_public_address
@@ -52,6 +53,7 @@ def fetcher(
     may_reach: Callable[[str], bool] = here_or_public,
     trust: ssl.SSLContext | None = None,
     serving: dict[str, int] | None = None,
+    observe: ObserveFetch = observe_nothing,
     **fields: object,
 ) -> ImageFetcher:
     allowed = {"allowed_hosts": ("*",), "allowed_ports": (443, host.port), "timeout_s": WAIT_S}
@@ -61,6 +63,7 @@ def fetcher(
         look_up=look_up or host.look_up,
         may_reach=may_reach,
         trust=trust or host.trust,
+        observe=observe,
     )
 
 
@@ -414,12 +417,14 @@ def test_who_waits_too_long_for_a_turn_is_told_to_come_again(host: ImageHost) ->
         source = fetcher(host, max_concurrent=1)
         slow = asyncio.create_task(source.with_files(asking(host.url("/slow"))))
         await asyncio.to_thread(host.begun.wait, WAIT_S)
-        hasty = fetcher(host, max_concurrent=1, timeout_s=0.2)
+        seen = Observed()
+        hasty = fetcher(host, max_concurrent=1, timeout_s=0.2, observe=seen)
         hasty._free = source._free
         try:
             with pytest.raises(OverloadedError) as caught:
                 await hasty.with_files(asking(host.url("/a.png")))
             assert caught.value.retry_after_s == 1.0
+            assert seen.outcomes() == ["overloaded"]
         finally:
             slow.cancel()
             await asyncio.wait([slow])
@@ -443,6 +448,63 @@ def test_requests_that_wait_are_bounded(host: ImageHost, monkeypatch: pytest.Mon
 
     asyncio.run(ask())
     assert host.left.wait(WAIT_S)  # the caller who left is no longer fetched for
+
+
+# ---- what is counted
+
+
+class Observed:
+    """Notes what it is told of."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[FetchOutcome, float, int]] = []
+
+    def __call__(self, outcome: FetchOutcome, seconds: float, num_bytes: int) -> None:
+        self.seen.append((outcome, seconds, num_bytes))
+
+    def outcomes(self) -> list[str]:
+        return sorted(outcome.value for outcome, *_ in self.seen)
+
+
+def test_a_fetch_is_counted_with_its_time_and_its_bytes(host: ImageHost) -> None:
+    seen = Observed()
+    fetch(fetcher(host, observe=seen), to(host, "/a.png"), host.url("/b.png"))
+    assert seen.outcomes() == ["ok", "ok"]
+    for _, seconds, num_bytes in seen.seen:
+        assert 0 < seconds < WAIT_S
+        assert num_bytes == len(FILE) + 1
+
+
+@pytest.mark.parametrize(
+    ("path", "outcome"),
+    [
+        ("/nothing", "bad_answer"),
+        ("/packed", "bad_answer"),
+        ("/cut", "bad_answer"),
+        ("/announced", "too_large"),
+        ("/slow", "timeout"),
+        ("/to?url=https%3A%2F%2F10.0.0.1%2F", "not_allowed"),
+        ("/to?url=https%3A%2F%2Funknown.example.com%2F", "not_allowed"),
+        ("/to?url=http%3A%2F%2Fexample.com%2F", "not_allowed"),
+    ],
+)
+def test_a_refusal_is_counted_by_its_kind(host: ImageHost, path: str, outcome: str) -> None:
+    seen = Observed()
+    refusal(fetcher(host, observe=seen, timeout_s=1.0), host.url(path))
+    assert seen.outcomes() == [outcome]
+    assert seen.seen[0][2] == 0
+
+
+def test_hosts_that_cannot_be_spoken_to_are_counted(host: ImageHost) -> None:
+    seen = Observed()
+    refusal(fetcher(host, observe=seen, trust=ssl.create_default_context()), host.url("/a.png"))
+    assert seen.outcomes() == ["unreachable"]
+
+
+def test_images_that_another_ended_are_counted_as_cancelled(host: ImageHost) -> None:
+    seen = Observed()
+    refusal(fetcher(host, observe=seen), host.url("/slow"), host.url("/nothing"))
+    assert seen.outcomes() == ["bad_answer", "cancelled"]
 
 
 # ---- what is told

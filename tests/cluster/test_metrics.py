@@ -30,6 +30,7 @@ from ostro.actors.errors import (
 )
 from ostro.actors.fabric.messages import State
 from ostro.cluster.cell_metrics import expert_imbalance, expert_rows
+from ostro.cluster.fetch_outcome import FetchOutcome
 from ostro.cluster.generation import ChatGeneration, TextDelta
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.metrics_list import METRICS, PREFIX
@@ -211,6 +212,7 @@ def test_what_is_served_is_the_list_as_the_client_library_reads_it(tmp_path):
     with pytest.raises(OverloadedError):
         play(metrics, OverloadedError("full"))
     metrics.count_refused_key(UnauthenticatedError("no key"))
+    metrics.observe_fetch(FetchOutcome.OK, 0.1, 1000)
     text = asyncio.run(metrics.render(ScriptedCell())).decode()
     served = {}
     for family in text_string_to_metric_families(text):

@@ -78,6 +78,7 @@ def test_it_has_the_rows_that_operators_look_for():
         "Step stages",
         "Actors",
         "Admission and tenants",
+        "Images by URL",
         "Certificates",
     ]
 

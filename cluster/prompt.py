@@ -35,8 +35,9 @@ from ostro.actors.engine.vocabulary import FILE_NAME
 from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.detokenizer import TokenTable
 from ostro.cluster.generation import ChatMessage, Tool
+from ostro.cluster.image_encoding import OneByOneEncoder
 from ostro.cluster.image_inputs import image_inputs
-from ostro.cluster.images import check_images, no_vision, read_image
+from ostro.cluster.images import check_images, no_vision
 from ostro.cluster.prompt_messages import common_message, common_tool
 from ostro.configs.deployment import ReasoningConfig, ServingConfig
 from ostro.configs.errors import ConfigError
@@ -106,6 +107,9 @@ class PromptBuilder:
         self._tokenizer = _load(self._path)
         self._tekken = _tekkenizer(self._tokenizer, self._path)
         self._serving = ServingConfig() if serving is None else serving
+        instruct = self._tokenizer.instruct_tokenizer
+        if instruct.image_encoder is not None:
+            instruct.image_encoder = OneByOneEncoder(instruct.image_encoder, self._serving)
         self.special = self._find_special()
         self.table = TokenTable(
             [
@@ -161,17 +165,18 @@ class PromptBuilder:
             InvalidRequestError: `param` is "messages", "tools", or the place of a message or image.
         """
         self.check(messages, tools)
-        pictures = [[read_image(f, self._serving) for f in message.images] for message in messages]
         if self.special.begin_think is None and any(message.thinking for message in messages):
             raise _refused("this model knows no thinking: leave it out of the messages")
         try:
             request = ChatCompletionRequest(
                 model="served",  # the library's strict mode wants some name
-                messages=[common_message(*pair) for pair in zip(messages, pictures, strict=True)],
+                messages=[common_message(message) for message in messages],
                 tools=[common_tool(tool) for tool in tools] or None,
                 reasoning_effort=self._prompt_values[effort],
             )
             tokenized = self._tokenizer.encode_chat_completion(request)
+        except InvalidRequestError:
+            raise  # of an image
         except InvalidToolSchemaException as error:
             raise InvalidRequestError(
                 "tools: the parameters of a tool are no valid JSON Schema", param="tools"

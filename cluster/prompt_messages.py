@@ -19,9 +19,9 @@ from mistral_common.protocol.instruct.messages import (
 from mistral_common.protocol.instruct.tool_calls import Function, FunctionCall
 from mistral_common.protocol.instruct.tool_calls import Tool as CommonTool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as CommonToolCall
-from PIL import Image
 
 from ostro.cluster.generation import ChatMessage, Tool
+from ostro.cluster.image_encoding import UnreadImage
 
 CommonMessage = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
@@ -46,15 +46,15 @@ def common_tool(tool: Tool) -> CommonTool:
     )
 
 
-def common_message(message: ChatMessage, pictures: Sequence[Image.Image]) -> CommonMessage:
-    """A message as the library takes it; `pictures` are its images, read."""
+def common_message(message: ChatMessage) -> CommonMessage:
+    """A message as the library takes it, its images unread."""
     if message.role == "system":
         return SystemMessage(content=message.text)
     if message.role == "user":
-        return UserMessage(content=_content(message, pictures))
+        return UserMessage(content=_content(message))
     if message.role == "tool":
         call_id = _common_id(message.tool_call_id or "")
-        return ToolMessage(content=_content(message, pictures), tool_call_id=call_id)
+        return ToolMessage(content=_content(message), tool_call_id=call_id)
     calls = [
         CommonToolCall(
             id=_common_id(call.call_id),
@@ -67,16 +67,16 @@ def common_message(message: ChatMessage, pictures: Sequence[Image.Image]) -> Com
     )
 
 
-def _content(message: ChatMessage, pictures: Sequence[Image.Image]) -> str | list[ContentChunk]:
+def _content(message: ChatMessage) -> str | list[ContentChunk]:
     """Text with the images at their places in it."""
-    if not pictures:
+    if not message.images:
         return message.text
     chunks: list[ContentChunk] = []
     done = 0
-    for file, picture in zip(message.images, pictures, strict=True):
+    for file in message.images:
         if file.at > done:
             chunks.append(TextChunk(text=message.text[done : file.at]))
-        chunks.append(ImageChunk(image=picture))
+        chunks.append(ImageChunk(image=UnreadImage(file)))
         done = file.at
     if message.text[done:]:
         chunks.append(TextChunk(text=message.text[done:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from PIL import Image
 from tokenizer_files import IMAGE, write_tokenizer
 
 from ostro.actors.errors import InvalidRequestError
+from ostro.cluster import image_encoding
 from ostro.cluster.generation import ChatMessage, ImageFile, ToolCall
+from ostro.cluster.images import read_image
 from ostro.cluster.openai_request import chat_messages
 from ostro.cluster.openai_schema import Message
 from ostro.cluster.prompt import PromptBuilder
@@ -102,6 +105,23 @@ CONVERSATIONS = {
     ],
     "names of control tokens": [user(text("[IMG][IMG_END]"), image(40, 40), text("[IMG_BREAK]"))],
 }
+
+
+def test_one_image_at_a_time_is_decoded(
+    prompts: PromptBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[weakref.ref[Image.Image]] = []
+
+    def read(file: ImageFile, serving: ServingConfig) -> Image.Image:
+        assert [ref for ref in decoded if ref() is not None] == []
+        picture = read_image(file, serving)
+        decoded.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(image_encoding, "read_image", read)
+    files = tuple(ImageFile(data=png(300, 200, seed), where="") for seed in range(4))
+    message = ChatMessage(role="user", text="?", images=files)
+    assert len(prompts.chat([message], [], "none").images) == len(decoded) == 4
 
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)

@@ -10,17 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ostro.actors.engine.images import image_bytes
 from ostro.actors.engine.prefix_cache import page_hashes
 from ostro.actors.engine.request import GenerationRequest
 
 
+class _Unstarted(NamedTuple):
+    """What is counted of a request that waits; the request itself may hold megabytes of pixels."""
+
+    tenant: str
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class _Shard:
     cached: set[int] = field(default_factory=set)
     live_tokens: dict[str, int] = field(default_factory=dict)
-    unstarted: dict[str, GenerationRequest] = field(default_factory=dict)
+    unstarted: dict[str, _Unstarted] = field(default_factory=dict)
     image_bytes: dict[str, int] = field(default_factory=dict)
     load_tokens: int = 0
 
@@ -54,7 +62,7 @@ class Assigner:
         """Count a request, or one choice of it, that was placed on a rank."""
         shard, tokens = self._shards[rank], request.counted_prompt_tokens
         shard.live_tokens[request.request_id] = tokens
-        shard.unstarted[request.request_id] = request
+        shard.unstarted[request.request_id] = _Unstarted(request.tenant, tokens)
         shard.load_tokens += tokens
         if request.images:
             shard.image_bytes[request.request_id] = image_bytes(request) // request.prompt_shared_by
@@ -96,9 +104,9 @@ class Assigner:
             tenant: Only this one's.
         """
         lengths = [
-            request.counted_prompt_tokens
-            for request in self._shards[rank].unstarted.values()
-            if tenant is None or request.tenant == tenant
+            waiting.num_tokens
+            for waiting in self._shards[rank].unstarted.values()
+            if tenant is None or waiting.tenant == tenant
         ]
         return len(lengths), sum(lengths)
 

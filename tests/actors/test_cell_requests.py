@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import msgspec
 import pytest
 from engine_fakes import make_fake_image, make_request
@@ -106,3 +108,16 @@ def test_what_is_resumed_is_let_in_whatever_waits() -> None:
         requests.place(_request("b#i-1.0", 10), "i")
     assert requests.place(_request("b#i-2.0", 10), "i", is_resumed=True) == 0
     assert _found(requests, "b") == ["b#i-2.0"]
+
+
+def test_the_books_keep_no_pixels() -> None:
+    requests = CellRequests(EngineConfig(), [0], TenantQuotas())
+    pixels = bytes(1000)
+    num_holders = sys.getrefcount(pixels)
+    image = msgspec.structs.replace(make_fake_image(0, 2, 1), pixels=pixels)
+    request = make_request("a", images=(image,))
+    del image
+    requests.place(request, "i")
+    assert requests.num_live(0) == 1
+    del request  # it is on its way to the shard
+    assert sys.getrefcount(pixels) == num_holders

@@ -13,9 +13,11 @@ import torch
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
 from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
+from ostro.kernels.gpu.nvfp4_gemm import down_nvfp4_triton, gate_up_nvfp4_triton
 from ostro.kernels.gpu.permute import permute_triton
 from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
 from ostro.kernels.gpu.tiles import block_rows
+from ostro.kernels.nvfp4_experts import Nvfp4Experts
 
 
 def expert_mlp_triton(
@@ -77,4 +79,27 @@ def expert_mlp_fp8_triton(
         scale_E=experts.down_scale_E,
         input_scale_E=experts.down_input_scale_E,
     )
+    return sum_pairs_triton(y_AD, expert_RK)
+
+
+def expert_mlp_nvfp4_triton(
+    rows_RD: torch.Tensor,
+    expert_RK: torch.Tensor,
+    weight_RK: torch.Tensor,
+    experts: Nvfp4Experts,
+    counts: torch.Tensor,
+) -> torch.Tensor:
+    """`ostro.kernels.nvfp4_experts.expert_mlp_nvfp4` by Triton; rows are multiplied in bf16.
+
+    Raises:
+        ValueError: D or F does not fill 16-byte steps.
+    """
+    if not len(rows_RD):
+        return torch.empty_like(rows_RD)
+    num_experts = len(experts.down_unit_E)
+    rows = block_rows(expert_RK.numel(), num_experts)
+    schedule = expert_schedule_triton(expert_RK, num_experts, rows, counts)
+    x_AD = permute_triton(rows_RD.to(torch.bfloat16), expert_RK, schedule)
+    hidden_AF = gate_up_nvfp4_triton(x_AD, experts, schedule)
+    y_AD = down_nvfp4_triton(hidden_AF, experts, weight_RK, schedule, rows_RD.dtype)
     return sum_pairs_triton(y_AD, expert_RK)

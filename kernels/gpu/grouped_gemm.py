@@ -66,9 +66,9 @@ def gate_up_triton(
     if cut is None:
         cut = tile("gate_up", gate_up_EHD.dtype, schedule.block_rows, x_AD.device)
     out_AF = x_AD.new_empty(len(x_AD), inner)
-    _gate_up_kernel[_grid(cut, schedule, inner, x_AD.device)](
-        _boxes(x_AD, cut.block_rows, cut.block_in),
-        _boxes(gate_up_EHD.view(-1, hidden), cut.block_out, cut.block_in),
+    _gate_up_kernel[grid(cut, schedule, inner, x_AD.device)](
+        boxes(x_AD, cut.block_rows, cut.block_in),
+        boxes(gate_up_EHD.view(-1, hidden), cut.block_out, cut.block_in),
         scale_E,
         input_scale_E,
         next_input_scale_E,
@@ -123,9 +123,9 @@ def down_triton(
     if cut is None:
         cut = tile("down", down_EDF.dtype, schedule.block_rows, hidden_AF.device)
     out_AD = hidden_AF.new_empty(len(hidden_AF), hidden, dtype=out_dtype)
-    _down_kernel[_grid(cut, schedule, hidden, hidden_AF.device)](
-        _boxes(hidden_AF, cut.block_rows, cut.block_in),
-        _boxes(down_EDF.view(-1, inner), cut.block_out, cut.block_in),
+    _down_kernel[grid(cut, schedule, hidden, hidden_AF.device)](
+        boxes(hidden_AF, cut.block_rows, cut.block_in),
+        boxes(down_EDF.view(-1, inner), cut.block_out, cut.block_in),
         scale_E,
         input_scale_E,
         weight_RK.contiguous(),
@@ -189,7 +189,12 @@ def down_reference(
     return out_AD.to(out_dtype)
 
 
-def _boxes(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def boxes(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix as kernels load it, so many rows and columns at a time.
+
+    Raises:
+        ValueError: Its rows do not fill 16-byte steps.
+    """
     step_bytes = matrix.stride(0) * matrix.element_size()
     if step_bytes % 16:
         raise ValueError(
@@ -199,9 +204,8 @@ def _boxes(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns])
 
 
-def _grid(
-    cut: Tile, schedule: ExpertSchedule, num_outputs: int, device: torch.device
-) -> tuple[int]:
+def grid(cut: Tile, schedule: ExpertSchedule, num_outputs: int, device: torch.device) -> tuple[int]:
+    """Persistent programs of a grouped product: what the device holds, or all tiles if fewer."""
     max_tiles = len(schedule.tiles_N2) * triton.cdiv(num_outputs, cut.block_out)
     return (min(num_programs(cut, device), max_tiles),)
 

@@ -4,7 +4,8 @@
 
     {"gate_up": {"bfloat16": {"16": {"block_out": 64, "num_warps": 4, ...}}}}
 
-by operation, dtype of the weights and rows of a tile. Nothing is tuned while serving.
+by operation, dtype of the weights (NVFP4 is float4_e2m1fn_x2) and rows of a tile. Nothing is tuned
+while serving.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import triton
 
+FP4 = torch.float4_e2m1fn_x2  # NVFP4 among the dtypes of weights
 _TUNED = Path(__file__).parent.parent / "tuned"
 _MIN_ROWS, _MAX_ROWS = 16, 128
 _BLACKWELL = 100
@@ -33,8 +35,9 @@ class Tile:
         block_rows: Rows of one expert that a tile covers.
         block_out: Outputs that it covers; the weight stands on the side where 64 fill a tensor
             core, so that 16 rows are enough.
-        block_in: Inputs per step. The same for any number of rows, so that sums of a row run in
-            the same order in every batch.
+        block_in: Inputs per step; of NVFP4, whose steps are blocks of 128, inputs per product. Sums
+            of a row run in the same order in every batch, as products take a few inputs at a time
+            and in order.
         num_warps: Per program.
         num_stages: Steps whose loads are under way.
         programs_per_processor: Persistent programs on each multiprocessor.
@@ -108,15 +111,30 @@ _FP8_ON_HOPPER = {
 }
 
 
+# No sweep has run yet. What the registers hold: those of a thread have a step's weights in bf16
+# beside the sums, and hide its latency with other programs.
+_FP4_ON_HOPPER = {
+    "gate_up": {16: (64, 4, 4, 3), 32: (64, 4, 4, 3), 64: (64, 4, 3, 2), 128: (128, 8, 3, 1)},
+    "down": {16: (128, 4, 4, 3), 32: (128, 4, 4, 3), 64: (128, 8, 3, 2), 128: (128, 8, 3, 1)},
+}
+_FP4_ON_BLACKWELL = {
+    "gate_up": {16: (128, 4, 4, 3), 32: (128, 4, 4, 2), 64: (128, 4, 3, 2), 128: (128, 8, 3, 1)},
+    "down": {16: (128, 4, 4, 3), 32: (128, 4, 4, 3), 64: (128, 4, 3, 2), 128: (128, 8, 3, 1)},
+}
+
+
 def _usual(operation: str, dtype: torch.dtype, rows: int, device: torch.device) -> Tile:
     """What was fastest on an H100 (bf16) and an H200; on Blackwell no sweep has run yet."""
     is_hopper = architecture(device) < _BLACKWELL
     find = _usual_on_hopper if is_hopper else _usual_on_blackwell
     block_out, num_warps, num_stages, programs = find(operation, dtype, rows)
+    block_in = 128 // dtype.itemsize  # the widest box of shared memory without conflicts
+    if dtype == FP4 and is_hopper and operation == "gate_up" and rows == _MAX_ROWS:
+        block_in = 64  # beside the sums, registers hold the weights of no more
     return Tile(
         block_rows=rows,
         block_out=block_out,
-        block_in=128 // dtype.itemsize,  # the widest box of shared memory without conflicts
+        block_in=block_in,
         num_warps=num_warps,
         num_stages=num_stages,
         programs_per_processor=programs,
@@ -125,6 +143,8 @@ def _usual(operation: str, dtype: torch.dtype, rows: int, device: torch.device) 
 
 def _usual_on_hopper(operation: str, dtype: torch.dtype, rows: int) -> tuple[int, int, int, int]:
     """Outputs, warps, stages, programs: few rows wait for memory and want programs side by side."""
+    if dtype == FP4:
+        return _FP4_ON_HOPPER[operation][rows]
     if dtype.itemsize == 1:
         return _FP8_ON_HOPPER[operation][rows]
     if operation == "gate_up":
@@ -135,6 +155,8 @@ def _usual_on_hopper(operation: str, dtype: torch.dtype, rows: int) -> tuple[int
 
 
 def _usual_on_blackwell(operation: str, dtype: torch.dtype, rows: int) -> tuple[int, int, int, int]:
+    if dtype == FP4:
+        return _FP4_ON_BLACKWELL[operation][rows]
     if rows <= 16:
         return 64, 4, 4, 3
     return 128, 8, 4 if rows <= 32 else 3, 1

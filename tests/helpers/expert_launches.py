@@ -12,10 +12,15 @@ import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.combine import add_residual_triton, combine_norm_triton, combine_triton
-from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
+from ostro.kernels.gpu.expert_mlp import (
+    expert_mlp_fp8_triton,
+    expert_mlp_nvfp4_triton,
+    expert_mlp_triton,
+)
 from ostro.kernels.gpu.fp8_linear import quantize_fp8_triton
 from ostro.kernels.gpu.gate import gate_triton
 from ostro.kernels.gpu.rms_norm import rms_norm_triton
+from ostro.kernels.nvfp4_experts import Nvfp4Experts, new_nvfp4_stack
 
 _NUM_EXPERTS, _HIDDEN, _INNER, _NUM_CHOSEN = 128, 4096, 2048, 4
 _ROWS_OF_TILE = {16: 64, 32: 512, 64: 1024, 128: 8192}
@@ -91,6 +96,19 @@ def _experts_fp8(num_rows: int, num_shared: int = 0) -> None:
     expert_mlp_fp8_triton(*routed, experts, counts)
 
 
+def _experts_nvfp4(num_rows: int) -> None:
+    unit = _meta(_NUM_EXPERTS, dtype=torch.float32)
+    experts = Nvfp4Experts(
+        gate_up=new_nvfp4_stack(_NUM_EXPERTS, 2 * _INNER, _HIDDEN, "meta"),
+        gate_unit_E=unit,
+        up_unit_E=unit,
+        down=new_nvfp4_stack(_NUM_EXPERTS, _HIDDEN, _INNER, "meta"),
+        down_unit_E=unit,
+    )
+    counts = _meta(1 + _NUM_EXPERTS, dtype=torch.int64)
+    expert_mlp_nvfp4_triton(*_routed(num_rows), experts, counts)
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "gate": functools.partial(_gate, 64, torch.bfloat16),
     "gate_few": functools.partial(_gate, 1, torch.bfloat16),
@@ -106,3 +124,4 @@ LAUNCHES: dict[str, Callable[[], None]] = {
 for _tile, _num_rows in _ROWS_OF_TILE.items():
     LAUNCHES[f"experts_bf16_{_tile}"] = functools.partial(_experts, _num_rows)
     LAUNCHES[f"experts_fp8_{_tile}"] = functools.partial(_experts_fp8, _num_rows)
+    LAUNCHES[f"experts_nvfp4_{_tile}"] = functools.partial(_experts_nvfp4, _num_rows)

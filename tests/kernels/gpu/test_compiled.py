@@ -26,7 +26,7 @@ MODULE_OF_RECORD = {
 # Compiled by every run; the others by the slow one.
 EVERY_RUN = {
     "decode.json": ("attend_latents",),
-    "experts.json": ("gate", "experts_fp8_16"),
+    "experts.json": ("gate", "experts_fp8_16", "experts_nvfp4_16"),
     "linear.json": ("fp8_linear_1_rounded",),
     "prefill.json": ("attend_8192",),
     "sampling.json": ("filtered",),
@@ -96,10 +96,32 @@ def test_experts_multiply_on_the_tensor_cores_of_their_dtype(
             assert figures.num_tma_loads, (name, kernel)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "instruction"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")]
+)
+def test_nvfp4_experts_multiply_in_bf16(architecture: str, instruction: str) -> None:
+    launches = {name: by for name, by in _launches("experts.json").items() if "_nvfp4_" in name}
+    assert launches
+    for name, by_architecture in launches.items():
+        for kernel in ("_gate_up_nvfp4_kernel", "_down_nvfp4_kernel"):
+            figures = by_architecture[architecture][kernel]
+            assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, (name, kernel)
+            assert figures.num_tma_loads, (name, kernel)
+
+
 def test_few_rows_leave_room_for_several_programs_a_processor() -> None:
     for name in ("experts_bf16_16", "experts_fp8_16"):
         for kernels in _launches("experts.json")[name].values():
             assert kernels["_gate_up_kernel"].shared_bytes * 2 <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_few_rows_of_nvfp4_experts_hide_their_arithmetic_behind_other_programs(rows: int) -> None:
+    for kernels in _launches("experts.json")[f"experts_nvfp4_{rows}"].values():
+        for kernel in ("_gate_up_nvfp4_kernel", "_down_nvfp4_kernel"):
+            figures = kernels[kernel]
+            assert figures.shared_bytes * 2 <= MAX_SHARED_BYTES
+            assert figures.registers * 32 * figures.num_warps * 2 <= 65536
 
 
 def test_prefill_attends_on_the_tensor_cores() -> None:

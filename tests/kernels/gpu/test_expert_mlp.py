@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import make_fp8_experts, make_routed, make_weights
+from expert_cases import make_fp8_experts, make_nvfp4_experts, make_routed, make_weights
 
 from ostro.kernels.fp8_experts import expert_mlp_fp8_reference
 from ostro.kernels.fp8_linear import Fp8Weight
-from ostro.kernels.gpu.expert_mlp import expert_mlp_fp8_triton, expert_mlp_triton
+from ostro.kernels.gpu.expert_mlp import (
+    expert_mlp_fp8_triton,
+    expert_mlp_nvfp4_triton,
+    expert_mlp_triton,
+)
 from ostro.kernels.grouped_gemm import expert_mlp_reference, mlp
 
 HIDDEN, INNER = 48, 80
@@ -57,6 +61,34 @@ def test_expert_mlp_fp8_triton_matches_reference(
     # A hidden value beside the middle of two e4m3 values may round the other way: 1/16 of it.
     torch.testing.assert_close(out_RD.float(), expected_RD, rtol=2e-2, atol=3e-2)
     assert int(counts.sum()) == expert_RK.numel()
+
+
+@each_size
+def test_expert_mlp_nvfp4_triton_matches_reference(
+    num_rows: int, num_experts: int, absent: float, triton_device: str
+) -> None:
+    routed = make_routed(num_rows, num_experts, HIDDEN, absent, torch.bfloat16)
+    rows_RD, expert_RK, weight_RK = (tensor.to(triton_device) for tensor in routed)
+    experts, gate_up, down = make_nvfp4_experts(num_experts, HIDDEN, INNER, triton_device)
+    counts = _counts(num_experts, triton_device)
+    out_RD = expert_mlp_nvfp4_triton(rows_RD, expert_RK, weight_RK, experts, counts)
+    assert out_RD.dtype == torch.bfloat16
+    expected_RD = expert_mlp_reference(rows_RD.float(), expert_RK, weight_RK, gate_up, down)
+    torch.testing.assert_close(out_RD.float(), expected_RD, rtol=2e-2, atol=2e-2)
+    found = torch.bincount(expert_RK.flatten() + 1, minlength=1 + num_experts)
+    assert torch.equal(counts, found)
+
+
+def test_expert_mlp_nvfp4_triton_takes_float32_rows(triton_device: str) -> None:
+    routed = make_routed(3, 4, HIDDEN, 0.0, torch.float32)
+    rows_RD, expert_RK, weight_RK = (tensor.to(triton_device) for tensor in routed)
+    experts, gate_up, down = make_nvfp4_experts(4, HIDDEN, INNER, triton_device)
+    out_RD = expert_mlp_nvfp4_triton(
+        rows_RD, expert_RK, weight_RK, experts, _counts(4, triton_device)
+    )
+    assert out_RD.dtype == torch.float32
+    expected_RD = expert_mlp_reference(rows_RD, expert_RK, weight_RK, gate_up, down)
+    torch.testing.assert_close(out_RD, expected_RD, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 40])

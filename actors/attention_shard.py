@@ -29,13 +29,8 @@ from ostro.actors.model.device import choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
 from ostro.actors.model.sampler import Sampler
-from ostro.actors.model.weights import (
-    attention_bytes,
-    can_stack_shared,
-    expert_bytes,
-    load_attention_weights,
-    load_expert_weights,
-)
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
+from ostro.actors.model.weights import can_stack_shared, load_attention_weights, load_expert_weights
 from ostro.actors.rank import EpochSpec, RankSpec
 from ostro.actors.rank_actor import RankActor
 from ostro.actors.rank_loop import Engine
@@ -65,10 +60,10 @@ class AttentionShard(RankActor):
         self._grammars = GrammarCompiler(Path(spec.model_dir), config.vocab_size)
         self._grammars.warm_up()  # beside the weights
         status, precision = self._status, choose_precision(spec.device, config)
-        status.bytes_to_load = attention_bytes(config, dtype, precision)
-        status.bytes_to_load += expert_bytes(config, len(local), dtype, precision)
         reader = CheckpointReader(Path(spec.model_dir))
         stacks = stacks_shared(spec, config) and can_stack_shared(reader, config, precision)
+        status.bytes_to_load = attention_bytes(config, dtype, precision, stacks_shared=stacks)
+        status.bytes_to_load += expert_bytes(config, len(local), dtype, precision)
         experts = None
         if local:
             experts = load_expert_weights(

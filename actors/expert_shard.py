@@ -10,7 +10,8 @@ from ostro.actors.fabric.transport import ExpertServer
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
-from ostro.actors.model.weights import expert_bytes, load_expert_weights
+from ostro.actors.model.weight_bytes import expert_bytes
+from ostro.actors.model.weights import load_expert_weights
 from ostro.actors.rank import EpochSpec, RankSpec
 from ostro.actors.rank_actor import RankActor
 from ostro.actors.rank_loop import Engine

@@ -14,7 +14,7 @@ import torch
 from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.device import choose_precision
 from ostro.actors.model.latent_cache import cache_page_bytes
-from ostro.actors.model.weights import attention_bytes, expert_bytes
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.cluster.human_numbers import format_bytes
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.errors import ConfigError
@@ -244,7 +244,7 @@ class _Planner:
             notes.append(
                 f"the checkpoint's quantised weights are dequantised to "
                 f"{str(self.dtype).removeprefix('torch.')} on the GPU and take that memory: only "
-                f"fp8 with scales for inputs is multiplied as it is stored"
+                f"nvfp4 experts, and fp8 with scales for inputs, are multiplied as they are stored"
             )
         if self.device == "cuda" and any(rank.num_pages is None for rank in ranks):
             notes.append(
@@ -348,9 +348,17 @@ def _weight_bytes(
     rank: int,
     num_experts: int,
 ) -> int:
-    is_attention = rank in layout.attention_ranks()
-    own_bytes = attention_bytes(config, dtype, precision) if is_attention else 0
+    own_bytes = 0
+    if rank in layout.attention_ranks():
+        stacks = _stacks_shared(layout, config)
+        own_bytes = attention_bytes(config, dtype, precision, stacks_shared=stacks)
     return own_bytes + expert_bytes(config, num_experts, dtype, precision)
+
+
+def _stacks_shared(layout: LayoutConfig, config: ModelConfig) -> bool:
+    """Whether a GPU holds shared experts among the routed ones, as `AttentionShard` does."""
+    is_single = layout.layout is Layout.SINGLE
+    return is_single and config.shared_hidden_size() == config.expert_hidden_size
 
 
 def _useful_pages(engine: EngineConfig, max_context: int) -> int:

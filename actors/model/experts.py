@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import torch
 
-from ostro.actors.model.weights import ExpertLayer, ExpertLayerWeights, ExpertWeights
+from ostro.actors.model.weights import (
+    ExpertLayer,
+    ExpertLayerWeights,
+    ExpertWeights,
+    num_slots,
+)
 from ostro.configs.model import ModelConfig
 from ostro.kernels.fp8_experts import Fp8Experts, expert_mlp_fp8
 from ostro.kernels.grouped_gemm import expert_mlp
 from ostro.kernels.linear import is_packed, pack_linear
+from ostro.kernels.nvfp4_experts import Nvfp4Experts, expert_mlp_nvfp4
 
 
 class LocalExperts:
@@ -28,9 +34,9 @@ class LocalExperts:
         self._layers = [_take_over(layer) for layer in weights.layers]
         self._num_local = len(weights.local_to_logical)
         self.has_shared = weights.num_extra() == 1
-        num_slots = self._num_local + weights.num_extra()
+        first = weights.layers[0]
         self._rows_LE = torch.zeros(
-            config.num_layers, num_slots + 1, dtype=torch.int64, device=_device(weights.layers[0])
+            config.num_layers, num_slots(first) + 1, dtype=torch.int64, device=_device(first)
         )
 
     @torch.inference_mode()
@@ -51,6 +57,8 @@ class LocalExperts:
         experts, counts = self._layers[layer], self._rows_LE[layer]
         if isinstance(experts, Fp8Experts):
             return expert_mlp_fp8(rows_RD, expert_RK, weight_RK, experts, counts=counts)
+        if isinstance(experts, Nvfp4Experts):
+            return expert_mlp_nvfp4(rows_RD, expert_RK, weight_RK, experts, counts=counts)
         return expert_mlp(
             rows_RD, expert_RK, weight_RK, experts.gate_up, experts.down, counts=counts
         )
@@ -63,12 +71,14 @@ class LocalExperts:
 
 
 def _device(layer: ExpertLayer) -> torch.device:
+    if isinstance(layer, Nvfp4Experts):
+        return layer.down_unit_E.device
     return layer.gate_up_EHD.device if isinstance(layer, Fp8Experts) else layer.gate_up.device
 
 
 def _take_over(layer: ExpertLayer) -> ExpertLayer:
-    """The layer as `expert_mlp` reads it fastest; FP8 stays as it is."""
-    if isinstance(layer, Fp8Experts):
+    """The layer as `expert_mlp` reads it fastest; FP8 and NVFP4 stay as they are."""
+    if isinstance(layer, Fp8Experts | Nvfp4Experts):
         return layer
     return ExpertLayerWeights(gate_up=_packed(layer.gate_up), down=_packed(layer.down))
 

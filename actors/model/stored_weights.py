@@ -36,12 +36,14 @@ _LISTED = 6  # names that an error lists of each kind
 def multipliable_format(config: ModelConfig) -> WeightFormat:
     """The format in which a checkpoint's weights can be multiplied as they are stored.
 
-    FP8 needs a scale for the inputs of each weight, and sizes that divide by 16; NVFP4 has no
-    kernels yet. Otherwise PLAIN: quantised weights are dequantised.
+    NVFP4 experts always can, with inputs in the model's dtype. FP8 needs a scale for the inputs of
+    each weight, and sizes that divide by 16. Otherwise PLAIN: quantised weights are dequantised.
     """
     declared = config.quantization
-    if declared is None or not declared.has_input_scales:
+    if declared is None:
         return WeightFormat.PLAIN
+    if declared.weight_format is WeightFormat.NVFP4:
+        return WeightFormat.NVFP4
     sizes = (
         config.hidden_size,
         config.q_lora_rank,
@@ -51,7 +53,7 @@ def multipliable_format(config: ModelConfig) -> WeightFormat:
         config.expert_hidden_size,
         config.shared_hidden_size(),
     )
-    is_served = declared.weight_format is WeightFormat.FP8 and not any(s % _FP8_STEP for s in sizes)
+    is_served = declared.has_input_scales and not any(size % _FP8_STEP for size in sizes)
     return WeightFormat.FP8 if is_served else WeightFormat.PLAIN
 
 

@@ -1,9 +1,9 @@
 """One role's share of a checkpoint, handed out parameter by parameter, each once.
 
 Whatever the layout and the formats: a parameter comes out dequantised to the dtype asked for, in
-the row order that the model computes with. FP8 weights of linear layers and experts stay as they
-are stored where that is asked for. Only the bytes asked for are read, one tensor or expert at a
-time.
+the row order that the model computes with. Where that is asked for, FP8 weights of linear layers
+and experts stay as they are stored, and NVFP4 experts keep their codes and scales. Only the bytes
+asked for are read, one tensor or expert at a time.
 
 Shape letters: E local experts, F expert hidden, D hidden, O outputs, I inputs.
 """
@@ -19,6 +19,13 @@ import torch
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.native_names import INTERLEAVED
+from ostro.actors.model.nvfp4_stacks import (
+    MATRICES,
+    Matrix,
+    new_nvfp4_experts,
+    nvfp4_matrix_bytes,
+    put_nvfp4,
+)
 from ostro.actors.model.stored_weights import (
     StoredWeight,
     fill,
@@ -34,6 +41,7 @@ from ostro.configs.quantization import WeightFormat
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.linear import LinearWeight
+from ostro.kernels.nvfp4_experts import Nvfp4Experts
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +98,10 @@ class WeightSource:
         progress: ReadProgress | None,
     ) -> None:
         if precision not in (WeightFormat.PLAIN, multipliable_format(config)):
-            raise ValueError(
-                f"precision={precision.value}, but {reader.directory} has no {precision.value} "
-                f"weights with scales for their inputs"
-            )
+            wanted = precision.value + " weights"
+            if precision is WeightFormat.FP8:
+                wanted += " with scales for their inputs"
+            raise ValueError(f"precision={precision.value}, but {reader.directory} has no {wanted}")
         self.config = config
         self._precision = precision
         self._num_rounded = 0
@@ -131,7 +139,7 @@ class WeightSource:
             CheckpointError: One was taken already, or is another role's.
         """
         weights = [self._claim(parameter, layer) for parameter in parameters]
-        if not self._stays_fp8(weights):
+        if not self._all_stay(WeightFormat.FP8, weights):
             parts = [self._fill(weight, dtype) for weight in weights]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         joined = self._read_joined(weights)
@@ -181,15 +189,14 @@ class WeightSource:
                 fill(self._reader, weights[expert], out[slot], progress=self._progress)
         return gate_up, down
 
-    def has_fp8_experts(self, layer: int) -> bool:
-        """Whether a layer's experts are to be taken by `take_fp8_experts`."""
-        return self._stays_fp8(
-            [
-                weight
-                for weight in self._match.weights.values()
-                if weight.expected.role is Role.EXPERT and weight.expected.layer == layer
-            ]
-        )
+    def expert_format(self, layer: int) -> WeightFormat:
+        """What a layer's experts are to be taken in: PLAIN unless all are stored as asked for."""
+        weights = [
+            weight
+            for weight in self._match.weights.values()
+            if weight.expected.role is Role.EXPERT and weight.expected.layer == layer
+        ]
+        return self._precision if self._all_stay(self._precision, weights) else WeightFormat.PLAIN
 
     def take_fp8_experts(
         self, layer: int, local_to_logical: Sequence[int], num_extra: int = 0
@@ -210,6 +217,38 @@ class WeightSource:
             down_scale_E=down.scale_E,
             down_input_scale_E=down.input_scale_E,
         )
+
+    def take_nvfp4_experts(
+        self, layer: int, local_to_logical: Sequence[int], num_extra: int = 0
+    ) -> Nvfp4Experts:
+        """As `take_experts`, in NVFP4; no value changes.
+
+        Raises:
+            CheckpointError: A scale is not finite, too.
+        """
+        num_slots = len(local_to_logical) + num_extra
+        experts = new_nvfp4_experts(self.config, num_slots, self._device)
+        for matrix in MATRICES:
+            weights = [
+                self._claim(f"expert_{matrix}", layer, expert)
+                for expert in range(self.config.num_experts)
+            ]
+            for slot, expert in enumerate(local_to_logical):
+                self._put_nvfp4(experts, slot, matrix, weights[expert])
+        return experts
+
+    def take_shared_nvfp4(self, layer: int, into: Nvfp4Experts) -> None:
+        """A layer's shared expert in NVFP4, into the last slot.
+
+        Raises:
+            CheckpointError: As `take_nvfp4_experts`.
+            TypeError: It is stored otherwise.
+        """
+        weights = [self._claim(f"shared_{matrix}", layer) for matrix in MATRICES]
+        if not self._all_stay(WeightFormat.NVFP4, weights):
+            raise TypeError("routed experts are NVFP4 and the shared one is not; load it apart")
+        for matrix, weight in zip(MATRICES, weights, strict=True):
+            self._put_nvfp4(into, len(into.down_unit_E) - 1, matrix, weight)
 
     def verify(self) -> LoadReport:
         """Where every tensor of the checkpoint went; raises if one of this role went nowhere."""
@@ -250,7 +289,8 @@ class WeightSource:
         if formats and is_plain and self._device.type == "cuda":
             logger.warning(
                 "%s: %s weights of the %s role are dequantised to %s on the GPU and take that "
-                "memory: only fp8 with scales for inputs is multiplied as it is stored",
+                "memory: only nvfp4 experts, and fp8 with scales for inputs, are multiplied as "
+                "they are stored",
                 self._reader.directory,
                 " and ".join(sorted(formats)),
                 self._role.value,
@@ -270,10 +310,18 @@ class WeightSource:
         fill(self._reader, weight, out, progress=self._progress)
         return out
 
-    def _stays_fp8(self, weights: Sequence[StoredWeight]) -> bool:
-        return self._precision is WeightFormat.FP8 and all(
-            weight.weight_format is WeightFormat.FP8 for weight in weights
+    def _all_stay(self, weight_format: WeightFormat, weights: Sequence[StoredWeight]) -> bool:
+        return self._precision is weight_format and all(
+            weight.weight_format is weight_format for weight in weights
         )
+
+    def _put_nvfp4(
+        self, experts: Nvfp4Experts, slot: int, matrix: Matrix, weight: StoredWeight
+    ) -> None:
+        raw = read_raw(self._reader, weight, device=self._device)
+        put_nvfp4(experts, slot, matrix, raw, weight.values)
+        num_outputs, num_inputs = weight.expected.shape
+        self._tell_bytes(nvfp4_matrix_bytes(num_outputs, num_inputs))
 
     def _read_joined(self, weights: Sequence[StoredWeight]) -> Fp8Weight:
         raws = [read_raw(self._reader, weight, device=self._device) for weight in weights]
@@ -324,8 +372,11 @@ class WeightSource:
         return stack
 
     def _tell(self, *filled: torch.Tensor) -> None:
+        self._tell_bytes(sum(tensor.nbytes for tensor in filled))
+
+    def _tell_bytes(self, num_bytes: int) -> None:
         if self._progress is not None:
-            self._progress(sum(tensor.nbytes for tensor in filled))
+            self._progress(num_bytes)
 
     def _fill_stacked(
         self, out: torch.Tensor, weight: StoredWeight, local_to_logical: Sequence[int]

@@ -5,8 +5,10 @@ taken; the loaders then fill every parameter exactly once, through `WeightSource
 layout and precision. The one after-load change, splitting kv_b, stands in `_split_kv_b`.
 
 `precision` says what the quantised weights are held in: PLAIN dequantises them, FP8 keeps those of
-linear layers and experts as they are stored. kv_b is dequantised in either: it is 3 % of a layer's
-attention and shared expert, and is multiplied from both sides.
+linear layers and experts as they are stored, NVFP4 those of experts. kv_b is dequantised in any: it
+is 3 % of a layer's attention and shared expert, and is multiplied from both sides. So are NVFP4
+linear layers, and a shared expert apart from the routed ones: the official checkpoint has attention
+in bf16, and its shared experts are 1 % of the experts' bytes.
 
 A shared expert of the shape of a routed one can stand behind them as the last of their stack, so
 that both are multiplied in the same launches: experts are then loaded first, with a slot to spare.
@@ -17,7 +19,6 @@ V vocabulary; in w_uv V is the value dim of a head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +29,14 @@ import torch
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.stored_weights import match_tensors
 from ostro.actors.model.vision_weights import VisionWeights, gather_vision_weights
-from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor, Role
+from ostro.actors.model.weight_names import Role
 from ostro.actors.model.weight_source import WeightSource
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.linear import LinearWeight
-
-# Parameters that stay FP8 -> the scales that come along: a weight's own and that of its inputs.
-# Gate and up of the shared expert are one weight.
-_SCALES = {"q_a": 2, "q_b": 2, "kv_a": 2, "o_proj": 2, "shared_down": 2}
-_SCALES |= {"shared_gate": 2, "shared_up": 0}
-_SCALE_BYTES = torch.float32.itemsize
+from ostro.kernels.nvfp4_experts import Nvfp4Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +101,7 @@ class ExpertLayerWeights:
     down: torch.Tensor
 
 
-ExpertLayer: TypeAlias = ExpertLayerWeights | Fp8Experts
+ExpertLayer: TypeAlias = ExpertLayerWeights | Fp8Experts | Nvfp4Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,9 +118,14 @@ class ExpertWeights:
 
     def num_extra(self) -> int:
         """Slots behind those of routed experts."""
-        first = self.layers[0]
-        stack = first.gate_up_EHD if isinstance(first, Fp8Experts) else first.gate_up
-        return len(stack) - len(self.local_to_logical)
+        return num_slots(self.layers[0]) - len(self.local_to_logical)
+
+
+def num_slots(layer: ExpertLayer) -> int:
+    """Experts that a layer has room for."""
+    if isinstance(layer, Nvfp4Experts):
+        return len(layer.down_unit_E)
+    return len(layer.gate_up_EHD if isinstance(layer, Fp8Experts) else layer.gate_up)
 
 
 def check_checkpoint(directory: Path) -> ModelConfig:
@@ -151,7 +152,7 @@ def load_attention_weights(
     progress: ReadProgress | None = None,
     shared_into: ExpertWeights | None = None,
 ) -> AttentionWeights:
-    """Read all that the attention role needs; what `progress` is told adds up to `attention_bytes`.
+    """Read all that the attention role needs; what `progress` is told is `attention_bytes` in all.
 
     Args:
         reader: The checkpoint.
@@ -167,7 +168,7 @@ def load_attention_weights(
         CheckpointError: As `check_checkpoint`.
         ValueError: The checkpoint's weights cannot be multiplied in `precision`, or `shared_into`
             has no slot to spare.
-        TypeError: Only one of shared and routed experts is FP8 (see `can_stack_shared`).
+        TypeError: Shared and routed experts are in different formats (see `can_stack_shared`).
     """
     if shared_into is not None and shared_into.num_extra() != 1:
         raise ValueError("experts that take the shared one must be loaded with num_extra=1")
@@ -248,46 +249,6 @@ def can_stack_shared(
     )
 
 
-def attention_bytes(
-    config: ModelConfig, dtype: torch.dtype, precision: WeightFormat = WeightFormat.PLAIN
-) -> int:
-    """Memory that `load_attention_weights` fills, in bytes, wherever the shared experts stand.
-
-    Exact where all is FP8 that may be, as in the official checkpoint.
-    """
-    return sum(
-        _attention_tensor_bytes(tensor, dtype, precision)
-        for tensor in TEXT_SCHEME.expected(config).values()
-        if tensor.role is Role.ATTENTION
-    )
-
-
-def expert_bytes(
-    config: ModelConfig,
-    num_local: int,
-    dtype: torch.dtype,
-    precision: WeightFormat = WeightFormat.PLAIN,
-) -> int:
-    """Memory that `load_expert_weights` fills for this many local slots, in bytes.
-
-    Exact where all experts are stored alike, as in the official checkpoint.
-    """
-    values = 3 * config.expert_hidden_size * config.hidden_size
-    each_bytes = values * dtype.itemsize
-    if precision is WeightFormat.FP8:  # two matrices with two scales each
-        each_bytes = values + 4 * _SCALE_BYTES
-    return config.num_layers * num_local * each_bytes
-
-
-def _attention_tensor_bytes(
-    tensor: ExpectedTensor, dtype: torch.dtype, precision: WeightFormat
-) -> int:
-    values = math.prod(tensor.shape)
-    if precision is WeightFormat.FP8 and tensor.parameter in _SCALES:
-        return values + _SCALES[tensor.parameter] * _SCALE_BYTES
-    return values * (torch.float32 if tensor.parameter == "gate" else dtype).itemsize
-
-
 def _expert_layer(
     source: WeightSource,
     layer: int,
@@ -295,13 +256,18 @@ def _expert_layer(
     dtype: torch.dtype,
     num_extra: int,
 ) -> ExpertLayer:
-    if source.has_fp8_experts(layer):
+    held = source.expert_format(layer)
+    if held is WeightFormat.FP8:
         return source.take_fp8_experts(layer, local_to_logical, num_extra)
+    if held is WeightFormat.NVFP4:
+        return source.take_nvfp4_experts(layer, local_to_logical, num_extra)
     gate_up, down = source.take_experts(layer, local_to_logical, dtype, num_extra)
     return ExpertLayerWeights(gate_up=gate_up, down=down)
 
 
-def _stack_shared(experts: ExpertLayer, gate_up: LinearWeight, down: LinearWeight) -> None:
+def _stack_shared(
+    experts: ExpertLayerWeights | Fp8Experts, gate_up: LinearWeight, down: LinearWeight
+) -> None:
     """Copy a shared expert into the last slot."""
     if isinstance(experts, Fp8Experts):
         if not isinstance(gate_up, Fp8Weight) or not isinstance(down, Fp8Weight):
@@ -329,10 +295,16 @@ def _attention_layer(
         return source.take_linear(parameters, layer, dtype)
 
     w_uk_HNC, w_uv_HVC = _split_kv_b(source.config, take("kv_b"))
-    shared_gate_up = take_linear("shared_gate", "shared_up")
-    shared_down = take_linear("shared_down")
-    if shared_into is not None:
-        _stack_shared(shared_into.layers[layer], shared_gate_up, shared_down)
+    shared_gate_up = shared_down = None
+    stack = None if shared_into is None else shared_into.layers[layer]
+    if isinstance(stack, Nvfp4Experts):
+        source.take_shared_nvfp4(layer, stack)
+    else:
+        shared_gate_up = take_linear("shared_gate", "shared_up")
+        shared_down = take_linear("shared_down")
+        if stack is not None:
+            _stack_shared(stack, shared_gate_up, shared_down)
+            shared_gate_up = shared_down = None
     return AttentionLayerWeights(
         input_norm_D=take("input_norm"),
         q_a=take_linear("q_a"),
@@ -345,8 +317,8 @@ def _attention_layer(
         o_proj=take_linear("o_proj"),
         post_norm_D=take("post_norm"),
         gate_ED=source.take("gate", layer, torch.float32),
-        shared_gate_up=shared_gate_up if shared_into is None else None,
-        shared_down=shared_down if shared_into is None else None,
+        shared_gate_up=shared_gate_up,
+        shared_down=shared_down,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ostro.actors.attention_shard import num_pages
 from ostro.actors.fabric.placement import initial_placement
-from ostro.actors.model.weights import attention_bytes
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.rank import RankSpec
 from ostro.cluster.deployment_plan import Machine, Memory, plan_deployment, plan_weights
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
@@ -51,6 +51,9 @@ SMALL_4 = ModelConfig(
 )
 SMALL_4_FP8 = replace(
     SMALL_4, quantization=Quantization(weight_format=WeightFormat.FP8, has_input_scales=True)
+)
+SMALL_4_NVFP4 = replace(
+    SMALL_4, quantization=Quantization(weight_format=WeightFormat.NVFP4, has_input_scales=True)
 )
 TINY = replace(
     SMALL_4,
@@ -169,9 +172,35 @@ def test_plan_puts_the_whole_fp8_model_on_one_h200():
     assert 111.7 < result.ranks[0].weight_bytes / GIB < 112.1
 
 
+def test_plan_puts_the_whole_nvfp4_model_on_one_h200():
+    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4)
+    assert result.problems == result.notes == ()
+    assert result.precision is WeightFormat.NVFP4
+    # The official file: 70.8 GB, of which 0.8 GB are the vision tower, which this config lacks.
+    assert 69.9e9 < result.ranks[0].weight_bytes < 70.1e9
+
+
+def test_plan_puts_the_whole_nvfp4_model_on_two_h100():
+    result = plan("2xh200", machine(80, 80), config=SMALL_4_NVFP4)
+    assert result.problems == ()
+    # Experts in halves; attention, and shared experts dequantised, on each.
+    assert [round(rank.weight_bytes / GIB, 1) for rank in result.ranks] == [36.0, 36.0]
+
+
+def test_plan_counts_an_nvfp4_shared_expert_as_bf16_where_it_stands_apart():
+    apart = attention_bytes(SMALL_4, torch.bfloat16, WeightFormat.NVFP4)
+    assert apart == attention_bytes(SMALL_4, torch.bfloat16)
+    stacked = attention_bytes(SMALL_4, torch.bfloat16, WeightFormat.NVFP4, stacks_shared=True)
+    values = 36 * 3 * 2048 * 4096
+    assert apart - stacked == values * 2 - values * 9 // 16 - 36 * 3 * 4
+    routed = expert_bytes(SMALL_4, 128, torch.bfloat16, WeightFormat.NVFP4)
+    (rank,) = plan("1xh200", machine(140), config=SMALL_4_NVFP4).ranks
+    assert rank.weight_bytes == stacked + routed
+
+
 def test_plan_counts_dequantised_weights_where_there_are_no_kernels():
-    nvfp4 = Quantization(weight_format=WeightFormat.NVFP4, has_input_scales=True)
-    result = plan("2xh200", machine(140, 140), config=replace(SMALL_4, quantization=nvfp4))
+    dynamic = Quantization(weight_format=WeightFormat.FP8, has_input_scales=False)
+    result = plan("2xh200", machine(140, 140), config=replace(SMALL_4, quantization=dynamic))
     assert result.precision is WeightFormat.PLAIN
     assert result.ranks == plan("2xh200", machine(140, 140)).ranks
     assert any("dequantised to bfloat16 on the GPU" in note for note in result.notes)

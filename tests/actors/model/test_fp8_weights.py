@@ -19,13 +19,12 @@ from safetensors.torch import load_file, save_file
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_precision, weight_dtype
 from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import (
     AttentionWeights,
     ExpertLayerWeights,
     ExpertWeights,
-    attention_bytes,
     check_checkpoint,
-    expert_bytes,
     load_attention_weights,
     load_expert_weights,
 )
@@ -239,8 +238,9 @@ def test_an_expert_shard_reads_its_own_experts_and_no_other_byte(
     [
         ("cuda", "fp8", FP8),
         ("cuda", "bf16", PLAIN),
-        ("cuda", "nvfp4", PLAIN),
+        ("cuda", "nvfp4", WeightFormat.NVFP4),
         ("cpu", "fp8", PLAIN),
+        ("cpu", "nvfp4", PLAIN),
     ],
 )
 def test_a_gpu_chooses_the_precision_that_there_are_kernels_for(

@@ -18,13 +18,8 @@ from safetensors.torch import load_file, save_file
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.random_checkpoint import TINY_VISION
-from ostro.actors.model.weights import (
-    attention_bytes,
-    check_checkpoint,
-    expert_bytes,
-    load_attention_weights,
-    load_expert_weights,
-)
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
+from ostro.actors.model.weights import check_checkpoint, load_attention_weights, load_expert_weights
 
 Tensors = dict[str, torch.Tensor]
 _QUANTIZED = ("fp8", "nvfp4")

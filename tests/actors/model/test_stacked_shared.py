@@ -20,12 +20,11 @@ from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.cuda_graphs import GraphedDecoder
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import (
     AttentionWeights,
     ExpertWeights,
-    attention_bytes,
     can_stack_shared,
-    expert_bytes,
     load_attention_weights,
     load_expert_weights,
 )

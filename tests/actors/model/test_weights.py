@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.random_checkpoint import TINY_VISION
+from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import (
     AttentionLayerWeights,
-    attention_bytes,
     check_checkpoint,
-    expert_bytes,
     load_attention_weights,
     load_expert_weights,
 )

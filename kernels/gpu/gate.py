@@ -100,7 +100,7 @@ def _partial_logits_kernel(
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     s = tl.program_id(1)
     d = s * BLOCK_D + tl.arange(0, BLOCK_D)
-    t = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)  # as t * D wants it
     is_gate = (e < E)[:, None] & (d < D)[None, :]
     gate_ED = tl.load(gate + e[:, None] * D + d[None, :], mask=is_gate, other=0.0)
     is_x = (t < T)[:, None] & (d < D)[None, :]
@@ -129,14 +129,14 @@ def _gate_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
     is_logit = (t < T)[:, None] & (e < E)[None, :]
-    place = t.to(tl.int64)[:, None] * E + e[None, :]
-    value = tl.load(logits + place, mask=is_logit, other=0.0)
+    value = tl.load(logits + t[:, None] * E + e[None, :], mask=is_logit, other=0.0)
     for s in tl.static_range(1, S):
-        value += tl.load(logits + s * T * E + place, mask=is_logit, other=0.0)
+        place = (s * T + t)[:, None] * E + e[None, :]
+        value += tl.load(logits + place, mask=is_logit, other=0.0)
     # A float's bits order as an unsigned integer once negatives are inverted and positives get the
     # top bit; minus zero becomes zero first, as they are equal.
     bits = (value + 0.0).to(tl.uint32, bitcast=True)
@@ -163,7 +163,7 @@ def _gate_kernel(
         is_live = (t < tl.load(num_live))[:, None]
         chosen = tl.where(is_live, chosen, -1)
         share = tl.where(is_live, share, 0.0)
-    place = t.to(tl.int64)[:, None] * width + k[None, :]
+    place = t[:, None] * width + k[None, :]
     is_chosen = (t < T)[:, None] & (k < width)[None, :]
     tl.store(expert + place, chosen.to(tl.int64), mask=is_chosen)
     tl.store(weight + place, share, mask=is_chosen)

@@ -49,6 +49,7 @@ def rewrite(file: Path, listeners: FaceListeners) -> None:
     folder = HaproxyFolder(file.parent)
     if listeners.tls is not None:
         folder.link(listeners.tls)
+    folder.write_error_files()
     file.write_text(make_ours(file.read_text(), listeners, folder))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ostro.actors.errors import OstroError
 from ostro.cluster.face_listeners import CLIENT_SUBJECT_HEADER, FaceListeners, bracketed
+from ostro.cluster.haproxy_refusals import error_files, grpc_refusal, http_refusal
 from ostro.configs.tls import TlsConfig
 
 _RELOAD_SCRIPT = Path(__file__).with_name("haproxy_reload.lua")
@@ -99,6 +100,15 @@ class HaproxyFolder:
         """What reads them again."""
         return self.path / "reload.lua"
 
+    def error_file(self, status: int) -> Path:
+        """What is said in place of a status of HAProxy's own."""
+        return self.path / f"ostro-{status}.http"
+
+    def write_error_files(self) -> None:
+        """Make what `error_file` names."""
+        for status, answer in error_files().items():
+            self.error_file(status).write_text(answer, newline="")
+
     def link(self, tls: TlsConfig) -> None:
         """Give the files names that HAProxy pairs and needs no quotes for; nothing is copied."""
         files: dict[Path, str | Path] = {
@@ -119,8 +129,9 @@ def make_ours(config: str, listeners: FaceListeners, folder: HaproxyFolder) -> s
     """Serve's configuration, changed for a deployment.
 
     Each request carries its client's address, behind those that others say it came by, and headers
-    that do not come are given up. Beside the faces: HAProxy's metrics, which Ray exports too, and
-    statistics stay on loopback, and its admin socket is for the user that runs it.
+    that do not come are given up. Where no replica answers, callers are told to try again. Beside
+    the faces: HAProxy's metrics, which Ray exports too, and statistics stay on loopback, and its
+    admin socket is for the user that runs it.
 
     Raises:
         UnknownHaproxyConfigError: A line to change is not there, or not once.
@@ -131,7 +142,21 @@ def make_ours(config: str, listeners: FaceListeners, folder: HaproxyFolder) -> s
     config = _change(config, r"(listen stats\n  bind )\*:", r"\g<1>127.0.0.1:")
     for face in _FACES:
         config = _open_face(config, face, listeners, folder)
+    config = _refuse_kindly(config, folder)
     return config if listeners.tls is None else _reload_files(config, listeners.tls, folder)
+
+
+def _refuse_kindly(config: str, folder: HaproxyFolder) -> str:
+    """Have HAProxy say itself what a replica would say that cannot serve now."""
+    for status in error_files():
+        file = folder.error_file(status)
+        config = _change(config, rf"    errorfile {status} \S+$", f"    errorfile {status} {file}")
+    nowhere = r"(backend default_backend\n    http-request return ).*$"
+    config = _change(config, nowhere, lambda found: found[1] + http_refusal())
+    if "backend default_grpc_backend\n" in config:  # while no replica is known
+        nowhere = r"(backend default_grpc_backend\n(?:    .*\n)*?    http-request return ).* if .*$"
+        config = _change(config, nowhere, lambda found: found[1] + grpc_refusal())
+    return config
 
 
 def _open_face(config: str, face: _Face, listeners: FaceListeners, folder: HaproxyFolder) -> str:

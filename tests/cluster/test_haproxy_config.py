@@ -75,8 +75,8 @@ class Proxy:
         return (self.folder / "log").read_text()
 
 
-def write_config(folder: Path, http_port: int, grpc_port: int, behind: tuple[int, int]) -> Path:
-    """What Serve writes for an application with one replica."""
+def write_config(folder: Path, http_port: int, grpc_port: int, behind: tuple[int, ...]) -> Path:
+    """What Serve writes for an application with one replica; `behind` empty: before it knows it."""
     file = folder / "haproxy.cfg"
     config = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=http_port),
@@ -98,7 +98,9 @@ def write_config(folder: Path, http_port: int, grpc_port: int, behind: tuple[int
             protocol=protocol,
             servers=[ServerConfig(name="replica", host="127.0.0.1", port=port)],
         )
-        for protocol, port in zip((RequestProtocol.HTTP, RequestProtocol.GRPC), behind, strict=True)
+        for protocol, port in zip(
+            (RequestProtocol.HTTP, RequestProtocol.GRPC), behind, strict=False
+        )
     }
 
     async def write() -> None:
@@ -402,6 +404,41 @@ def test_a_configuration_that_is_not_known_starts_nothing(served_config, line, i
     )
     assert started.returncode == 1
     assert "Ostro does not know this version of Ray" in started.stderr
+
+
+@contextmanager
+def alone(folder: Path, *behind: int):
+    """HAProxy with nobody behind it; gives both its ports."""
+    http_port, grpc_port = free_port(), free_port()
+    file = write_config(folder, http_port, grpc_port, behind)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ostro.cluster.haproxy", "-db", "-f", file],
+            env=os.environ | FaceListeners(host="127.0.0.1").to_environment(),
+            stderr=log,
+        )
+    try:
+        wait_open(process, folder, http_port)
+        yield http_port, grpc_port
+    finally:
+        process.kill()
+        process.wait(WAIT_S)
+
+
+@pytest.mark.parametrize("num_known", [0, 2], ids=["knows none", "reaches none"])
+def test_where_no_replica_answers_callers_are_told_to_try_again(tmp_path, num_known):
+    with alone(tmp_path, *(free_port() for _ in range(num_known))) as (http_port, grpc_port):
+        answer = httpx.get(f"http://127.0.0.1:{http_port}/v1/models", timeout=WAIT_S)
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel,
+            pytest.raises(grpc.RpcError) as refused,
+        ):
+            channel.unary_unary("/ostro.v1.GenerationService/Chat")(b"", timeout=WAIT_S)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    body = answer.json()
+    assert body["error"]["type"] == body["type"] == "unavailable_error"
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def test_it_ends_with_the_process_that_started_it(served_config):

@@ -60,6 +60,12 @@ class Keyed(Served):
         url = f"{self.url}/v1/chat/completions"
         return httpx.post(url, json={**GREETING, **fields}, headers=headers, timeout=60)
 
+    def refuses_to_tokenize(self, key: str, quota: str) -> bool:
+        headers = {"authorization": f"Bearer {key}"}
+        url = f"{self.url}/tokenize"
+        answer = httpx.post(url, json={"prompt": "mellon"}, headers=headers, timeout=60)
+        return answer.status_code == 429 and answer.json()["error"]["param"] == quota
+
     def statuses(self, key: str, count: int = 4 * NUM_REPLICAS) -> set[int]:
         return {self.chat(key).status_code for _ in range(count)}
 
@@ -157,6 +163,7 @@ def test_a_quota_holds_over_all_replicas_exactly(served):
     key = served.add("small")
     served.keys("limit", "small", "--requests-per-minute", "5")
     wait_for(lambda: served.chat(key).status_code == 429)  # the quota is in force, and used up
+    wait_for(lambda: served.refuses_to_tokenize(key, "requests_per_minute"))
     served.keys("limit", "small", "--requests-per-minute", "1000", "--tokens-per-minute", "100000")
     wait_for(lambda: served.statuses(key) == {200})
     served.keys("limit", "small", "--concurrent-requests", "3", "--max-tokens-per-request", "200")

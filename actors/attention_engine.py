@@ -139,13 +139,16 @@ class AttentionEngine:
         self._plans: deque[StepPlan] = deque()
         self._proposed: ScheduledStep | None = None
         self._next_step = 0
-        self._was_busy = False
+        self._has_told_cache = self._was_busy = False
         self._reported_s = time.monotonic()
         self._host_seconds = parts.stages.host
         self.num_steps = 0
 
     def turn(self) -> None:
         """See `rank_loop.Engine`."""
+        if not self._has_told_cache:  # what the last epoch left, before anything is placed
+            self._has_told_cache = True
+            self._report_step([], None)
         connection, has_work = self._parts.connection, self._has_work()
         message = connection.receive(timeout_s=0.0 if has_work else self._idle_wait_s())
         if message is None and not has_work and self._was_busy and self._scheduler.is_idle():

@@ -17,6 +17,8 @@ from ostro.actors.attention_engine import (
 )
 from ostro.actors.engine.grammar import GrammarCompiler
 from ostro.actors.engine.grammar_masks import MaskMaker
+from ostro.actors.engine.page_pool import PageLeakError
+from ostro.actors.engine.request_pages import RequestPages
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.fabric.channel import SyncConnection, SyncServer
 from ostro.actors.fabric.colocated_exchange import ColocatedExchange
@@ -54,6 +56,7 @@ class AttentionShard(RankActor):
         self._token_address = token_address
         self._tokens: SyncServer | None = None
         self._experts: LocalExperts | None = None
+        self._scheduler: Scheduler | None = None  # of the last epoch
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
@@ -115,11 +118,18 @@ class AttentionShard(RankActor):
         stages = StageCounts(self._decoder.seconds, exchange.counters)
         longest = max_context(spec, self._config)
         self._tokens = SyncServer(self._epoch_address(epoch), epoch.secret, greeting=greeting)
+        self._scheduler = Scheduler(
+            engine,
+            self._num_pages,
+            longest,
+            stages=stages.by_stage,
+            pages=self._pages_left(),
+        )
         parts = AttentionParts(
             rank=spec.rank,
             epoch=epoch.epoch,
             conducted=spec.deployment.layout.world_size() > 1,
-            scheduler=Scheduler(engine, self._num_pages, longest, stages=stages.by_stage),
+            scheduler=self._scheduler,
             decoder=self._decoder,
             sampler=self._sampler,
             grammars=self._grammars,
@@ -135,6 +145,15 @@ class AttentionShard(RankActor):
             take_counts=self._experts.take_counts if self._experts else None,
         )
         return AttentionEngine(parts), self._tokens.start()
+
+    def _pages_left(self) -> RequestPages | None:
+        """Pages with what the last epoch cached: who goes on after it computes little again."""
+        scheduler, self._scheduler = self._scheduler, None
+        try:
+            return None if scheduler is None else scheduler.give_up()
+        except PageLeakError:
+            logger.exception("the last epoch left wrong books; begins with an empty cache")
+            return None
 
     def _graphed(self, spec: RankSpec, decoder: Decoder) -> StepDecoder:
         """With its decode steps as CUDA graphs, where no other rank takes part in them.

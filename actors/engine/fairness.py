@@ -173,3 +173,20 @@ class WaitingQueue:
 
 def _turn(progress: RequestProgress) -> tuple[int, int]:
     return progress.request.scheduling_class, progress.arrival
+
+
+def youngest_victim(
+    step: ScheduledStep, running: Sequence[RequestProgress], requester: RequestProgress
+) -> RequestProgress | None:
+    """Who of the running, oldest first, loses its pages to `requester`.
+
+    The youngest that is younger and not in this step, or else the requester itself if it is the
+    youngest of all; None if it had better wait a step.
+    """
+    placed = {id(entry.progress) for entry in step.entries}
+    for progress in reversed(running):
+        if progress is requester:
+            break
+        if id(progress) not in placed:
+            return progress
+    return requester if running[-1] is requester else None

@@ -74,6 +74,13 @@ class PagePool:
         """Have a referenced page idle, rather than be free, once nobody holds it."""
         self._kept.add(page)
 
+    def stop_keeping(self, page: int) -> None:
+        """Take back `keep`; the page is free if nobody holds it."""
+        self._kept.discard(page)
+        if page in self._idle:
+            del self._idle[page]
+            self._free.append(page)
+
     def check(self, expected_refs: Mapping[int, int]) -> None:
         """Compare with the references that the holders know of.
 

@@ -99,6 +99,16 @@ class PrefixCache:
         self._note(page_hash, is_new=True)
         return True
 
+    def discard(self, page: int) -> None:
+        """Have a page's content found no more, if it could be."""
+        if page in self._hash_of:
+            self._pool.stop_keeping(page)
+            self._forget(page)
+
+    def tell_all(self) -> None:
+        """Have the next `drain_changes` tell of everything, to somebody who knows nothing yet."""
+        self._is_new = dict.fromkeys(self._page_of, True)
+
     def drain_changes(self) -> tuple[list[int], list[int]]:
         """(hashes added, hashes dropped) since the last call, each at most once in one of them."""
         changes, self._is_new = self._is_new, {}

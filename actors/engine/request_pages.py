@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from ostro.actors.engine.page_pool import PagePool
 from ostro.actors.engine.prefix_cache import PrefixCache, extend_page_hashes
 from ostro.actors.engine.request import RequestProgress, RequestState
+from ostro.actors.engine.step import ScheduledStep
 
 
 class RequestPages:
@@ -75,6 +76,27 @@ class RequestPages:
         self.pool.release(progress.pages)
         progress.pages = []
         progress.num_published_pages = 0
+
+    def hand_over(
+        self, holders: Iterable[RequestProgress], in_flight: Iterable[ScheduledStep]
+    ) -> None:
+        """Make ready for another owner: holders lose their pages, what is cached stays.
+
+        But not what steps in flight were to write: it may be there, in part or not at all.
+
+        Raises:
+            PageLeakError: Somebody else holds a page, or one is lost.
+        """
+        for progress in holders:
+            self.release(progress)
+        if self._cache is not None:
+            for step in in_flight:
+                for entry in step.entries:
+                    first, last = entry.start, entry.start + entry.num_tokens - 1
+                    for page in entry.pages[first // self.page_size : last // self.page_size + 1]:
+                        self._cache.discard(page)
+            self._cache.tell_all()
+        self.check(())
 
     def changes(self) -> tuple[list[int], list[int]]:
         """See `PrefixCache.drain_changes`."""

@@ -23,7 +23,12 @@ from operator import attrgetter
 
 from ostro.actors.engine import token_rules
 from ostro.actors.engine.admission import AdmissionPolicy, check_servable
-from ostro.actors.engine.fairness import OUTPUT_WEIGHT, TenantShares, WaitingQueue
+from ostro.actors.engine.fairness import (
+    OUTPUT_WEIGHT,
+    TenantShares,
+    WaitingQueue,
+    youngest_victim,
+)
 from ostro.actors.engine.request import FinishReason, RequestProgress, RequestState, TokenEvent
 from ostro.actors.engine.request_pages import RequestPages
 from ostro.actors.engine.step import (
@@ -37,6 +42,7 @@ from ostro.actors.engine.step import (
     token_event,
 )
 from ostro.actors.engine.step_budget import StepBudget
+from ostro.actors.engine.step_ledger import StepLedger
 from ostro.actors.engine.stopwatch import Stopwatch
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
@@ -60,10 +66,12 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         stages: Callable[[], Mapping[str, float]] = dict,
+        pages: RequestPages | None = None,
     ) -> None:
-        self._config, self._budget = config, StepBudget(config)
+        self._config = config
         self._clock, self._stages = clock, stages
-        self._pages = RequestPages(num_pages, config.page_size, prefix_cache=config.prefix_cache)
+        size, cached = config.page_size, config.prefix_cache
+        self._pages = pages or RequestPages(num_pages, size, prefix_cache=cached)
         # One request alone may fill the cache.
         self._longest = min(max_context, self._pages.num_slots)
         self._admission = AdmissionPolicy(config.max_waiting_requests, config.max_waiting_tokens)
@@ -74,8 +82,8 @@ class Scheduler:
         self._leaving: set[RequestProgress] = set()
         self._events: list[TokenEvent] = []
         self._blocked = (-1, -1)
-        self._completed_s = 0.0
-        self._num_arrivals = self._num_scheduled = self._num_completed = 0
+        self._num_arrivals = 0
+        self._steps = StepLedger(StepBudget(config))
         self._totals = Totals()
 
     # ---- what callers ask for
@@ -128,12 +136,12 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Plan the next step, or None if nothing can advance before results come in."""
-        step = ScheduledStep(self._num_scheduled, self._clock())
+        step = self._steps.begin(self._clock())
         if self._waiting and self._shares.contended:
             self._give_way(step)
         prefilling = self._schedule_decodes(step)
         step.num_decodes = len(step.entries)
-        step.budget = self._budget.beside(step.num_decodes)
+        step.budget = self._steps.budget.beside(step.num_decodes)
         num_promised = 0
         if self._shares.contended and prefilling:
             least = self._shares.order(prefilling)
@@ -141,10 +149,10 @@ class Scheduler:
         self._schedule_prefills(step, prefilling)
         self._schedule_waiting(step, self._pages.lacking(prefilling) + num_promised)
         if not step.entries:
+            self._steps.drop()
             return None
         if not self._shares.contended:
             self._shares.charge_alone(step)
-        self._num_scheduled += 1
         return step
 
     def complete(
@@ -158,9 +166,7 @@ class Scheduler:
         Raises:
             RuntimeError: An earlier step is not completed yet.
         """
-        if step.index != self._num_completed:
-            raise RuntimeError(f"step {step.index} came in before step {self._num_completed}")
-        self._num_completed += 1
+        self._steps.check_next(step)
         for entry in step.entries:
             progress = entry.progress
             progress.num_in_flight -= 1
@@ -173,11 +179,8 @@ class Scheduler:
                 self._let_go(progress)
             elif entry.samples:
                 self._append_output(progress, outputs[progress.request_id])
-        now_s = self._clock()
-        seconds = now_s - max(step.scheduled_s, self._completed_s)
+        seconds = self._steps.complete(step, self._clock())
         self._admission.record(step.num_tokens, seconds)
-        self._budget.record(step, seconds)
-        self._completed_s = now_s
         return self.take_events()
 
     def take_events(self) -> list[TokenEvent]:
@@ -193,7 +196,7 @@ class Scheduler:
 
     def is_idle(self) -> bool:
         """Whether there is no request and no step in flight."""
-        return not self._requests and self._num_scheduled == self._num_completed
+        return not self._requests and not self._steps
 
     def load(self) -> ShardLoad:
         """Numbers for the router and for metrics."""
@@ -204,6 +207,15 @@ class Scheduler:
     def cache_changes(self) -> tuple[list[int], list[int]]:
         """(page hashes that became reusable, page hashes evicted) since the last call."""
         return self._pages.changes()
+
+    def give_up(self) -> RequestPages:
+        """End with all requests; the pages, with what is cached, for one that follows on this.
+
+        Raises:
+            PageLeakError: The books are wrong.
+        """
+        self._pages.hand_over((*self._running, *self._leaving), self._steps)
+        return self._pages
 
     def check_integrity(self) -> None:
         """Raise PageLeakError unless every page is free, idle, or held exactly as counted."""
@@ -330,25 +342,13 @@ class Scheduler:
     def _find_pages(self, step: ScheduledStep, progress: RequestProgress, num_tokens: int) -> bool:
         """Get a running request pages for so many tokens, from younger ones if need be."""
         while not self._pages.grow(progress, num_tokens):
-            victim = self._victim(step, progress)
-            if victim is None:
+            victim = youngest_victim(step, self._running, progress)
+            if self._leaving or victim is None:
                 return False
             self._preempt(step, victim)
             if victim is progress:
                 return False
         return True
-
-    def _victim(self, step: ScheduledStep, requester: RequestProgress) -> RequestProgress | None:
-        """The youngest request not in this step; None if the requester had better wait a step."""
-        if self._leaving:
-            return None
-        placed = {id(entry.progress) for entry in step.entries}
-        for progress in reversed(self._running):
-            if progress is requester:
-                break
-            if id(progress) not in placed:
-                return progress
-        return requester if self._running[-1] is requester else None
 
     def _preempt(self, step: ScheduledStep, progress: RequestProgress) -> None:
         self._running.remove(progress)

@@ -25,6 +25,7 @@ from ostro.configs.deployment import DeploymentConfig
 
 _SPAWN = multiprocessing.get_context("spawn")
 _READY_TIMEOUT_S = 120.0
+_SPAWN_TIMEOUT_S = 240.0  # of importing torch, on a machine that has a lot else to do
 
 
 def _host(pipe: multiprocessing.connection.Connection, token_dir: str) -> None:
@@ -79,7 +80,7 @@ class ProcessPeer:
         self._lock = asyncio.Lock()
         self.name = f"{role}-{rank}"
         self._role = (role, rank)
-        await self._call("become", (role, rank), 60.0)
+        await self._call("become", (role, rank), _SPAWN_TIMEOUT_S)
 
     async def start(self, spec: RankSpec, *, timeout_s: float) -> None:
         await self._call("start", (spec,), timeout_s)
@@ -96,7 +97,7 @@ class ProcessPeer:
     async def restart(self) -> None:
         self.kill()
         self._spawn()
-        await self._call("become", self._role, 60.0)
+        await self._call("become", self._role, _SPAWN_TIMEOUT_S)
 
     def kill(self, sig: int = signal.SIGKILL) -> None:
         with contextlib.suppress(ProcessLookupError):

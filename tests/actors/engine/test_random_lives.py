@@ -34,6 +34,7 @@ from ostro.actors.engine.request import (
     ThinkingParams,
     TokenEvent,
 )
+from ostro.actors.engine.request_pages import RequestPages
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import ScheduledStep
 from ostro.actors.errors import InvalidRequestError
@@ -109,11 +110,10 @@ class RandomLives(RuleBasedStateMachine):
             max_running_requests=min(max_running, max_tokens_per_step),
             prefix_cache=prefix_cache,
         )
-        self.max_context = max_context
+        self.max_context, self.num_pages = max_context, num_pages
         self.num_slots = num_pages * page_size
         self.num_ahead = num_ahead
-        clock = count(1.0)
-        self.scheduler = Scheduler(self.config, num_pages, max_context, clock=lambda: next(clock))
+        self.scheduler = self._make_scheduler(None)
         self.device = FakeDevice(page_size)
         self.in_flight: deque[ScheduledStep] = deque()
         self.lives: dict[str, RequestProgress] = {}
@@ -266,6 +266,31 @@ class RandomLives(RuleBasedStateMachine):
                     break
             if self.in_flight:
                 self.complete()
+
+    @rule(is_written=st.booleans())
+    def lose_the_epoch(self, is_written: bool) -> None:
+        """Steps in flight come to nothing, the first may have written; requests go on elsewhere."""
+        if self.in_flight and is_written:
+            self.device.run(self.in_flight[0])
+        self.in_flight.clear()
+        self.scheduler = self._make_scheduler(self.scheduler.give_up())
+        self.cached = set()
+        for request_id, progress in self.lives.items():
+            if request_id not in self.ended:
+                given, _ = self._expected(progress.request)
+                known = given[: self.num_given[request_id]] + self.heard[request_id]
+                self.lives[request_id] = make_progress(progress.request, *known)
+                self.scheduler.add(self.lives[request_id])
+
+    def _make_scheduler(self, pages: RequestPages | None) -> Scheduler:
+        clock = count(1.0)
+        return Scheduler(
+            self.config,
+            self.num_pages,
+            self.max_context,
+            clock=lambda: next(clock),
+            pages=pages,
+        )
 
     # ---- what must hold
 

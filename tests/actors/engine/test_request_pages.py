@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from engine_fakes import make_fake_image, make_request
 
+from ostro.actors.engine.page_pool import PageLeakError
 from ostro.actors.engine.request import RequestProgress
 from ostro.actors.engine.request_pages import RequestPages
+from ostro.actors.engine.step import ScheduledRequest, ScheduledStep
 
 
 def _progress(num_tokens: int, *, salt: str = "") -> RequestProgress:
@@ -97,3 +100,25 @@ def test_steps_in_flight_keep_the_pages_they_were_given() -> None:
     pages.release(progress)
     assert progress.pages == []
     assert len(given) == 2
+
+
+def test_a_new_owner_finds_what_completed_steps_wrote_and_nothing_else() -> None:
+    pages = RequestPages(8, 2, prefix_cache=True)
+    served = _computed(pages, 5)
+    in_flight = ScheduledStep(0, 0.0)
+    in_flight.entries.append(ScheduledRequest(served, 2, 2, [7, 8], served.pages, False))
+    pages.changes()
+    pages.hand_over([served], [in_flight])
+    again = _progress(5)
+    assert pages.adopt(again) == 2
+    added, dropped = pages.changes()
+    assert (len(added), dropped) == (1, [])
+    pages.release(again)
+    assert pages.pool.num_free == 8
+
+
+def test_pages_that_somebody_holds_are_not_handed_over() -> None:
+    pages = RequestPages(8, 2, prefix_cache=True)
+    _computed(pages, 3)
+    with pytest.raises(PageLeakError):
+        pages.hand_over([], [])

@@ -205,7 +205,7 @@ def test_steps_must_come_in_in_order() -> None:
     _add(scheduler, make_request())
     _plan(scheduler)
     second = _plan(scheduler)
-    with pytest.raises(RuntimeError, match="step 1 came in before step 0"):
+    with pytest.raises(RuntimeError, match="step 1 came in before its turn"):
         _complete(scheduler, second)
 
 

@@ -27,7 +27,7 @@ from ostro.actors.fabric.messages import StepEvents
 from ostro.actors.fabric.transport import PairExchange
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
-from ostro.actors.model.device import choose_precision, torch_dtype
+from ostro.actors.model.device import choose_cache_dtype, choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
 from ostro.actors.model.sampler import Sampler
@@ -97,7 +97,7 @@ class AttentionShard(RankActor):
             num_pages=self._num_pages,
             page_size=spec.deployment.engine.page_size,
             device=spec.device,
-            dtype=dtype,
+            dtype=choose_cache_dtype(spec.deployment.engine, dtype, config),
         )
         decoder = Decoder(
             config,
@@ -227,7 +227,8 @@ def num_pages(spec: RankSpec, config: ModelConfig) -> int:
     engine = spec.deployment.engine
     if engine.num_pages is not None:
         return engine.num_pages
-    page_bytes = cache_page_bytes(config, engine.page_size, torch_dtype(spec.dtype))
+    dtype = choose_cache_dtype(engine, torch_dtype(spec.dtype), config)
+    page_bytes = cache_page_bytes(config, engine.page_size, dtype)
     if engine.cache_memory_bytes is not None:
         memory_bytes = engine.cache_memory_bytes
     elif spec.device == "cuda":

@@ -81,7 +81,7 @@ class Ingress(GrpcMethods):
                 config,
                 deployment,
                 weight_dtype=spec.weight_dtype,
-                kv_dtype=spec.dtype,
+                kv_dtype=deployment.engine.cached_in(spec.dtype),
             ),
             has_vision=prompts.serves_images(config.vision),
         )

@@ -31,6 +31,7 @@ from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.latent_cache import FP8_ROWS
 
 _TITLE_WIDTH = 12
 
@@ -159,7 +160,9 @@ def _print_plan(
     console.print(_rank_table(plan))
     rank = plan.ranks[0]
     per_token = rank.page_bytes / rank.page_size
-    _say(console, "cache", f"{format_bytes(per_token)} per token, {rank.page_size} tokens a page")
+    held = " in FP8" if plan.cache_dtype == FP8_ROWS else ""
+    text = f"{format_bytes(per_token)} per token{held}, {rank.page_size} tokens a page"
+    _say(console, "cache", text)
 
 
 def _rank_table(plan: DeploymentPlan) -> Table:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ostro.actors.fabric.placement import initial_placement
-from ostro.actors.model.device import choose_precision
+from ostro.actors.model.device import choose_cache_dtype, choose_precision
 from ostro.actors.model.latent_cache import cache_page_bytes
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.cluster.human_numbers import format_bytes
@@ -20,6 +20,7 @@ from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, Lay
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.latent_cache import FP8_ROWS
 
 _DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
 _PROCESS_BYTES = 256 * 2**20  # interpreter, torch and Ray in one CPU process, beside its weights
@@ -84,7 +85,8 @@ class DeploymentPlan:
     """What every rank holds, and what stands against it.
 
     Attributes:
-        dtype: What activations, the cache, and weights that are not in `precision` are held in.
+        dtype: What activations, and weights that are not in `precision`, are held in.
+        cache_dtype: What latents are held in; `FP8_ROWS` or `dtype`.
         precision: What quantised weights are multiplied in; PLAIN if in `dtype`.
         problems: Why it cannot run, each with its way out; empty if it fits.
         notes: What it runs with all the same.
@@ -92,6 +94,7 @@ class DeploymentPlan:
 
     device: str
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     precision: WeightFormat
     ranks: tuple[RankPlan, ...]
     max_context: int
@@ -119,15 +122,20 @@ def plan_deployment(
         config: The model.
         machine: Where; GPU r is rank r's.
         device: "cpu" or "cuda".
-        dtype: What the cache is held in, and weights that are not multiplied as they are stored.
+        dtype: What the cache is held in, if not in FP8, and weights that are not multiplied as they
+            are stored.
         has_other_nodes: Ranks may live on machines that are not looked at.
 
     Raises:
-        ConfigError: The model's experts cannot be spread over the layout's ranks.
+        ConfigError: The model's experts cannot be spread over the layout's ranks, or its latents
+            not be held in FP8.
     """
     max_context = min(config.max_context, deployment.engine.max_context or config.max_context)
     precision = choose_precision(device, config)
-    planner = _Planner(deployment, config, machine, device, dtype, precision, max_context)
+    cache_dtype = choose_cache_dtype(deployment.engine, dtype, config)
+    planner = _Planner(
+        deployment, config, machine, device, dtype, cache_dtype, precision, max_context
+    )
     ranks = tuple(planner.rank(rank) for rank in range(deployment.layout.world_size()))
     problems: list[str] = []
     if not has_other_nodes:
@@ -136,6 +144,7 @@ def plan_deployment(
     return DeploymentPlan(
         device=device,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         precision=precision,
         ranks=ranks,
         max_context=max_context,
@@ -169,6 +178,7 @@ class _Planner:
     machine: Machine
     device: str
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     precision: WeightFormat
     max_context: int
 
@@ -180,7 +190,7 @@ class _Planner:
         )
         budget_bytes = self._budget_bytes(rank)
         is_attention = rank in layout.attention_ranks()
-        page_bytes = cache_page_bytes(self.config, engine.page_size, self.dtype)
+        page_bytes = cache_page_bytes(self.config, engine.page_size, self.cache_dtype)
         cache_bytes = self._cache_bytes(weight_bytes, budget_bytes)
         return RankPlan(
             rank=rank,
@@ -245,6 +255,11 @@ class _Planner:
                 f"the checkpoint's quantised weights are dequantised to "
                 f"{str(self.dtype).removeprefix('torch.')} on the GPU and take that memory: only "
                 f"nvfp4 experts, and fp8 with scales for inputs, are multiplied as they are stored"
+            )
+        if self.device == "cpu" and self.cache_dtype == FP8_ROWS:
+            notes.append(
+                "latent_cache_dtype=fp8 saves memory alone on CPU: every step converts the pages "
+                "that it reads"
             )
         if self.device == "cuda" and any(rank.num_pages is None for rank in ranks):
             notes.append(

@@ -30,7 +30,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ostro.actors.errors import NotReadyError, OstroError, ShardLostError
 from ostro.actors.fabric.messages import State
-from ostro.actors.model.device import choose_dtype, choose_precision, weight_dtype
+from ostro.actors.model.device import (
+    choose_cache_dtype,
+    choose_dtype,
+    choose_precision,
+    torch_dtype,
+    weight_dtype,
+)
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.key_file import check_access
 from ostro.cluster.key_watch import key_publishing, no_keys
@@ -124,6 +130,7 @@ def launch(
         host, certificate = _prepare_ingress(deployment, nodes) if with_ingress else ("", None)
         device = resolve_device(deployment.layout.device, nodes)
         dtype = choose_dtype(deployment.engine.dtype, device, config)
+        choose_cache_dtype(deployment.engine, torch_dtype(dtype), config)  # raises early
         spec = IngressSpec(
             deployment=deployment,
             model_dir=str(model_dir),

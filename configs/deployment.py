@@ -149,6 +149,8 @@ class EngineConfig:
         image_cache_bytes: Embeddings of images that a shard keeps for further requests, at most.
         dtype: "float32", "bfloat16" or "auto": bfloat16 on CUDA; on CPU where it is native and the
             model is large enough to gain from it.
+        latent_cache_dtype: "auto" holds latents in the model's dtype; "fp8" in 0.6 of the bytes
+            that bfloat16 takes, to three bits of mantissa: more requests or context, on CPU slower.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
         cuda_graphs: Whether decode steps of a rank alone on a GPU are captured when it starts.
     """
@@ -167,6 +169,7 @@ class EngineConfig:
     prefix_cache: bool = True
     image_cache_bytes: int = 256 * 2**20
     dtype: str = "auto"
+    latent_cache_dtype: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = True
 
@@ -197,6 +200,14 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_fraction={self.gpu_memory_fraction}: must be in (0, 1]")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype={self.dtype!r}: must be 'auto', 'float32' or 'bfloat16'")
+        if self.latent_cache_dtype not in ("auto", "fp8"):
+            raise ConfigError(
+                f"latent_cache_dtype={self.latent_cache_dtype!r}: must be 'auto' or 'fp8'"
+            )
+
+    def cached_in(self, dtype: str) -> str:
+        """By name what latents are held in if the model is held in `dtype`: that, or "fp8"."""
+        return dtype if self.latent_cache_dtype == "auto" else self.latent_cache_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

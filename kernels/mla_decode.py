@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ostro.kernels.cpu import library
+from ostro.kernels.latent_cache import row_values
 from ostro.kernels.latent_heads import (
     LatentHeads,
     PackedHeads,
@@ -35,7 +36,7 @@ from ostro.kernels.latent_heads import (
 )
 
 if TYPE_CHECKING:
-    from ostro.kernels.gpu.mla_decode import DecodeChunks
+    from ostro.kernels.gpu.decode_chunks import DecodeChunks
 
 # Places that one bucket may gather: at 320 values of bf16 this is 80 MiB of latents.
 _MAX_GATHERED = 2**17
@@ -152,7 +153,7 @@ class DecodePlan:
 
     def chunks(self) -> DecodeChunks:
         """What the programs of a GPU attend."""
-        from ostro.kernels.gpu.mla_decode import cut_chunks
+        from ostro.kernels.gpu.decode_chunks import cut_chunks
 
         if self._chunks is None:
             chunks = cut_chunks(self.page_tables, self.context_lengths, self.page_size)
@@ -228,7 +229,8 @@ def mla_decode(
         if serves(nope, q_THQ.shape[2] - nope, latent, cache_NSW.shape[1]):
             return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads, turn_TJ, scale_T)
     turn_queries_(q_THQ, heads.w_uk_HNC.shape[1], turn_TJ, scale_T)
-    if heads.packed is not None and not (cache_NSW.shape[2] - heads.w_uk_HNC.shape[2]) % 2:
+    is_even = not (q_THQ.shape[2] - heads.w_uk_HNC.shape[1]) % 2  # rope
+    if heads.packed is not None and is_even and cache_NSW.dtype == q_THQ.dtype:
         return mla_decode_cpu(q_THQ, cache_NSW, plan, heads, heads.packed)
     q_THW = absorb_queries(q_THQ, heads.w_uk_HNC)
     latent_width = heads.w_uk_HNC.shape[2]
@@ -332,6 +334,7 @@ def _attend_bucket(
     scale: float,
 ) -> torch.Tensor:
     gathered_GW = cache_NSW.index_select(0, bucket.pages_G).view(-1, cache_NSW.shape[2])
+    gathered_GW = row_values(gathered_GW, latent_width, q_BHW.dtype)
     if bucket.stale_G is not None:
         gathered_GW.index_fill_(0, bucket.stale_G, 0.0)
     latent_BSW = gathered_GW.view(bucket.num_queries, -1, gathered_GW.shape[1])

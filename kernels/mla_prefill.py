@@ -21,6 +21,7 @@ from functools import partial
 import torch
 
 from ostro.kernels.cpu import library
+from ostro.kernels.latent_cache import row_values
 from ostro.kernels.latent_heads import LatentHeads, absorb_queries, expand_values
 from ostro.kernels.linear import linear
 
@@ -87,10 +88,10 @@ def mla_prefill(
     page_size = cache_NSW.shape[1]
     block_pages = max((block_size or _KEYS_AT_ONCE) // page_size, 1)
     context_length = start + q_THQ.shape[0]
-    if not absorbed and heads.packed is None and context_length <= block_pages * page_size:
-        latent_LW = _gather(cache_NSW, pages_n, 0, context_length)
+    blocks = _LatentBlocks(cache_NSW, pages_n, context_length, block_pages * page_size, heads)
+    if not absorbed and heads.packed is None and context_length <= blocks.starts.step:
+        latent_LW = blocks.read(0)
         return _attend_once(q_THQ, latent_LW, start, heads)
-    blocks = _LatentBlocks(cache_NSW, pages_n, context_length, block_pages * page_size)
     if absorbed:
         return _attend_absorbed(q_THQ, blocks, start, heads)
     return _attend_expanded(q_THQ, blocks, start, heads)
@@ -113,26 +114,30 @@ def mla_prefill_reference(
 
 
 class _LatentBlocks:
-    """Cached rows of one request, block by block in order."""
+    """Cached rows of one request, block by block in order; FP8 ones in the dtype of the heads."""
 
     def __init__(
-        self, cache_NSW: torch.Tensor, pages_n: torch.Tensor, context_length: int, block_size: int
+        self,
+        cache_NSW: torch.Tensor,
+        pages_n: torch.Tensor,
+        context_length: int,
+        block_size: int,
+        heads: LatentHeads,
     ) -> None:
         self._cache_NSW = cache_NSW
         self._pages_n = pages_n
+        self._latent_width = heads.w_uk_HNC.shape[2]
+        self._dtype = heads.w_uk_HNC.dtype
         self.starts = range(0, context_length, block_size)
         self.context_length = context_length
 
     def read(self, start: int) -> torch.Tensor:
+        """Rows of the block of positions from `start` on, [S, C + P]."""
         stop = min(start + self.starts.step, self.context_length)
-        return _gather(self._cache_NSW, self._pages_n, start, stop)
-
-
-def _gather(cache_NSW: torch.Tensor, pages_n: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Rows of positions [start, stop); `start` is at a page's begin."""
-    page_size = cache_NSW.shape[1]
-    pages_n = pages_n[start // page_size : -(-stop // page_size)]
-    return cache_NSW.index_select(0, pages_n).flatten(0, 1)[: stop - start]
+        page_size = self._cache_NSW.shape[1]
+        pages_n = self._pages_n[start // page_size : -(-stop // page_size)]
+        rows_SW = self._cache_NSW.index_select(0, pages_n).flatten(0, 1)[: stop - start]
+        return row_values(rows_SW, self._latent_width, self._dtype)
 
 
 def _expand(latent_SW: torch.Tensor, heads: LatentHeads) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,9 @@
 Decode rows attend absorbed; a prefill span attends absorbed or expanded, whichever takes fewer
 FLOPs. Both forms give the same result.
 
+A cache of FP8 rows holds latents without their norm's weight, which the heads take up instead: so
+their size is known, whatever the checkpoint (`kernels.latent_cache`).
+
 Shape letters: T tokens, D hidden, H heads, Q = N + P query width (N nope, P rope), C latent,
 J = P / 2 rotary pairs.
 """
@@ -15,8 +18,9 @@ import torch
 
 from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
-from ostro.actors.model.weights import AttentionWeights
+from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
 from ostro.configs.model import ModelConfig
+from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import mla_decode
@@ -53,6 +57,9 @@ class Attention:
         self._dtype = weights.embed_VD.dtype
         self._inv_freq_J = _frequencies(config).to(weights.embed_VD.device)
         scale = config.softmax_scale()
+        if cache.dtype == FP8_ROWS:
+            for w in weights.layers:
+                _move_norm_to_heads_(w)
         self._heads = [
             pack_heads(LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale)) for w in weights.layers
         ]
@@ -132,6 +139,13 @@ class Attention:
             value=config.v_head_dim,
             latent=config.kv_lora_rank,
         )
+
+
+def _move_norm_to_heads_(weights: AttentionLayerWeights) -> None:
+    """Leave latents at unit size, in place; the layer computes the same, also if called again."""
+    weights.w_uk_HNC.mul_(weights.kv_a_norm)
+    weights.w_uv_HVC.mul_(weights.kv_a_norm)
+    weights.kv_a_norm.fill_(1.0)
 
 
 def _frequencies(config: ModelConfig) -> torch.Tensor:

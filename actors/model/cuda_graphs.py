@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs: one launch where there would be some twenty for every layer.
 
-A graph is captured for a number of requests and a number of chunks of keys (`gpu.mla_decode`). A
+A graph is captured for a number of requests and a number of chunks of keys (`gpu.decode_chunks`). A
 step takes the smallest one that holds it; what is left over is padding, which stores nothing, goes
 to no expert and attends to nothing. Every other step goes the usual way, launch by launch.
 
@@ -27,14 +27,14 @@ from ostro.actors.model.packed_copy import (
     send_together,
 )
 from ostro.configs.model import ModelConfig
-from ostro.kernels.gpu.mla_decode import (
+from ostro.kernels.gpu.decode_chunks import (
     MAX_CHUNK_KEYS,
     MIN_CHUNK_KEYS,
     DecodeChunks,
     cut_chunks,
     most_chunks,
-    serves,
 )
+from ostro.kernels.gpu.mla_decode import serves
 from ostro.kernels.mla_decode import DecodePlan
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The device of a rank: which one, how many threads, which dtype, which precision of weights."""
+"""The device of a rank: which one, how many threads, which dtypes, which precision of weights."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import os
 import torch
 
 from ostro.actors.model.stored_weights import multipliable_format
-from ostro.configs.deployment import DeploymentConfig, Layout
+from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.latent_cache import FP8_ROW_LATENTS, FP8_ROWS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SMALL_HIDDEN = 512
@@ -36,6 +37,24 @@ def choose_dtype(requested: str, device: str, config: ModelConfig) -> str:
         return "bfloat16"
     native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return "bfloat16" if native and config.hidden_size >= _SMALL_HIDDEN else "float32"
+
+
+def choose_cache_dtype(
+    engine: EngineConfig, dtype: torch.dtype, config: ModelConfig
+) -> torch.dtype:
+    """What the latent cache of a model in `dtype` is held in.
+
+    Raises:
+        ConfigError: The model's latents do not fill FP8 rows.
+    """
+    if engine.latent_cache_dtype == "auto":
+        return dtype
+    if config.kv_lora_rank % FP8_ROW_LATENTS:
+        raise ConfigError(
+            f"latent_cache_dtype={engine.latent_cache_dtype!r}: the model's kv_lora_rank="
+            f"{config.kv_lora_rank} is no multiple of {FP8_ROW_LATENTS}; set it to 'auto'"
+        )
+    return FP8_ROWS
 
 
 def choose_precision(device: str, config: ModelConfig) -> WeightFormat:

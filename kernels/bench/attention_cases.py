@@ -19,17 +19,16 @@ import torch
 
 from ostro.kernels.bench.measure import Case, largest_error, num_variants, poison, relative_error
 from ostro.kernels.bench.sizes import Sizes
+from ostro.kernels.gpu.decode_chunks import DecodeChunks, cut_chunks
 from ostro.kernels.gpu.latent_heads import (
     expand_values_triton,
     latent_queries_reference,
     latent_queries_triton,
 )
 from ostro.kernels.gpu.mla_decode import (
-    DecodeChunks,
     DecodeCut,
     attend_latents_reference,
     attend_latents_triton,
-    cut_chunks,
 )
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 from ostro.kernels.latent_heads import LatentHeads, expand_values_reference

@@ -6,7 +6,7 @@ One kernel gathers: latents to be multiplied, rope keys to their place in every 
 products are torch's.
 
 Shape legend: S keys, H heads, Q = N + P key width (N nope, P rope), V value width, C latent,
-W = C + P, n pages of the request.
+W of a cached row (`kernels.latent_cache`), n pages of the request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.latent_cache import row_parts, row_values
 from ostro.kernels.latent_heads import LatentHeads
 
 _ROWS_AT_ONCE = 8
@@ -33,19 +34,23 @@ def expand_latents_triton(
         heads: The layer's heads.
 
     Returns:
-        key_SHQ and value_SHV in the dtype of the cache, contiguous.
+        key_SHQ and value_SHV in the dtype of the heads, contiguous.
 
     Example:
         latent [1., 2.] and rope key [7.], one head of Wuk [[1., 1.]] and Wuv [[0., 3.]]: key
         [3., 7.], value [6.].
     """
     num_heads, nope, latent = heads.w_uk_HNC.shape
-    page_size, width = cache_NSW.shape[1:]
-    rope, num_keys = width - latent, stop - first
-    latent_SC = cache_NSW.new_empty(num_keys, latent)
-    key_SHQ = cache_NSW.new_empty(num_keys, num_heads, nope + rope)
+    latent_NSC, rope_key_NSP = row_parts(cache_NSW, latent)
+    page_size, rope = rope_key_NSP.shape[1:]
+    num_keys = stop - first
+    latent_SC = heads.w_uk_HNC.new_empty(num_keys, latent)
+    key_SHQ = heads.w_uk_HNC.new_empty(num_keys, num_heads, nope + rope)
     _gather_kernel[(triton.cdiv(num_keys, _ROWS_AT_ONCE),)](
-        cache_NSW,
+        latent_NSC,
+        rope_key_NSP,
+        latent_NSC.stride(1),
+        rope_key_NSP.stride(1),
         pages_n,
         latent_SC,
         key_SHQ,
@@ -78,17 +83,22 @@ def expand_latents_reference(
     latent = heads.w_uk_HNC.shape[2]
     places_S = torch.arange(first, stop, device=cache_NSW.device)
     page_size = cache_NSW.shape[1]
-    row_SW = cache_NSW[pages_n[places_S // page_size], places_S % page_size].float()
+    row_SW = cache_NSW[pages_n[places_S // page_size], places_S % page_size]
+    row_SW = row_values(row_SW, latent, torch.float32).float()
     nope_SHN = torch.einsum("sc,hnc->shn", row_SW[:, :latent], heads.w_uk_HNC.float())
     rope_SHP = row_SW[:, None, latent:].expand(-1, nope_SHN.shape[1], -1)
     value_SHV = torch.einsum("sc,hvc->shv", row_SW[:, :latent], heads.w_uv_HVC.float())
     key_SHQ = torch.cat((nope_SHN, rope_SHP), dim=-1)
-    return key_SHQ.to(cache_NSW.dtype), value_SHV.to(cache_NSW.dtype)
+    dtype = heads.w_uk_HNC.dtype
+    return key_SHQ.to(dtype), value_SHV.to(dtype)
 
 
 @triton.jit(do_not_specialize=["first", "num_keys"])
 def _gather_kernel(
-    cache,
+    cached_latents,
+    cached_keys,
+    latent_stride,
+    key_stride,
     pages,
     latent,
     key,
@@ -110,10 +120,11 @@ def _gather_kernel(
     s = s.to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     is_latent = is_key[:, None] & (c < C)[None, :]
-    row = tl.load(cache + place[:, None] * (C + P) + c[None, :], mask=is_latent)
-    tl.store(latent + s[:, None] * C + c[None, :], row, mask=is_latent)
+    row = tl.load(cached_latents + place[:, None] * latent_stride + c[None, :], mask=is_latent)
+    tl.store(latent + s[:, None] * C + c[None, :], row.to(latent.dtype.element_ty), mask=is_latent)
     p = tl.arange(0, BLOCK_P)
     is_rope = is_key[:, None] & (p < P)[None, :]
-    row = tl.load(cache + place[:, None] * (C + P) + C + p[None, :], mask=is_rope)
+    row = tl.load(cached_keys + place[:, None] * key_stride + p[None, :], mask=is_rope)
+    row = row.to(key.dtype.element_ty)
     for h in range(H):
         tl.store(key + (s[:, None] * H + h) * (N + P) + N + p[None, :], row, mask=is_rope)

@@ -4,7 +4,7 @@ A token's compressed query is normed by one program; its latent is normed, its r
 both written to the cache by another.
 
 Shape legend: T tokens, L compressed query width, C latent, P rope dim, J = P / 2 rotary pairs,
-W = C + P.
+W of a cached row (`kernels.latent_cache`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ostro.kernels.gpu.fp8_linear import in_units
+from ostro.kernels.latent_cache import row_parts
 from ostro.kernels.mla_prologue import PrologueNorms
 
 
@@ -37,6 +38,7 @@ def mla_prologue_triton(
     out_TL = query_TL.new_empty(num_tokens, query_width, dtype=dtype)
     if not num_tokens:
         return out_TL
+    latent_NSC, rope_key_NSP = row_parts(cache_NSW, latent)
     _mla_prologue_kernel[(num_tokens, 2)](
         query_TL,
         row_TW,
@@ -46,9 +48,12 @@ def mla_prologue_triton(
         slots_T,
         input_scale,
         out_TL,
-        cache_NSW,
+        latent_NSC,
+        rope_key_NSP,
         query_TL.stride(0),
         row_TW.stride(0),
+        latent_NSC.stride(1),
+        rope_key_NSP.stride(1),
         norms.eps,
         query_width,
         latent,
@@ -72,6 +77,19 @@ def _normed(row, weight, eps, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _stored(value, part):
+    """In the dtype of a cached row's part; what float16 does not hold as its largest value.
+
+    The conversion to e4m3 does so by itself.
+    """
+    kind: tl.constexpr = part.dtype.element_ty
+    if kind == tl.float16:
+        value = tl.maximum(value, -65504.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.minimum(value, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return value.to(kind)
+
+
+@triton.jit
 def _mla_prologue_kernel(
     query,
     row,
@@ -81,9 +99,12 @@ def _mla_prologue_kernel(
     slots,
     input_scale,
     out,
-    cache,
+    cached_latents,
+    cached_keys,
     query_stride,
     row_stride,
+    latent_stride,
+    key_stride,
     eps,
     L,
     C,
@@ -102,11 +123,10 @@ def _mla_prologue_kernel(
     else:
         slot = tl.load(slots + t).to(tl.int64)
         if slot >= 0:
-            place = cache + slot * (C + P)
-            kind = cache.dtype.element_ty
             i = tl.arange(0, BLOCK_C)
             value = _normed(row + t * row_stride, latent_norm, eps, C, BLOCK_C)
-            tl.store(place + i, value.to(kind), mask=i < C)
+            value = _stored(value.to(latent_norm.dtype.element_ty), cached_latents)
+            tl.store(cached_latents + slot * latent_stride + i, value, mask=i < C)
             j = tl.arange(0, BLOCK_J)
             is_pair = j < P // 2
             pair = row + t * row_stride + C + 2 * j
@@ -114,5 +134,6 @@ def _mla_prologue_kernel(
             odd = tl.load(pair + 1, mask=is_pair, other=0.0).to(tl.float32)
             cos = tl.load(turn + t * P + 2 * j, mask=is_pair, other=0.0)
             sin = tl.load(turn + t * P + 2 * j + 1, mask=is_pair, other=0.0)
-            tl.store(place + C + 2 * j, (even * cos - odd * sin).to(kind), mask=is_pair)
-            tl.store(place + C + 2 * j + 1, (odd * cos + even * sin).to(kind), mask=is_pair)
+            pair = cached_keys + slot * key_stride + 2 * j
+            tl.store(pair, _stored(even * cos - odd * sin, cached_keys), mask=is_pair)
+            tl.store(pair + 1, _stored(odd * cos + even * sin, cached_keys), mask=is_pair)

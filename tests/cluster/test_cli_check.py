@@ -52,6 +52,15 @@ def test_check_obeys_set(model_dir, ports):
     assert "split, 1 attention + 3 expert shards" in result.stdout
 
 
+def test_check_tells_what_an_fp8_cache_takes(model_dir, ports):
+    result = check(model_dir, *ports, "--set", "engine.latent_cache_dtype=fp8")
+    assert result.exit_code == 0, result.output
+    assert "192 B per token in FP8" in result.stdout
+    wrong = check(model_dir, *ports, "--set", "engine.latent_cache_dtype=int8")
+    assert wrong.exit_code == 2
+    assert "latent_cache_dtype='int8': must be 'auto' or 'fp8'" in wrong.output
+
+
 def test_check_fails_where_a_port_is_taken(model_dir, free_port):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

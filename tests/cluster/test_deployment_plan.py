@@ -272,7 +272,32 @@ def test_plan_refuses_more_expert_ranks_than_experts():
         plan_on_cpu(layout, machine())
 
 
+def test_plan_holds_five_thirds_of_the_tokens_in_fp8():
+    plain, fp8 = (
+        plan("1xh200", machine(140), f"engine.latent_cache_dtype={dtype}", config=SMALL_4_FP8)
+        for dtype in ("auto", "fp8")
+    )
+    plain, fp8 = plain.ranks[0], fp8.ranks[0]
+    assert (plain.page_bytes, fp8.page_bytes) == (64 * 22.5 * KIB, 64 * 13.5 * KIB)
+    assert fp8.num_cached_tokens() / plain.num_cached_tokens() == pytest.approx(5 / 3, rel=1e-3)
+    assert fp8.weight_bytes == plain.weight_bytes
+
+
 # ---- CPU
+
+
+def test_plan_on_cpu_notes_that_an_fp8_cache_saves_memory_alone():
+    notes = plan_on_cpu(split(1, 2), machine(), EngineConfig(latent_cache_dtype="fp8")).notes
+    assert any("latent_cache_dtype=fp8 saves memory alone" in note for note in notes)
+
+
+def test_plan_refuses_an_fp8_cache_of_latents_that_do_not_fill_its_rows():
+    deployment = DeploymentConfig(
+        model="m", layout=split(1, 2), engine=EngineConfig(latent_cache_dtype="fp8")
+    )
+    config = replace(TINY, kv_lora_rank=33)
+    with pytest.raises(ConfigError, match=r"latent_cache_dtype='fp8'.*kv_lora_rank=33.*'auto'"):
+        plan_deployment(deployment, config, machine(), device="cpu", dtype=torch.float32)
 
 
 def test_plan_on_cpu_adds_up_all_ranks_of_the_machine():
@@ -292,9 +317,10 @@ def test_plan_on_cpu_notes_ranks_that_share_cores():
         EngineConfig(),
         EngineConfig(num_pages=77),
         EngineConfig(cache_memory_bytes=3 * MIB),
+        EngineConfig(cache_memory_bytes=3 * MIB, latent_cache_dtype="fp8"),
         EngineConfig(max_running_requests=2, max_context=100),
     ],
-    ids=["default", "pages", "bytes", "few requests"],
+    ids=["default", "pages", "bytes", "fp8", "few requests"],
 )
 def test_plan_gives_as_many_pages_as_an_attention_shard_takes(engine):
     layout = split(1, 2)

@@ -7,7 +7,7 @@ import checkpoints
 import msgspec
 import pytest
 from local_cell import ProcessPool, local_cell
-from model_rig import load_oracle, oracle_greedy
+from model_rig import ModelRig, load_oracle, make_progress, oracle_greedy
 
 from ostro.actors.engine.choice_seed import choice_seed
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
@@ -18,6 +18,7 @@ from ostro.configs.deployment import (
     Layout,
     LayoutConfig,
 )
+from ostro.kernels.latent_cache import FP8_ROWS
 
 NUM_NEW = 12
 PROMPT_LENGTHS = (3, 40, 17, 1, 70)
@@ -71,6 +72,22 @@ def expected(model_dir):
     oracle, draw = load_oracle(model_dir), random.Random(5)
     prompts = [[draw.randrange(100, 1000) for _ in range(length)] for length in PROMPT_LENGTHS]
     return [(prompt, *oracle_greedy(oracle, prompt, NUM_NEW)) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def expected_of_fp8(model_dir, expected):
+    """Greedy tokens of the same requests, each alone, over a cache of FP8 rows."""
+    rig = ModelRig(model_dir, cache_dtype=FP8_ROWS)
+
+    def greedy(prompt):
+        progress = make_progress("r", prompt)
+        while len(progress.output_token_ids) < NUM_NEW:
+            new = progress.num_tokens - progress.num_computed_tokens
+            logits_BV = rig.step([rig.entry(progress, new)])
+            progress.output_token_ids.append(int(logits_BV[0].argmax()))
+        return progress.output_token_ids
+
+    return [greedy(prompt) for prompt, _, _ in expected]
 
 
 def deployment(shape, mode=(DispatchMode.AUTO, 1, 0), **engine):
@@ -175,6 +192,31 @@ def test_requests_outlive_preemption_with_the_same_tokens(pool, model_dir, expec
     for (_, tokens, _), events in zip(expected, results, strict=True):
         assert tokens_of(events) == tokens
     assert state.loads[0].num_free_pages == 12
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_pages"),
+    [((Layout.SINGLE, 1, 1), 64), ((Layout.SPLIT, 1, 2), 12)],
+    ids=["single", "split, preempted"],
+)
+def test_an_fp8_cache_gives_the_same_tokens_in_every_layout_from_prefixes_and_after_preemption(
+    pool, model_dir, expected, expected_of_fp8, shape, num_pages
+):
+    prompts = [prompt for prompt, _, _ in expected]
+
+    async def run():
+        chosen = deployment(shape, num_pages=num_pages, latent_cache_dtype="fp8")
+        async with local_cell(pool, chosen, model_dir) as cell:
+            together = await asyncio.gather(
+                *(cell.generate(request(f"r{i}", prompt)) for i, prompt in enumerate(prompts))
+            )
+            return together, await cell.generate(request("again", prompts[1]))
+
+    together, again = asyncio.run(run())
+    assert [tokens_of(events) for events in together] == expected_of_fp8
+    assert tokens_of(again) == expected_of_fp8[1]
+    assert again[0].num_cached_tokens > 0 or num_pages == 12
+    assert expected_of_fp8 != [tokens for _, tokens, _ in expected]
 
 
 def test_closing_the_stream_frees_the_requests_pages(pool, model_dir, expected):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 
+from ostro.kernels.gpu.decode_chunks import DecodeChunks
 from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
-from ostro.kernels.gpu.mla_decode import DecodeChunks, attend_latents_triton
+from ostro.kernels.gpu.mla_decode import attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.latent_cache import FP8_ROWS, row_width
 from ostro.kernels.mla_prologue import PrologueNorms
 
 _HEADS, _NOPE, _ROPE, _LATENT, _VALUE, _PAGE = 32, 64, 64, 256, 128, 64
@@ -20,7 +23,11 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _prologue() -> None:
+def _cache(dtype: torch.dtype) -> torch.Tensor:
+    return _meta(_PAGES, _PAGE, row_width(_LATENT, _ROPE, dtype), dtype=dtype)
+
+
+def _prologue(cache_dtype: torch.dtype) -> None:
     projected = _meta(_TOKENS, _COMPRESSED + _LATENT + _ROPE)
     mla_prologue_triton(
         projected[:, :_COMPRESSED],
@@ -28,7 +35,7 @@ def _prologue() -> None:
         PrologueNorms(_meta(_COMPRESSED), _meta(_LATENT), 1e-6),
         _meta(_TOKENS, _ROPE // 2, dtype=torch.complex64),
         _meta(_TOKENS, dtype=torch.int64),
-        _meta(_PAGES, _PAGE, _LATENT + _ROPE),
+        _cache(cache_dtype),
     )
 
 
@@ -41,15 +48,14 @@ def _latent_queries() -> None:
     )
 
 
-def _attend_latents() -> None:
+def _attend_latents(cache_dtype: torch.dtype) -> None:
     chunks = DecodeChunks(
         pages_G=_meta(_PAGES, dtype=torch.int32),
         chunk_X4=_meta(_CHUNKS, 4, dtype=torch.int32),
         first_T1=_meta(_TOKENS + 1, dtype=torch.int32),
     )
     q_THW = _meta(_TOKENS, _HEADS, _LATENT + _ROPE)
-    cache_NSW = _meta(_PAGES, _PAGE, _LATENT + _ROPE)
-    attend_latents_triton(q_THW, cache_NSW, chunks, _LATENT, 0.1)
+    attend_latents_triton(q_THW, _cache(cache_dtype), chunks, _LATENT, 0.1)
 
 
 def _expand_values() -> None:
@@ -57,8 +63,10 @@ def _expand_values() -> None:
 
 
 LAUNCHES: dict[str, Callable[[], None]] = {
-    "mla_prologue": _prologue,
+    "mla_prologue": functools.partial(_prologue, torch.bfloat16),
+    "mla_prologue_fp8": functools.partial(_prologue, FP8_ROWS),
     "latent_queries": _latent_queries,
-    "attend_latents": _attend_latents,
+    "attend_latents": functools.partial(_attend_latents, torch.bfloat16),
+    "attend_latents_fp8": functools.partial(_attend_latents, FP8_ROWS),
     "expand_values": _expand_values,
 }

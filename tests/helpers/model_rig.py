@@ -96,6 +96,7 @@ class ModelRig:
         num_micro_batches: int = 1,
         position_offset: int = 0,
         dtype: torch.dtype = torch.float32,
+        cache_dtype: torch.dtype | None = None,
         precision: WeightFormat = WeightFormat.PLAIN,
         device: str = "cpu",
         image_cache_bytes: int = 2**20,
@@ -103,10 +104,14 @@ class ModelRig:
         self.config = load_model_config(directory)
         reader = CheckpointReader(directory)
         self.cache = LatentCache(
-            self.config, num_pages=num_pages, page_size=page_size, device=device, dtype=dtype
+            self.config,
+            num_pages=num_pages,
+            page_size=page_size,
+            device=device,
+            dtype=cache_dtype or dtype,
         )
         for layer_NSW in self.cache.layers:
-            layer_NSW.fill_(torch.nan)
+            layer_NSW.view(torch.uint8).fill_(0xFF)  # NaN in every dtype
         weights = load_attention_weights(
             reader, self.config, device=device, dtype=dtype, precision=precision
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_rows import as_fp8_rows, rounded_rows
 
 from ostro.kernels import mla_decode as mla_decode_module
 from ostro.kernels.latent_heads import LatentHeads
@@ -80,6 +81,20 @@ def test_mla_decode_in_bfloat16_stays_close() -> None:
     assert out_THV.dtype == torch.bfloat16
     expected = mla_decode_reference(q_THQ, [c.bfloat16() for c in contexts], heads)
     torch.testing.assert_close(out_THV, expected, rtol=5e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mla_decode_reads_fp8_rows(dtype: torch.dtype) -> None:
+    lengths = [9, 30, 2]
+    cache_NSW, tables, contexts = make_pages(lengths)
+    heads, q_THQ = make_heads(dtype), queries(3).to(dtype)
+    plan = DecodePlan(tables, lengths, PAGE_SIZE, CPU)
+    out_THV = mla_decode(q_THQ, as_fp8_rows(cache_NSW, LATENT), plan, heads)
+    assert out_THV.dtype == dtype
+    rounded = [rounded_rows(context_SW, LATENT) for context_SW in contexts]
+    expected = mla_decode_reference(q_THQ, rounded, heads)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 0.2}
+    torch.testing.assert_close(out_THV, expected, **tolerance)
 
 
 def test_a_decode_plan_groups_contexts_within_a_factor_of_two() -> None:

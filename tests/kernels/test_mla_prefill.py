@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_rows import as_fp8_rows, rounded_rows
 
 from ostro.kernels import mla_prefill as mla_prefill_module
 from ostro.kernels.latent_heads import LatentHeads
@@ -48,6 +49,23 @@ def test_mla_prefill_matches_reference(
     torch.testing.assert_close(
         out_THV, mla_prefill_reference(q_THQ, context_LW, heads), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("block_size", [4, 2048])
+@pytest.mark.parametrize("absorbed", [False, True], ids=["expanded", "absorbed"])
+def test_mla_prefill_reads_fp8_rows(absorbed: bool, block_size: int) -> None:
+    q_THQ, cache_NSW, pages_n, context_LW, heads = make_case(8, 5)
+    out_THV = mla_prefill(
+        q_THQ,
+        as_fp8_rows(cache_NSW, LATENT),
+        pages_n,
+        8,
+        heads,
+        absorbed=absorbed,
+        block_size=block_size,
+    )
+    expected = mla_prefill_reference(q_THQ, rounded_rows(context_LW, LATENT), heads)
+    torch.testing.assert_close(out_THV, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", [0, 7])

@@ -25,7 +25,7 @@ MODULE_OF_RECORD = {
 }
 # Compiled by every run; the others by the slow one.
 EVERY_RUN = {
-    "decode.json": ("attend_latents",),
+    "decode.json": ("attend_latents", "attend_latents_fp8"),
     "experts.json": ("gate", "experts_fp8_16", "experts_nvfp4_16"),
     "linear.json": ("fp8_linear_1_rounded",),
     "prefill.json": ("attend_8192",),
@@ -126,7 +126,7 @@ def test_few_rows_of_nvfp4_experts_hide_their_arithmetic_behind_other_programs(r
 
 def test_prefill_attends_on_the_tensor_cores() -> None:
     launches = _launches("prefill.json")
-    for name in launches.keys() - {"expand_latents"}:
+    for name in (name for name in launches if name.startswith("attend_")):
         for architecture, instruction in (("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")):
             figures = launches[name][architecture]["_attend_block_kernel"]
             assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, name
@@ -140,10 +140,20 @@ def test_large_chunks_leave_room_for_two_programs_a_processor() -> None:
         assert figures.registers * 32 * figures.num_warps * 2 <= 65536
 
 
+@pytest.mark.parametrize("launch", ["attend_latents", "attend_latents_fp8"])
 @pytest.mark.parametrize(
     ("architecture", "instruction"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")]
 )
-def test_keys_meet_every_head_in_one_instruction(architecture: str, instruction: str) -> None:
-    figures = _launches("decode.json")["attend_latents"][architecture]["_attend_kernel"]
+def test_keys_meet_every_head_in_one_instruction(
+    architecture: str, instruction: str, launch: str
+) -> None:
+    figures = _launches("decode.json")[launch][architecture]["_attend_kernel"]
     assert {kind.split(".")[0] for kind in figures.mma} == {instruction}
     assert figures.num_tma_loads
+
+
+def test_fp8_rows_leave_room_for_two_programs_a_processor() -> None:
+    for kernels in _launches("decode.json")["attend_latents_fp8"].values():
+        figures = kernels["_attend_kernel"]
+        assert figures.shared_bytes * 2 <= MAX_SHARED_BYTES
+        assert figures.registers * 32 * figures.num_warps * 2 <= 65536

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_rows import as_fp8_rows
 
 from ostro.kernels.gpu.expand_latents import expand_latents_reference, expand_latents_triton
 from ostro.kernels.latent_heads import LatentHeads
@@ -54,3 +55,14 @@ def test_expand_latents_triton_matches_reference(
         assert one.is_contiguous()
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expand_latents_triton_reads_fp8_rows(dtype: torch.dtype, triton_device: str) -> None:
+    cache_NSW, pages_n, heads = make_case(27, dtype, triton_device)
+    cache_NSW = as_fp8_rows(cache_NSW, LATENT)
+    found = expand_latents_triton(cache_NSW, pages_n, 5, 26, heads)
+    expected = expand_latents_reference(cache_NSW, pages_n, 5, 26, heads)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])

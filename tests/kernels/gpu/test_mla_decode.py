@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_rows import as_fp8_rows, rounded_rows
 
+from ostro.kernels.gpu.decode_chunks import DecodeChunks
 from ostro.kernels.gpu.latent_heads import latent_queries_triton
 from ostro.kernels.gpu.mla_decode import (
-    DecodeChunks,
     DecodeCut,
     attend_latents_reference,
     attend_latents_triton,
-    chunk_keys,
-    cut_chunks,
-    most_chunks,
     serves,
 )
 from ostro.kernels.latent_heads import LatentHeads
@@ -57,6 +55,7 @@ class Case:
                 self.cache_NSW[number, : len(part)] = part
             self.tables.append(table)
             self.contexts.append(context_SW)
+        self.fp8_NSW = as_fp8_rows(self.cache_NSW, LATENT)
         self.q_THQ = randn(len(lengths), heads, NOPE + ROPE)
         self.heads = LatentHeads(randn(heads, NOPE, LATENT), randn(heads, VALUE, LATENT), 0.2)
 
@@ -66,6 +65,10 @@ class Case:
     def expected(self) -> torch.Tensor:
         return mla_decode_reference(self.q_THQ, self.contexts, self.heads)
 
+    def expected_of_fp8(self) -> torch.Tensor:
+        contexts = [rounded_rows(context_SW, LATENT) for context_SW in self.contexts]
+        return mla_decode_reference(self.q_THQ, contexts, self.heads)
+
 
 def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert out.dtype == expected.dtype
@@ -73,36 +76,6 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(
         out.float(), expected.float(), rtol=tolerance, atol=tolerance * float(expected.abs().max())
     )
-
-
-def test_cut_chunks_worked_example() -> None:
-    chunks = cut_chunks([[7, 5], [9]], [300, 3], 256)
-    assert chunks.pages_G.tolist() == [7, 5, 9]
-    assert chunks.chunk_X4.tolist() == [[0, 0, 256, 0], [0, 256, 300, 1], [1, 0, 3, 2]]
-    assert chunks.first_T1.tolist() == [0, 2, 3]
-
-
-def test_cut_chunks_depend_on_no_other_request() -> None:
-    table = list(range(70_000 // 64 + 1))
-    alone = cut_chunks([table], [70_000], 64).chunk_X4
-    beside = cut_chunks([[0], table, table], [5, 70_000, 600], 64).chunk_X4
-    assert torch.equal(beside[beside[:, 0] == 1][:, 1:3], alone[:, 1:3])
-
-
-@pytest.mark.parametrize("length", [0, 1, 256, 2_048, 2_049, 16_384, 16_385, 262_144])
-def test_chunks_cover_a_context_and_are_no_more_than_the_most(length: int) -> None:
-    table = list(range(length // 64 + 1))
-    chunks = cut_chunks([table, table], [length, 1], 64)
-    start, stop = chunks.chunk_X4[:-1, 1].tolist(), chunks.chunk_X4[:-1, 2].tolist()
-    assert [*start, length] == [0, *stop]
-    assert len(start) <= most_chunks(max(length, 1))
-    assert all(end - begin <= chunk_keys(length) for begin, end in zip(start, stop, strict=True))
-
-
-def test_most_chunks_worked_example() -> None:
-    assert most_chunks(2_048) == 8
-    assert most_chunks(2_500) == 8
-    assert most_chunks(262_144) == 256
 
 
 def test_one_cached_token_gives_its_value(triton_device: str) -> None:
@@ -119,6 +92,25 @@ def test_mla_decode_triton_matches_reference(
     case = Case(lengths, dtype, triton_device)
     out_THV = mla_decode_triton(case.q_THQ, case.cache_NSW, case.plan().chunks(), case.heads)
     assert_close(out_THV, case.expected())
+
+
+@pytest.mark.parametrize("lengths", [[7], [33, 1, 64, 530], [1025, 3]], ids=str)
+@each_dtype
+def test_mla_decode_triton_reads_fp8_rows(
+    lengths: list[int], dtype: torch.dtype, triton_device: str
+) -> None:
+    case = Case(lengths, dtype, triton_device)
+    out_THV = mla_decode_triton(case.q_THQ, case.fp8_NSW, case.plan().chunks(), case.heads)
+    expected_THV = case.expected_of_fp8()
+    assert out_THV.dtype == dtype
+    # Multiplied in float16, of 11 bits; bfloat16 has 8.
+    tolerance = 4e-3 if dtype == torch.float32 else TOLERANCE[dtype]
+    torch.testing.assert_close(
+        out_THV.float(),
+        expected_THV.float(),
+        rtol=tolerance,
+        atol=tolerance * float(expected_THV.abs().max()),
+    )
 
 
 @pytest.mark.parametrize(("heads", "page"), [(1, 16), (17, 32), (32, 128)])
@@ -181,14 +173,21 @@ def test_attend_latents_triton_takes_very_large_scores(cut: DecodeCut, triton_de
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 127, 128, 129, 191, 200])
 def test_a_tile_may_be_a_part_of_a_page(length: int, triton_device: str) -> None:
-    case = Case([length], torch.float32, triton_device, page=128)
-    out_THV = mla_decode_triton(case.q_THQ, case.cache_NSW, case.plan().chunks(), case.heads)
+    case = Case([length], torch.bfloat16, triton_device, page=128)
+    chunks = case.plan().chunks()
+    out_THV = mla_decode_triton(case.q_THQ, case.cache_NSW, chunks, case.heads)
     assert_close(out_THV, case.expected())
+    out_THV = mla_decode_triton(case.q_THQ, case.fp8_NSW, chunks, case.heads)
+    assert_close(out_THV, case.expected_of_fp8())
 
 
-def test_cut_chunks_refuses_chunks_whose_pages_a_program_does_not_hold() -> None:
-    with pytest.raises(ValueError, match="keys_at_once=2048"):
-        cut_chunks([[0]], [5], 64, 2048)
+def test_queries_beyond_float16_meet_fp8_rows_at_its_largest_value(triton_device: str) -> None:
+    case = Case([40], torch.float32, triton_device)
+    q_THW = torch.zeros(1, 3, LATENT + ROPE, device=triton_device)
+    q_THW[:, :, 0] = 1e6  # float16 would make it inf, and inf * 0 NaN
+    arguments = (case.fp8_NSW, case.plan().chunks(), LATENT, 0.2)
+    expected_THC = attend_latents_reference(q_THW, *arguments)
+    assert_close(attend_latents_triton(q_THW, *arguments), expected_THC)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fp8_rows import as_fp8_rows, rounded_rows
 
 from ostro.kernels.gpu.mla_prefill import (
     Attended,
@@ -203,6 +204,17 @@ def test_mla_prefill_triton_matches_reference(
     )
     out_THV = mla_prefill_triton(q_THQ, cache_NSW, pages_n, start, heads, block_size=block_size)
     assert_close(out_THV, mla_prefill_reference(q_THQ, context_LW, heads), dtype)
+
+
+def test_mla_prefill_triton_reads_fp8_rows(triton_device: str) -> None:
+    q_THQ, cache_NSW, pages_n, context_LW, heads = make_context(
+        31, 13, torch.float32, triton_device
+    )
+    latent = heads.w_uk_HNC.shape[2]
+    cache_NSW = as_fp8_rows(cache_NSW, latent)
+    out_THV = mla_prefill_triton(q_THQ, cache_NSW, pages_n, 31, heads, block_size=16)
+    expected = mla_prefill_reference(q_THQ, rounded_rows(context_LW, latent), heads)
+    assert_close(out_THV, expected, torch.float32)
 
 
 def test_mla_prefill_triton_takes_queries_that_are_a_view(triton_device: str) -> None:

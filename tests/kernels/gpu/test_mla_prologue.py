@@ -7,6 +7,7 @@ import torch
 
 from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.latent_cache import FP8_ROWS, row_values, row_width
 from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue_reference
 from ostro.kernels.rotary import rotations
 
@@ -44,6 +45,36 @@ def test_mla_prologue_triton_matches_reference(
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out_TL, expected_TL, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(caches[0], caches[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mla_prologue_triton_fills_fp8_rows(dtype: torch.dtype, triton_device: str) -> None:
+    parts, turn_TJ, slots_T = arguments(7, dtype, triton_device)
+    slots_T[0] = -1
+    shape = (5, PAGE, row_width(LATENT, ROPE, FP8_ROWS))
+    caches = [torch.full(shape, 0x30, dtype=FP8_ROWS, device=triton_device) for _ in "ab"]
+    mla_prologue_triton(*parts, turn_TJ, slots_T, caches[0])
+    mla_prologue_reference(*parts, turn_TJ, slots_T, caches[1])
+    found, expected = (row_values(cache, LATENT, torch.float32) for cache in caches)
+    # One ulp where the value before differs by its last bit.
+    torch.testing.assert_close(found, expected, rtol=2**-3, atol=2**-9)
+    differs = (found - expected).abs() > 1e-2 * expected.abs() + 1e-3
+    assert differs.sum() <= differs.numel() // 100
+
+
+def test_mla_prologue_triton_keeps_to_what_fp8_rows_hold(triton_device: str) -> None:
+    (query_TL, row_TW, norms), turn_TJ, slots_T = arguments(2, torch.float32, triton_device)
+    row_TW = row_TW.clone()
+    row_TW[0, LATENT:] = 1e6
+    row_TW[1] = torch.nan
+    norms = PrologueNorms(norms.query_L, norms.latent_C * 0 + 1e6, 1e-6)
+    shape = (5, PAGE, row_width(LATENT, ROPE, FP8_ROWS))
+    cache_NSW = torch.zeros(shape, dtype=FP8_ROWS, device=triton_device)
+    mla_prologue_triton(query_TL, row_TW, norms, turn_TJ * 0 + 1, slots_T, cache_NSW)
+    rows_TW = row_values(cache_NSW.view(-1, shape[2])[slots_T], LATENT, torch.float32)
+    assert (rows_TW[0, :LATENT].abs() == 448).all()
+    assert (rows_TW[0, LATENT:] == 65504).all()
+    assert rows_TW[1].isnan().all()
 
 
 def test_mla_prologue_triton_rounds_queries_as_the_next_product_would(triton_device: str) -> None:

@@ -14,8 +14,8 @@ from ostro.cluster.cli_console import make_console, plain_errors
 from ostro.cluster.cli_tls import Ca, Cert, Key, https_context, read_tls
 from ostro.cluster.human_numbers import format_seconds
 from ostro.cluster.retries import Retries
-from ostro.configs.deployment import EFFORTS
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import EFFORTS
 
 if TYPE_CHECKING:
     from ostro.cluster.batch import Batch

@@ -21,8 +21,9 @@ from ostro.cluster.cli_tls import Ca, Cert, Key, read_tls
 from ostro.cluster.client import Client
 from ostro.cluster.client_requests import effort_name
 from ostro.cluster.conversation import ChatOptions, Conversation, Turn
-from ostro.configs.deployment import EFFORTS, ServingConfig
+from ostro.configs.deployment import ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import EFFORTS
 
 _HELP = (
     "/effort NAME  think more or less from now on: " + ", ".join(EFFORTS) + "\n"

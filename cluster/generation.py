@@ -58,7 +58,7 @@ class GenerationOptions:
 
     Attributes:
         request_id: The caller's id, or None to make one.
-        effort: One of `configs.deployment.EFFORTS`.
+        effort: One of `configs.reasoning.EFFORTS`.
         thinking_token_budget: Overrides the effort's budget; -1 is unlimited, 0 forbids thinking.
         omit_thinking: Leave the thinking text out of the answer (usage still counts it).
         temperature: 0 .. 2.

@@ -7,8 +7,9 @@ from pathlib import Path
 from ostro.actors.errors import NotFoundError
 from ostro.cluster.generation import ModelCard
 from ostro.configs.checkpoint_layout import find_layout
-from ostro.configs.deployment import EFFORTS, DeploymentConfig
+from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import ModelConfig
+from ostro.configs.reasoning import EFFORTS
 
 
 def make_card(

@@ -39,8 +39,9 @@ from ostro.cluster.image_encoding import OneByOneEncoder
 from ostro.cluster.image_inputs import image_inputs
 from ostro.cluster.images import check_images, no_vision
 from ostro.cluster.prompt_messages import common_message, common_tool
-from ostro.configs.deployment import ReasoningConfig, ServingConfig
+from ostro.configs.deployment import ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.vision import VisionConfig
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -159,7 +160,7 @@ class PromptBuilder:
         Args:
             messages: The conversation; earlier thinking and tool calls are replayed.
             tools: The tools on offer.
-            effort: One of `configs.deployment.EFFORTS`.
+            effort: One of `configs.reasoning.EFFORTS`.
 
         Raises:
             InvalidRequestError: `param` is "messages", "tools", or the place of a message or image.

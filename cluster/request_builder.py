@@ -40,8 +40,9 @@ from ostro.cluster.output_parser import OutputFormat
 from ostro.cluster.prompt import Prompt, PromptBuilder
 from ostro.cluster.prompt_messages import ends_in_thinking
 from ostro.cluster.tenant_caches import with_own_caches
-from ostro.configs.deployment import EFFORTS, DeploymentConfig, EffortConfig
+from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import EFFORTS, EffortConfig
 
 _T = TypeVar("_T")
 

@@ -1,33 +1,20 @@
-"""What a deployment is: layout, engine, reasoning, serving. Frozen, validated where made.
+"""What a deployment is: layout, engine, serving, and the rest. Frozen, validated where made.
 
 Plain data: no torch, no Ray. `configs.load` reads it from YAML; errors name the field's path.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from ostro.configs.bounds import at_least, positive
 from ostro.configs.errors import ConfigError
 from ostro.configs.image_fetch import ImageFetchConfig
 from ostro.configs.observability import ObservabilityConfig
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.security import SecurityConfig
 from ostro.configs.tls import TlsConfig
-
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
-
-def _at_least(config: object, name: str, lowest: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise ConfigError(f"{name}={value!r}: must be a whole number of at least {lowest}")
-
-
-def _positive(config: object, name: str) -> None:
-    value = getattr(config, name)
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name}={value}: must be positive and finite")
 
 
 class Layout(StrEnum):
@@ -79,11 +66,11 @@ class LayoutConfig:
     step_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        _at_least(self, "num_attention_shards", 1)
-        _at_least(self, "num_expert_shards", 1)
-        _at_least(self, "num_redundant_experts", 0)
-        _at_least(self, "dense_max_tokens", 1)
-        _at_least(self, "min_tokens_per_micro_batch", 1)
+        at_least(self, "num_attention_shards", 1)
+        at_least(self, "num_expert_shards", 1)
+        at_least(self, "num_redundant_experts", 0)
+        at_least(self, "dense_max_tokens", 1)
+        at_least(self, "min_tokens_per_micro_batch", 1)
         if self.num_micro_batches not in (1, 2):
             raise ConfigError(f"num_micro_batches={self.num_micro_batches}: must be 1 or 2")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -107,7 +94,7 @@ class LayoutConfig:
                 f"must be equal"
             )
         for name in ("shard_start_timeout_s", "join_timeout_s", "step_timeout_s"):
-            _positive(self, name)
+            positive(self, name)
 
     def world_size(self) -> int:
         """Ranks in the cell."""
@@ -182,11 +169,11 @@ class EngineConfig:
             "max_waiting_tokens",
             "max_live_image_bytes",
         ):
-            _at_least(self, name, 1)
-        _at_least(self, "image_cache_bytes", 0)
+            at_least(self, name, 1)
+        at_least(self, "image_cache_bytes", 0)
         for name in ("num_pages", "cache_memory_bytes", "max_context", "num_threads"):
             if getattr(self, name) is not None:
-                _at_least(self, name, 1)
+                at_least(self, name, 1)
         if self.max_running_requests > self.max_tokens_per_step:
             raise ConfigError(
                 f"max_running_requests={self.max_running_requests} exceeds max_tokens_per_step="
@@ -208,80 +195,6 @@ class EngineConfig:
     def cached_in(self, dtype: str) -> str:
         """By name what latents are held in if the model is held in `dtype`: that, or "fp8"."""
         return dtype if self.latent_cache_dtype == "auto" else self.latent_cache_dtype
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EffortConfig:
-    """What the server makes of one reasoning effort.
-
-    Attributes:
-        prompt_value: What the prompt says, unless the tokenizer declares the effort itself.
-        budget_tokens: Thinking tokens before the close is forced; None for no limit, 0 for none.
-        soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
-        scheduling_class: Lower runs earlier when requests wait.
-        temperature: Default temperature.
-        top_p: Default nucleus mass.
-    """
-
-    prompt_value: str
-    budget_tokens: int | None
-    soft_zone_tokens: int = 0
-    scheduling_class: int = 0
-    temperature: float = 0.7
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.prompt_value not in ("none", "high"):
-            raise ConfigError(f"prompt_value={self.prompt_value!r}: must be 'none' or 'high'")
-        if self.budget_tokens is not None:
-            _at_least(self, "budget_tokens", 0)
-        _at_least(self, "soft_zone_tokens", 0)
-        if not 0.0 <= self.temperature <= 2.0:
-            raise ConfigError(f"temperature={self.temperature}: must be in [0, 2]")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p={self.top_p}: must be in (0, 1]")
-
-
-def default_efforts() -> dict[str, EffortConfig]:
-    """The effort table of a deployment that does not bring its own."""
-    return {
-        "none": EffortConfig(prompt_value="none", budget_tokens=0, temperature=0.3),
-        "minimal": EffortConfig(prompt_value="high", budget_tokens=512, soft_zone_tokens=64),
-        "low": EffortConfig(prompt_value="high", budget_tokens=2048, soft_zone_tokens=256),
-        "medium": EffortConfig(
-            prompt_value="high", budget_tokens=8192, soft_zone_tokens=1024, scheduling_class=1
-        ),
-        "high": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
-        "xhigh": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
-        "max": EffortConfig(prompt_value="high", budget_tokens=None, scheduling_class=2),
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReasoningConfig:
-    """The effort table.
-
-    Attributes:
-        default_effort: Effort of a request that names none.
-        closing_phrase: Text forced before `[/THINK]` when a budget ends.
-        efforts: Effort name -> what the server makes of it; all of `EFFORTS`.
-    """
-
-    default_effort: str = "none"
-    closing_phrase: str = "\n\nI have thought enough; time to answer."
-    efforts: dict[str, EffortConfig] = field(default_factory=default_efforts)
-
-    def __post_init__(self) -> None:
-        missing = [name for name in EFFORTS if name not in self.efforts]
-        unknown = [name for name in self.efforts if name not in EFFORTS]
-        if missing or unknown:
-            raise ConfigError(
-                f"efforts: missing {missing}, unknown {unknown}; known: {list(EFFORTS)}"
-            )
-        if self.default_effort not in EFFORTS:
-            raise ConfigError(
-                f"default_effort={self.default_effort!r}: must be one of {list(EFFORTS)}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,8 +259,8 @@ class ServingConfig:
             "max_choices",
             "max_prompts",
         ):
-            _at_least(self, name, 1)
-        _at_least(self, "max_images", 0)
+            at_least(self, name, 1)
+        at_least(self, "max_images", 0)
         for name in ("http_port", "grpc_port"):
             if not 1 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be in 1..65535")
@@ -362,7 +275,7 @@ class ServingConfig:
             "drain_timeout_s",
             "keep_alive_s",
         ):
-            _positive(self, name)
+            positive(self, name)
         if not self.recovery_timeout_s >= 0.0:
             raise ConfigError(f"recovery_timeout_s={self.recovery_timeout_s}: must be 0 or above")
 
@@ -390,7 +303,7 @@ class DeploymentConfig:
     aliases: tuple[str, ...] = ()
     notice: str | None = None
     engine: EngineConfig = EngineConfig()
-    reasoning: ReasoningConfig = ReasoningConfig()
+    reasoning: ReasoningConfig = field(default_factory=ReasoningConfig)
     serving: ServingConfig = ServingConfig()
     security: SecurityConfig = field(default_factory=SecurityConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)

@@ -8,7 +8,7 @@ import pytest
 from tokenizer_files import write_tokenizer
 
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import ReasoningConfig
+from ostro.configs.reasoning import ReasoningConfig
 
 
 @pytest.fixture(scope="session")

@@ -55,15 +55,9 @@ from ostro.cluster.generation import (
     ToolChoice,
 )
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import (
-    EFFORTS,
-    DeploymentConfig,
-    EffortConfig,
-    ReasoningConfig,
-    ServingConfig,
-    default_efforts,
-)
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import EFFORTS, EffortConfig, ReasoningConfig, default_efforts
 
 HELLO = (ChatMessage(role="user", text="Hi"),)
 TOOLS = (Tool(name="f"),)

@@ -31,10 +31,8 @@ from ostro.cluster.grpc_ingress import GrpcMethods
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import (
-    ReasoningConfig,
-    ServingConfig,
-)
+from ostro.configs.deployment import ServingConfig
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.protos import generation_pb2 as pb
 
 IMG, IMG_END = 10, 13

@@ -28,11 +28,9 @@ from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.image_fetch import ImageFetcher
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import (
-    ReasoningConfig,
-    ServingConfig,
-)
+from ostro.configs.deployment import ServingConfig
 from ostro.configs.image_fetch import ImageFetchConfig
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.protos import generation_pb2 as pb
 
 

@@ -24,8 +24,9 @@ from ostro.cluster.images import read_image
 from ostro.cluster.openai_request import chat_messages
 from ostro.cluster.openai_schema import Message
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import ReasoningConfig, ServingConfig
+from ostro.configs.deployment import ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.vision import VisionConfig
 
 TOWER = VisionConfig(

@@ -9,14 +9,9 @@ import pytest
 from checkpoints import make_tiny_checkpoint
 
 from ostro.cluster.model_card import make_card
-from ostro.configs.deployment import (
-    EFFORTS,
-    DeploymentConfig,
-    EngineConfig,
-    Layout,
-    LayoutConfig,
-)
+from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.model import load_model_config
+from ostro.configs.reasoning import EFFORTS
 
 DEPLOYMENT = DeploymentConfig(
     model="embedded",

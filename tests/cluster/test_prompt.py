@@ -15,8 +15,8 @@ from ostro.actors.errors import InvalidRequestError
 from ostro.cluster.generation import ChatMessage, Tool, ToolCall
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.prompt_messages import ends_in_thinking
-from ostro.configs.deployment import EFFORTS, ReasoningConfig, default_efforts
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import EFFORTS, ReasoningConfig, default_efforts
 
 WEATHER = Tool(name="get_weather", description="Now", parameters={"type": "object"})
 

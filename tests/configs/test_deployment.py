@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ostro.configs.deployment import (
-    EngineConfig,
-    Layout,
-    LayoutConfig,
-    ReasoningConfig,
-    ServingConfig,
-)
+from ostro.configs.deployment import EngineConfig, Layout, LayoutConfig, ServingConfig
 from ostro.configs.errors import ConfigError
+from ostro.configs.reasoning import ReasoningConfig
 
 
 def test_split_puts_experts_behind_attention() -> None:

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ostro.configs.deployment import (
-    EFFORTS,
-    DeploymentConfig,
-    DispatchMode,
-    Layout,
-    default_efforts,
-)
+from ostro.configs.deployment import DeploymentConfig, DispatchMode, Layout
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import (
     from_dict,
@@ -23,6 +17,7 @@ from ostro.configs.load import (
     read_model_defaults,
     to_dict,
 )
+from ostro.configs.reasoning import EFFORTS, default_efforts
 
 _SMALLEST = """
 model: embedded

@@ -9,7 +9,8 @@ from scripted_frontend import MODEL
 
 from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from ostro.cluster.generation import ModelCard
-from ostro.configs.deployment import EFFORTS, DeploymentConfig, Layout, LayoutConfig
+from ostro.configs.deployment import DeploymentConfig, Layout, LayoutConfig
+from ostro.configs.reasoning import EFFORTS
 
 CONFIG = DeploymentConfig(
     model="embedded",

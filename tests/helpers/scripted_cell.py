@@ -11,13 +11,8 @@ from ostro.actors.errors import OstroError
 from ostro.actors.fabric.messages import State
 from ostro.cluster.generation import ModelCard
 from ostro.cluster.prompt import PromptBuilder
-from ostro.configs.deployment import (
-    EFFORTS,
-    DeploymentConfig,
-    Layout,
-    LayoutConfig,
-    ServingConfig,
-)
+from ostro.configs.deployment import DeploymentConfig, Layout, LayoutConfig, ServingConfig
+from ostro.configs.reasoning import EFFORTS
 
 EOS, TOOL_CALLS, ARGS, THINK, END_THINK = 2, 9, 32, 34, 35
 VOCAB, CONTEXT = 1024, 512

@@ -38,7 +38,7 @@ from ostro.cluster.generation import (
     Usage,
 )
 from ostro.cluster.model_card import check_model_name
-from ostro.configs.deployment import EFFORTS
+from ostro.configs.reasoning import EFFORTS
 
 MODEL = "tiny-small-4"
 ALIAS = "small"

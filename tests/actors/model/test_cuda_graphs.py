@@ -24,7 +24,7 @@ from ostro.actors.model.cuda_graphs import (
     request_sizes,
 )
 from ostro.actors.model.packed_copy import packed_bytes
-from ostro.kernels.gpu.mla_decode import cut_chunks
+from ostro.kernels.gpu.decode_chunks import cut_chunks
 from ostro.kernels.mla_decode import DecodePlan
 
 PAGE_SIZE, NUM_PAGES = 16, 256

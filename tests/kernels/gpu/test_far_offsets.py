@@ -10,8 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 from far_programs import far_programs, untouched_arguments
+from fp8_rows import as_fp8_rows
 
 from ostro.kernels.gpu.combine import _combine_kernel
+from ostro.kernels.gpu.decode_chunks import DecodeChunks
 from ostro.kernels.gpu.expand_latents import expand_latents_triton
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
 from ostro.kernels.gpu.fp8_linear import _quantize_fp8_kernel
@@ -19,7 +21,7 @@ from ostro.kernels.gpu.gate import _gate_kernel, _partial_logits_kernel
 from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
 from ostro.kernels.gpu.latent_heads import _expand_values_kernel, _latent_queries_kernel
 from ostro.kernels.gpu.log_normalizer import _log_normalizer_kernel
-from ostro.kernels.gpu.mla_decode import DecodeChunks, attend_latents_triton
+from ostro.kernels.gpu.mla_decode import attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 from ostro.kernels.gpu.permute import _permute_kernel, permute_triton
 from ostro.kernels.gpu.rms_norm import _rms_norm_kernel
@@ -31,6 +33,7 @@ from ostro.kernels.mla_prologue import PrologueNorms
 FAR = 2**31
 BF16 = torch.bfloat16
 PAGE_SIZE, LATENT, ROPE = 16, 64, 32
+each_cache = pytest.mark.parametrize("is_fp8", [False, True], ids=["plain", "fp8"])
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +57,17 @@ def rows_far_on(near: torch.Tensor) -> tuple[torch.Tensor, int]:
     return far, first
 
 
+def cached(rows_NSW: torch.Tensor, *, is_fp8: bool) -> torch.Tensor:
+    return as_fp8_rows(rows_NSW, LATENT) if is_fp8 else rows_NSW
+
+
 # ---- places from tables
 
 
-def test_a_latent_is_written_to_a_far_slot() -> None:
-    cache_NSW, page = rows_far_on(torch.zeros(1, PAGE_SIZE, LATENT + ROPE, dtype=BF16))
-    near_NSW = torch.zeros(1, PAGE_SIZE, LATENT + ROPE, dtype=BF16)
+@each_cache
+def test_a_latent_is_written_to_a_far_slot(is_fp8: bool) -> None:
+    near_NSW = cached(torch.zeros(1, PAGE_SIZE, LATENT + ROPE, dtype=BF16), is_fp8=is_fp8)
+    cache_NSW, page = rows_far_on(near_NSW.clone())
     norms = PrologueNorms(randn(48, seed=1), randn(LATENT, seed=2), 1e-6)
     turn_TJ = torch.polar(torch.ones(1, ROPE // 2), torch.rand(1, ROPE // 2))
     for where_NSW, first in ((near_NSW, 0), (cache_NSW, page)):
@@ -70,8 +78,9 @@ def test_a_latent_is_written_to_a_far_slot() -> None:
     assert torch.equal(cache_NSW[page], near_NSW[0])
 
 
-def test_attention_reads_a_far_page() -> None:
-    page_NSW = randn(1, PAGE_SIZE, LATENT + ROPE)
+@each_cache
+def test_attention_reads_a_far_page(is_fp8: bool) -> None:
+    page_NSW = cached(randn(1, PAGE_SIZE, LATENT + ROPE), is_fp8=is_fp8)
     cache_NSW, page = rows_far_on(page_NSW)
     q_THW = randn(1, 16, LATENT + ROPE, seed=1)
     found = []
@@ -85,8 +94,9 @@ def test_attention_reads_a_far_page() -> None:
     assert torch.equal(*found)
 
 
-def test_keys_are_expanded_from_a_far_page() -> None:
-    page_NSW = randn(1, PAGE_SIZE, LATENT + ROPE)
+@each_cache
+def test_keys_are_expanded_from_a_far_page(is_fp8: bool) -> None:
+    page_NSW = cached(randn(1, PAGE_SIZE, LATENT + ROPE), is_fp8=is_fp8)
     cache_NSW, page = rows_far_on(page_NSW)
     heads = LatentHeads(randn(2, 16, LATENT, seed=1), randn(2, 16, LATENT, seed=2), 0.1)
     near = expand_latents_triton(page_NSW, torch.tensor([0]), 2, 13, heads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ class WholeModel:
             raise ValueError(f"{num_requests} x {context} tokens do not fit in the cache")
         shuffled = torch.randperm(self.cache.num_pages).tolist()
         tables = [
-            shuffled[start : start + pages_each]
+            array("i", shuffled[start : start + pages_each])
             for start in range(0, num_requests * pages_each, pages_each)
         ]
         last = context - 1

@@ -5,6 +5,7 @@ The wire types are msgspec structs, so the step plane and the token path carry t
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from enum import Enum, StrEnum, auto
 from typing import TYPE_CHECKING
@@ -254,7 +255,8 @@ class RequestProgress:
     """The mutable life of one request: state, tokens, pages.
 
     Only the scheduler writes it. `pages` may be held by reference: it only grows while the request
-    holds it, and a request that loses its pages gets a new list.
+    holds it, and a request that loses its pages gets a new array. An array, because a step copies
+    the pages of all its requests: 64,000 numbers of lists took 11 ms.
 
     Attributes:
         output_token_ids: Known output; given at construction where one goes on after a failure.
@@ -321,7 +323,7 @@ class RequestProgress:
         self.thinking: ThinkingTracker | None = None
         self.grammar: AnswerGrammar | None = None
         self.stopwatch: Stopwatch | None = None
-        self.pages: list[int] = []
+        self.pages = array("i")
         self.page_hashes: list[int] = []
         self.num_published_pages = 0
 

@@ -7,6 +7,7 @@ itself, and it does so in a page of its own.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -44,7 +45,7 @@ class RequestPages:
         # At least one token is left to compute: its logits are wanted.
         num_pages = (progress.num_known_tokens - 1) // self.page_size
         self._hash(progress, num_pages)
-        progress.pages = self._cache.match(progress.page_hashes[:num_pages])
+        progress.pages = array("i", self._cache.match(progress.page_hashes[:num_pages]))
         progress.num_published_pages = len(progress.pages)
         return len(progress.pages) * self.page_size
 
@@ -53,7 +54,7 @@ class RequestPages:
         pages = self.pool.allocate(self.missing(progress, num_tokens))
         if pages is None:
             return False
-        progress.pages += pages
+        progress.pages.extend(pages)
         return True
 
     def publish(self, progress: RequestProgress, num_computed: int) -> None:
@@ -72,9 +73,9 @@ class RequestPages:
         progress.num_published_pages = max(num_full, progress.num_published_pages)
 
     def release(self, progress: RequestProgress) -> None:
-        """Take all pages from a request; steps in flight keep the list they were given."""
+        """Take all pages from a request; steps in flight keep the array they were given."""
         self.pool.release(progress.pages)
-        progress.pages = []
+        progress.pages = array("i")
         progress.num_published_pages = 0
 
     def hand_over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class ScheduledRequest(msgspec.Struct, gc=False):
     Attributes:
         token_ids: None stands for the token that an earlier step has yet to sample; only the last
             can be None.
-        pages: The request's page list by reference; it may grow, but what this step needs stays.
+        pages: The request's own by reference; it may grow, but what this step needs stays.
         samples: Whether the step samples the request's next token.
     """
 
@@ -38,7 +39,7 @@ class ScheduledRequest(msgspec.Struct, gc=False):
     start: int
     num_tokens: int
     token_ids: list[int | None]
-    pages: list[int]
+    pages: array[int]
     samples: bool
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from ostro.actors.engine.request import ImageInput, RequestState
@@ -216,7 +217,7 @@ def _build(spans: Sequence[_Span], page_size: int, position_offset: int) -> Batc
             tokens.extend(_known_token(entry, index) for index in range(span.first, span.stop))
             positions.extend(range(start + position_offset, stop + position_offset))
             _extend_slots(slots, entry.pages, start, stop, page_size)
-            pages_n = torch.tensor(entry.pages[: -(-stop // page_size)])
+            pages_n = torch.from_numpy(np.array(entry.pages[: -(-stop // page_size)], np.int64))
             prefills.append(PrefillSpan(slice(row, row + span.num_tokens), start, pages_n))
         if entry.progress.request.images:
             image_spans.extend(_image_spans(entry.progress.request.images, start, stop, row))

@@ -98,7 +98,7 @@ def test_steps_in_flight_keep_the_pages_they_were_given() -> None:
     progress = _computed(pages, 4)
     given = progress.pages
     pages.release(progress)
-    assert progress.pages == []
+    assert not progress.pages
     assert len(given) == 2
 
 

@@ -195,7 +195,7 @@ def test_token_sampled_after_the_end_is_dropped_and_pages_wait_for_it() -> None:
     assert len(progress.pages) == 2
     assert not scheduler.is_idle()
     assert _complete(scheduler, second, 8) == []
-    assert progress.pages == []
+    assert not progress.pages
     assert progress.output_token_ids == [EOS]
     assert scheduler.is_idle()
 
@@ -433,7 +433,7 @@ def test_running_request_gives_its_pages_back_when_cancelled() -> None:
     progress = _add(scheduler, make_request())
     _turn(scheduler)
     scheduler.cancel("r")
-    assert progress.pages == []
+    assert not progress.pages
     scheduler.check_integrity()
     (event,) = scheduler.take_events()
     assert event.first_index == 1
@@ -447,7 +447,7 @@ def test_cancelled_request_in_flight_gives_its_pages_back_after_its_step() -> No
     assert progress.pages
     (event,) = _complete(scheduler, step)
     assert (event.finish_reason, event.token_ids) == (FinishReason.CANCELLED, [])
-    assert progress.pages == []
+    assert not progress.pages
     assert scheduler.is_idle()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import astuple
 
 import pytest
@@ -28,7 +29,7 @@ def entry(
     tokens: list[int | None] = [100 + start + index for index in range(num_tokens)]
     if unknown:
         tokens[-1] = None
-    return ScheduledRequest(progress, start, num_tokens, tokens, pages, samples)
+    return ScheduledRequest(progress, start, num_tokens, tokens, array("i", pages), samples)
 
 
 def build(entries: list[ScheduledRequest], num_micro_batches: int = 1) -> list[Batch]:

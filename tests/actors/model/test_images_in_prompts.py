@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_recompute_after_preemption_gives_the_same_logits(
     rig = ModelRig(directory)
     progress = make_progress("r", TOKENS, images=IMAGES)
     rig.step([rig.entry(progress, 9)])
-    progress.pages, progress.num_computed_tokens = [], 0
+    progress.pages, progress.num_computed_tokens = array("i"), 0
     found = rig.step_all_rows([rig.entry(progress, len(TOKENS))])
     assert relative_error(found, expected) < TOLERANCE
 

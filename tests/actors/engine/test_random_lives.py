@@ -121,6 +121,7 @@ class RandomLives(RuleBasedStateMachine):
         self.heard: dict[str, list[int]] = {}
         self.ended: dict[str, TokenEvent] = {}
         self.steered: set[str] = set()
+        self.left_behind: set[str] = set()  # ended, maybe with a step in flight that was lost
         self.num_heard = 0
         self.cached: set[int] = set()
 
@@ -273,6 +274,7 @@ class RandomLives(RuleBasedStateMachine):
         if self.in_flight and is_written:
             self.device.run(self.in_flight[0])
         self.in_flight.clear()
+        self.left_behind |= self.ended.keys()
         self.scheduler = self._make_scheduler(self.scheduler.give_up())
         self.cached = set()
         for request_id, progress in self.lives.items():
@@ -368,7 +370,8 @@ class RandomLives(RuleBasedStateMachine):
         output, reason = self._expected(progress.request)
         heard = output[: self.num_given[request_id]] + self.heard[request_id]
         assert progress.output_token_ids == heard
-        assert progress.num_in_flight == progress.num_pending_outputs == 0
+        if request_id not in self.left_behind:
+            assert progress.num_in_flight == progress.num_pending_outputs == 0
         end = self.ended[request_id]
         if request_id in self.steered:
             return

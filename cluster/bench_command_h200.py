@@ -13,6 +13,7 @@ from rich.table import Table
 from ostro.cluster.bench_options import Json
 from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.cli_console import make_console, print_error
+from ostro.configs.quantization import WeightFormat
 
 if TYPE_CHECKING:
     from ostro.cluster.bench_whole_model import StepFigure
@@ -32,9 +33,12 @@ def h200(
     layers: Annotated[
         int, typer.Option(min=1, max=36, help="Fewer where the GPU does not hold all.")
     ] = 36,
+    precision: Annotated[
+        str, typer.Option(help="Of the weights, as the official checkpoints have them: fp8, nvfp4.")
+    ] = "fp8",
     json: Json = None,
 ) -> None:
-    """All of Mistral Small 4 on one GPU, with random FP8 weights: no checkpoint is needed.
+    """All of Mistral Small 4 on one GPU, with random weights: no checkpoint is needed.
 
     "floor" is what the bytes of a decode step (experts that were hit, everything else once,
     latents) or the FLOPs of a prefill chunk take at the rates that this GPU reached by itself in
@@ -46,6 +50,7 @@ def h200(
     from ostro.cluster.bench_whole_model import WholeModel, measure, mistral_small_4
     from ostro.kernels.bench.ceilings import NoGpuError, gpu_name, measure_ceilings
 
+    held = parse_precision(precision)
     decodes = parse_sizes(decode, "--decode")
     prefills = parse_sizes(prefill, "--prefill")
     try:
@@ -57,9 +62,9 @@ def h200(
         with shown_progress() as progress:
             progress.note("ceilings")
             ceilings = measure_ceilings()
-            progress.note(f"{layers} layers of random weights")
+            progress.note(f"{layers} layers of random {precision} weights")
             places = cache_tokens(decodes, prefills)
-            model = WholeModel(mistral_small_4(layers), cache_tokens=places)
+            model = WholeModel(mistral_small_4(layers), cache_tokens=places, precision=held)
             figures = []
             for figure in measure(model, ceilings, decodes, prefills):
                 figures.append(figure)
@@ -67,11 +72,12 @@ def h200(
     except torch.OutOfMemoryError:
         print_error(f"{device} does not hold it; try fewer --layers or smaller contexts")
         raise typer.Exit(1) from None
-    make_console().print(to_table(f"{device}, {layers} layers, FP8", figures))
+    make_console().print(to_table(f"{device}, {layers} layers, {precision.upper()}", figures))
     if json is not None:
         tree = {
             "device": device,
             "layers": layers,
+            "precision": precision,
             "ceilings": asdict(ceilings),
             "figures": [asdict(figure) for figure in figures],
         }
@@ -85,6 +91,18 @@ def cache_tokens(decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[in
     steps = [(requests, context) for requests, context in decodes]
     steps += [(1, context) for _, context in prefills]
     return max((requests * (context + PAGE_SIZE) for requests, context in steps), default=0)
+
+
+def parse_precision(text: str) -> WeightFormat:
+    """The precision of a name.
+
+    Raises:
+        typer.BadParameter: It is no precision that fits a GPU with all layers.
+    """
+    served = {each.value: each for each in (WeightFormat.FP8, WeightFormat.NVFP4)}
+    if text not in served:
+        raise typer.BadParameter(f"{text!r}: must be fp8 or nvfp4", param_hint="--precision")
+    return served[text]
 
 
 def parse_sizes(text: str, option: str) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""Mistral Small 4 whole on one GPU, with random FP8 weights: decode steps as graphs, beside floors.
+"""Mistral Small 4 whole on one GPU, with random weights: decode steps as graphs, beside floors.
 
 The product's decoder, experts and graphs; only the weights are drawn on the GPU instead of read, so
-that 119 GB take seconds. A step's floor is the bytes that it must read, at the rate at which this
-GPU reads: the experts that the batch really hit, everything else once, and the latents.
+that 119 GB of FP8 take seconds. A step's floor is the bytes that it must read, at the rate at which
+this GPU reads: the experts that the batch really hit, everything else once, and the latents.
 
 Shape letters: B requests, L layers, E experts, D hidden, F expert hidden, V vocabulary.
 """
@@ -26,20 +26,20 @@ from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.random_checkpoint import SMALL_4, write_config
-from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights, ExpertWeights
+from ostro.cluster.bench_random_weights import random_weights
 from ostro.configs.model import ModelConfig, load_model_config
+from ostro.configs.quantization import WeightFormat
 from ostro.kernels.batch_sampling import Draws, sample_rows
 from ostro.kernels.bench.measure import Ceilings
-from ostro.kernels.fp8_experts import Fp8Experts
-from ostro.kernels.fp8_linear import Fp8Weight
 from ostro.kernels.mla_decode import DecodePlan
 from ostro.kernels.sampling import Draw
 
 PAGE_SIZE = 64
-_FP8 = torch.float8_e4m3fn
-_SIZE_OF_VALUE = 16.0  # of an FP8 weight before its scale, so that few values are subnormal
-_INPUT_SCALE = 1 / 32  # inputs are normed: the largest e4m3 is 14 times their size
-_CHUNK_VALUES = 1 << 28
+# Bytes of a weight of experts and of attention, and what its products are bound by.
+_OF_PRECISION = {
+    WeightFormat.FP8: (1.0, 1.0, "fp8"),
+    WeightFormat.NVFP4: (9 / 16, 2.0, "bf16"),
+}
 _WARM_STEPS, _STEPS = 3, 20
 
 
@@ -82,12 +82,18 @@ class StepFigure:
 
 
 class WholeModel:
-    """Decoder, experts and cache on one GPU, in `single`."""
+    """Decoder, experts and cache on one GPU, in `single`, in FP8 or NVFP4."""
 
-    def __init__(self, config: ModelConfig, *, cache_tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        cache_tokens: int,
+        precision: WeightFormat = WeightFormat.FP8,
+    ) -> None:
         """Take the GPU's memory: weights first, then pages for so many tokens."""
-        self.config = config
-        attention, experts = random_weights(config)
+        self.config, self.precision = config, precision
+        attention, experts = random_weights(config, precision)
         self.cache = LatentCache(
             config,
             num_pages=cache_tokens // PAGE_SIZE,
@@ -184,7 +190,9 @@ class WholeModel:
             context=context,
             graph_ms=graph_ms,
             step_ms=step_ms,
-            floor_ms=decode_floor_ms(self.config, num_requests, context, hit, ceilings),
+            floor_ms=decode_floor_ms(
+                self.config, num_requests, context, hit, ceilings, self.precision
+            ),
             experts_hit=hit,
         )
 
@@ -204,45 +212,58 @@ class WholeModel:
             context=context,
             graph_ms=step_ms,
             step_ms=step_ms,
-            floor_ms=prefill_floor_ms(self.config, num_tokens, context, ceilings),
+            floor_ms=prefill_floor_ms(self.config, num_tokens, context, ceilings, self.precision),
             experts_hit=float(self.config.num_experts),
         )
 
 
 def decode_floor_ms(
-    config: ModelConfig, num_requests: int, context: int, experts_hit: float, ceilings: Ceilings
+    config: ModelConfig,
+    num_requests: int,
+    context: int,
+    experts_hit: float,
+    ceilings: Ceilings,
+    precision: WeightFormat = WeightFormat.FP8,
 ) -> float:
-    """Bytes of one decode step at the GPU's reading rate: FP8 weights, bf16 latents and head."""
+    """Bytes of one decode step at the GPU's reading rate: weights, bf16 latents and head."""
     latent_bytes = 2.0 * num_requests * context * config.latent_width()
     head_bytes = 2.0 * config.vocab_size * config.hidden_size
-    layer_bytes = _weight_bytes(config, experts_hit) + latent_bytes
+    layer_bytes = _weight_bytes(config, experts_hit, precision) + latent_bytes
     return (config.num_layers * layer_bytes + head_bytes) / ceilings.bytes_s() * 1e3
 
 
 def prefill_floor_ms(
-    config: ModelConfig, num_tokens: int, context: int, ceilings: Ceilings
+    config: ModelConfig,
+    num_tokens: int,
+    context: int,
+    ceilings: Ceilings,
+    precision: WeightFormat = WeightFormat.FP8,
 ) -> float:
     """FLOPs of one chunk at the GPU's measured rates, or its weights' bytes if they take longer.
 
-    Layers in FP8, attention in bf16; of the experts, as many as evenly chosen ones hit.
+    Layers in FP8, or in bf16 if weights are NVFP4, attention in bf16; of the experts, as many as
+    evenly chosen ones hit.
     """
     missed = (1.0 - config.num_experts_per_token / config.num_experts) ** num_tokens
-    weights_s = _weight_bytes(config, config.num_experts * (1.0 - missed)) / ceilings.bytes_s()
+    weight_bytes = _weight_bytes(config, config.num_experts * (1.0 - missed), precision)
+    weights_s = weight_bytes / ceilings.bytes_s()
     per_token = 3 * config.hidden_size * config.expert_hidden_size * config.num_experts_per_token
     per_token += 3 * config.hidden_size * config.shared_hidden_size() + _attention_values(config)
     pairs = num_tokens * (context - num_tokens / 2)
     per_pair = config.num_heads * (config.qk_head_dim() + config.v_head_dim)
-    products_s = 2.0 * num_tokens * per_token / ceilings.flops_s["fp8"]
+    products_s = 2.0 * num_tokens * per_token / ceilings.flops_s[_OF_PRECISION[precision][2]]
     attention_s = 2.0 * pairs * per_pair / ceilings.flops_s["bf16"]
     return config.num_layers * max(weights_s, products_s + attention_s) * 1e3
 
 
-def _weight_bytes(config: ModelConfig, experts_hit: float) -> float:
+def _weight_bytes(config: ModelConfig, experts_hit: float, precision: WeightFormat) -> float:
     """Of one layer."""
+    of_expert, of_attention, _ = _OF_PRECISION[precision]
     expert = 3 * config.hidden_size * config.expert_hidden_size
     shared = 3 * config.hidden_size * config.shared_hidden_size()
     gate_bytes = 2 * config.num_experts * config.hidden_size
-    return experts_hit * expert + shared + _attention_values(config) + gate_bytes
+    expert_bytes = of_expert * (experts_hit * expert + shared)
+    return expert_bytes + of_attention * _attention_values(config) + gate_bytes
 
 
 def _attention_values(config: ModelConfig) -> int:
@@ -253,82 +274,6 @@ def _attention_values(config: ModelConfig) -> int:
         + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
         + heads * config.v_head_dim * config.hidden_size
     )
-
-
-def random_weights(config: ModelConfig) -> tuple[AttentionWeights, ExpertWeights]:
-    """Weights that keep rows at about unit size, drawn on the GPU, shared experts among the routed.
-
-    That is how `AttentionShard` holds them there.
-    """
-    attention = AttentionWeights(
-        embed_VD=_plain(config.vocab_size, config.hidden_size, size=1.0),
-        layers=tuple(_attention_layer(config) for _ in range(config.num_layers)),
-        final_norm_D=_ones(config.hidden_size),
-        lm_head_VD=_plain(config.vocab_size, config.hidden_size),
-        vision=None,
-    )
-    experts = ExpertWeights(
-        layers=tuple(_expert_layer(config) for _ in range(config.num_layers)),
-        local_to_logical=tuple(range(config.num_experts)),
-    )
-    return attention, experts
-
-
-def _attention_layer(config: ModelConfig) -> AttentionLayerWeights:
-    hidden, heads = config.hidden_size, config.num_heads
-    return AttentionLayerWeights(
-        input_norm_D=_ones(hidden),
-        q_a=_fp8(config.q_lora_rank, hidden),
-        q_a_norm=_ones(config.q_lora_rank),
-        q_b=_fp8(heads * config.qk_head_dim(), config.q_lora_rank),
-        kv_a=_fp8(config.latent_width(), hidden),
-        kv_a_norm=_ones(config.kv_lora_rank),
-        w_uk_HNC=_plain(heads, config.qk_nope_head_dim, config.kv_lora_rank),
-        w_uv_HVC=_plain(heads, config.v_head_dim, config.kv_lora_rank),
-        o_proj=_fp8(hidden, heads * config.v_head_dim),
-        post_norm_D=_ones(hidden),
-        gate_ED=_plain(config.num_experts, hidden).float(),
-        shared_gate_up=None,
-        shared_down=None,
-    )
-
-
-def _expert_layer(config: ModelConfig) -> Fp8Experts:
-    num_slots, hidden = config.num_experts + 1, config.hidden_size
-    inner = config.expert_hidden_size
-    ones_E = torch.ones(num_slots, device="cuda")
-    return Fp8Experts(
-        gate_up_EHD=_fp8_values(num_slots, 2 * inner, hidden),
-        gate_up_scale_E=ones_E * (hidden**-0.5 / _SIZE_OF_VALUE),
-        gate_up_input_scale_E=ones_E * _INPUT_SCALE,
-        down_EDF=_fp8_values(num_slots, hidden, inner),
-        down_scale_E=ones_E * (inner**-0.5 / _SIZE_OF_VALUE),
-        down_input_scale_E=ones_E * _INPUT_SCALE,
-    )
-
-
-def _ones(width: int) -> torch.Tensor:
-    return torch.ones(width, dtype=torch.bfloat16, device="cuda")
-
-
-def _plain(*shape: int, size: float | None = None) -> torch.Tensor:
-    factor = shape[-1] ** -0.5 if size is None else size
-    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda") * factor
-
-
-def _fp8(num_out: int, num_in: int) -> Fp8Weight:
-    return Fp8Weight(
-        values_OI=_fp8_values(num_out, num_in),
-        scale=torch.tensor(num_in**-0.5 / _SIZE_OF_VALUE, device="cuda"),
-        input_scale=torch.tensor(_INPUT_SCALE, device="cuda"),
-    )
-
-
-def _fp8_values(*shape: int) -> torch.Tensor:
-    values = torch.empty(shape, dtype=_FP8, device="cuda")
-    for chunk in values.view(-1).split(_CHUNK_VALUES):
-        chunk.copy_(torch.randn(len(chunk), dtype=torch.bfloat16, device="cuda") * _SIZE_OF_VALUE)
-    return values
 
 
 def _draws(num_rows: int) -> Draws:

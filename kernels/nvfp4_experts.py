@@ -35,6 +35,7 @@ WORDS, SCALE_WORDS = 16, 2  # of a block of an output
 GROUP = 16  # inputs that share a scale
 _FIELDS = 4
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_BYTES_AROUND_ONE = 0x48, 0x58  # of scales from 0.5 to below 2
 _SMALLEST_SCALE_EXPONENT = -9  # of a subnormal e4m3; stored as exponent 1
 
 
@@ -91,6 +92,20 @@ def new_nvfp4_stack(
         scales_EBOS=torch.empty(*shape, SCALE_WORDS, dtype=torch.int32, device=device),
         num_inputs=num_inputs,
     )
+
+
+def random_nvfp4_stack(
+    num_experts: int, num_outputs: int, num_inputs: int, device: torch.device | str
+) -> tuple[Nvfp4Stack, float]:
+    """A stack of random codes and of scales around 1, for benchmarks, and how large its values are.
+
+    That is their root mean square; inputs fill blocks.
+    """
+    stack = new_nvfp4_stack(num_experts, num_outputs, num_inputs, device)
+    stack.words_EBOW.random_(-(2**31), 2**31)
+    stack.scales_EBOS.view(torch.uint8).random_(*_BYTES_AROUND_ONE)
+    sample = unpack_nvfp4(stack.words_EBOW[0, :1], stack.scales_EBOS[0, :1], BLOCK_INPUTS)
+    return stack, float(sample.square().mean().sqrt())
 
 
 def pack_nvfp4(codes_OP: torch.Tensor, scale_OG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from ostro.kernels.bench import (
     attention_cases,
     expert_cases,
+    expert_layers,
     prefill_cases,
     sampling_cases,
     small_cases,
@@ -26,10 +27,11 @@ from ostro.kernels.bench.run import Result, run_cases
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.bench.trials import Trial, by_time
 from ostro.kernels.bench.tuned import best_tiles, write_tuned
+from ostro.kernels.gpu.tiles import FP4
 
 _SIZES = Sizes()
 _NUM_TOLD = 3  # of the fastest configurations
-_DTYPES = {"fp8": expert_cases.FP8, "bf16": torch.bfloat16}
+_DTYPES = {"fp8": expert_layers.FP8, "bf16": torch.bfloat16, "nvfp4": FP4}
 
 
 @dataclass(slots=True)
@@ -68,12 +70,13 @@ class Report:
 
 
 def _expert_cases(name: str) -> Iterator[Case]:
-    yield from expert_cases.cases(expert_cases.Layer(_DTYPES[name], _SIZES))
+    yield from expert_cases.cases(expert_layers.make_layer(_DTYPES[name], _SIZES))
 
 
 PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "experts_fp8": partial(_expert_cases, "fp8"),
     "experts_bf16": partial(_expert_cases, "bf16"),
+    "experts_nvfp4": partial(_expert_cases, "nvfp4"),
     "decode": partial(attention_cases.cases, _SIZES),
     "prefill": partial(prefill_cases.cases, _SIZES),
     "small": partial(small_cases.cases, _SIZES),
@@ -82,24 +85,27 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
 
 
 def _sweep_tiles(name: str, _: Report) -> Iterator[list[Trial]]:
-    yield from sweep.sweep_tiles(expert_cases.Layer(_DTYPES[name], _SIZES))
+    yield from sweep.sweep_tiles(expert_layers.make_layer(_DTYPES[name], _SIZES))
 
 
 def _sweep_few(name: str, _: Report) -> Iterator[list[Trial]]:
-    yield from sweep.sweep_few(expert_cases.Layer(_DTYPES[name], _SIZES))
+    yield from sweep.sweep_few(expert_layers.make_layer(_DTYPES[name], _SIZES))
 
 
 def _sweep_rows(name: str, report: Report) -> Iterator[list[Trial]]:
     best = best_tiles(report.trials)  # of this run, if it swept them
-    yield from sweep.sweep_rows(expert_cases.Layer(_DTYPES[name], _SIZES), best)
+    yield from sweep.sweep_rows(expert_layers.make_layer(_DTYPES[name], _SIZES), best)
 
 
 SWEEPS: dict[str, Callable[[Report], Iterator[list[Trial]]]] = {
     "fp8": partial(_sweep_tiles, "fp8"),
     "bf16": partial(_sweep_tiles, "bf16"),
+    "nvfp4": partial(_sweep_tiles, "nvfp4"),
     "few_fp8": partial(_sweep_few, "fp8"),
+    "few_nvfp4": partial(_sweep_few, "nvfp4"),
     "rows_fp8": partial(_sweep_rows, "fp8"),
     "rows_bf16": partial(_sweep_rows, "bf16"),
+    "rows_nvfp4": partial(_sweep_rows, "nvfp4"),
     "decode": lambda _: sweep_attention.sweep_decode(_SIZES),
     "prefill": lambda _: sweep_attention.sweep_prefill(_SIZES),
 }

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from ostro.kernels.bench.expert_cases import chosen_experts, no_counts
+from ostro.kernels.bench.expert_layers import chosen_experts, no_counts
 from ostro.kernels.bench.measure import Case, num_variants, poison, relative_error
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.combine import combine_norm_reference

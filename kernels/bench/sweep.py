@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 
-from ostro.kernels.bench.expert_cases import FP8, Batch, Layer
+from ostro.kernels.bench.expert_layers import Batch, Layer, make_layer
 from ostro.kernels.bench.measure import Launch
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, compile_all, quietly, tried
 from ostro.kernels.bench.tuned import TILED
-from ostro.kernels.gpu.tiles import Tile, TunedTiles, tile
+from ostro.kernels.gpu.tiles import FP4, Tile, TunedTiles, tile
+from ostro.kernels.nvfp4_experts import BLOCK_INPUTS
 
 # Tokens of a batch whose tiles have so many rows.
 TOKENS_OF_ROWS = {16: 32, 32: 512, 64: 1024, 128: 8192}
@@ -31,7 +32,7 @@ _MAX_SUMS = 160  # float32 sums of a thread, beside which 255 registers still ho
 _JOBS_A_KERNEL = 4
 
 
-def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
+def variants(operation: str, dtype: torch.dtype, rows: int, device: torch.device) -> list[Tile]:
     """Tiles worth trying: whose loads fit shared memory."""
     few = rows <= _FEW_ROWS
     choices = itertools.product(
@@ -41,9 +42,10 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
         (1, 2, 3, 4) if few else (1, 2),  # programs
     )
     num_weights = 2 if operation == "gate_up" else 1
+    block_in = tile(operation, dtype, rows, device).block_in
     found = []
     for block_out, num_warps, num_stages, programs in choices:
-        step_bytes = 128 * (num_weights * block_out + rows)
+        step_bytes = _step_bytes(dtype, num_weights * block_out, rows)
         sums = block_out * rows * num_weights / (32 * num_warps)
         is_idle = few and block_out < 16 * num_warps  # a warp of Hopper's takes 16 outputs
         if is_idle or step_bytes * num_stages * programs > MAX_SHARED_BYTES or sums > _MAX_SUMS:
@@ -52,7 +54,7 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
             Tile(
                 block_rows=rows,
                 block_out=block_out,
-                block_in=128 // dtype.itemsize,
+                block_in=block_in,
                 num_warps=num_warps,
                 num_stages=num_stages,
                 programs_per_processor=programs,
@@ -61,10 +63,18 @@ def variants(operation: str, dtype: torch.dtype, rows: int) -> list[Tile]:
     return found
 
 
+def _step_bytes(dtype: torch.dtype, num_outputs: int, rows: int) -> int:
+    """Shared memory of one step's loads."""
+    if dtype == FP4:  # a block of 128 inputs, and rows in bf16
+        return (BLOCK_INPUTS // 2 + BLOCK_INPUTS // 16) * num_outputs + 2 * BLOCK_INPUTS * rows
+    return 128 * (num_outputs + rows)
+
+
 def sweep_tiles(
     layer: Layer, rows_list: Sequence[int] = tuple(TOKENS_OF_ROWS)
 ) -> Iterator[list[Trial]]:
     """Every variant of both products, one list for each product and number of rows."""
+    device = torch.device(layer.sizes.device)
     compile_all(
         [
             partial(_compile, layer.dtype, operation, rows, part)
@@ -84,13 +94,13 @@ def sweep_tiles(
                     asdict(cut),
                     runs.launches(operation, cut),
                 )
-                for cut in variants(operation, layer.dtype, rows)
+                for cut in variants(operation, layer.dtype, rows, device)
             ]
 
 
 def sweep_few(layer: Layer) -> Iterator[list[Trial]]:
     """Every variant of the smallest tiles on very small batches."""
-    rows = min(TOKENS_OF_ROWS)
+    rows, device = min(TOKENS_OF_ROWS), torch.device(layer.sizes.device)
     for num_tokens in FEW_TOKENS:
         runs = _Runs(layer, num_tokens, rows)
         for operation in TILED:
@@ -102,7 +112,7 @@ def sweep_few(layer: Layer) -> Iterator[list[Trial]]:
                     asdict(cut),
                     runs.launches(operation, cut),
                 )
-                for cut in variants(operation, layer.dtype, rows)
+                for cut in variants(operation, layer.dtype, rows, device)
             ]
 
 
@@ -141,11 +151,11 @@ class _Runs:
 
 def _compile(dtype: torch.dtype, operation: str, rows: int, part: int) -> None:
     """Some of the variants."""
-    layer = Layer(dtype, _TO_COMPILE)
+    layer = make_layer(dtype, _TO_COMPILE)
     (batch, *_) = layer.batches(_TO_COMPILE.num_experts, rows=rows)
-    hidden = batch.x_AD.new_zeros(len(batch.x_AD), _TO_COMPILE.inner, dtype=torch.bfloat16)
-    hidden = hidden.to(FP8) if layer.is_fp8 else hidden
-    for cut in variants(operation, dtype, rows)[part::_JOBS_A_KERNEL]:
+    hidden = torch.zeros(len(batch.x_AD), _TO_COMPILE.inner, device=_TO_COMPILE.device)
+    hidden, device = hidden.to(layer.row_dtype), torch.device(_TO_COMPILE.device)
+    for cut in variants(operation, dtype, rows, device)[part::_JOBS_A_KERNEL]:
         if operation == "gate_up":
             quietly(partial(layer.gate_up, batch, cut))
         else:

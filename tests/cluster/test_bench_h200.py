@@ -9,13 +9,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ostro.cluster.bench import app
-from ostro.cluster.bench_command_h200 import cache_tokens, parse_sizes, to_table
+from ostro.cluster.bench_command_h200 import (
+    cache_tokens,
+    parse_precision,
+    parse_sizes,
+    to_table,
+)
 from ostro.cluster.bench_whole_model import (
     StepFigure,
     decode_floor_ms,
     mistral_small_4,
     prefill_floor_ms,
 )
+from ostro.configs.quantization import WeightFormat
 from ostro.kernels.bench.measure import Ceilings
 
 CEILINGS = Ceilings(
@@ -51,6 +57,26 @@ def test_floors_are_those_of_the_real_model() -> None:
     assert decode_floor_ms(config, 1, 1024, 4.0, CEILINGS) == pytest.approx(1.55, abs=0.02)
     assert decode_floor_ms(config, 128, 1024, 125.8, CEILINGS) == pytest.approx(28.0, abs=0.2)
     assert prefill_floor_ms(config, 8192, 8192, CEILINGS) == pytest.approx(82.5, abs=1.0)
+
+
+def test_floors_of_nvfp4_are_those_of_its_bytes_and_of_bf16_products() -> None:
+    config, nvfp4 = mistral_small_4(), WeightFormat.NVFP4
+    fp8_ms = decode_floor_ms(config, 128, 1024, 125.8, CEILINGS)
+    found_ms = decode_floor_ms(config, 128, 1024, 125.8, CEILINGS, nvfp4)
+    expert_values, attention_values = 126.8 * 3 * 4096 * 2048, 28_049_408
+    saved_bytes = 36 * (expert_values * 7 / 16 - attention_values)
+    assert fp8_ms - found_ms == pytest.approx(saved_bytes / 4.3e12 * 1e3, rel=1e-3)
+    fp8_ms = prefill_floor_ms(config, 8192, 8192, CEILINGS)
+    found_ms = prefill_floor_ms(config, 8192, 8192, CEILINGS, nvfp4)
+    values = 5 * 3 * 4096 * 2048 + attention_values
+    more_s = 36 * 2 * 8192 * values * (1 / 790e12 - 1 / 1580e12)
+    assert found_ms - fp8_ms == pytest.approx(more_s * 1e3, rel=1e-3)
+
+
+def test_precision_is_one_that_fits_a_gpu() -> None:
+    assert parse_precision("nvfp4") is WeightFormat.NVFP4
+    with pytest.raises(typer.BadParameter, match="fp8 or nvfp4"):
+        parse_precision("bf16")
 
 
 def test_floor_of_a_small_prefill_chunk_is_the_bytes_of_its_weights() -> None:

@@ -15,13 +15,15 @@ from ostro.kernels.bench import (
     sampling_cases,
     small_cases,
 )
-from ostro.kernels.bench.expert_cases import FP8, Layer
+from ostro.kernels.bench.expert_layers import FP8, make_layer
 from ostro.kernels.bench.measure import Case
 from ostro.kernels.bench.sizes import Sizes
+from ostro.kernels.gpu.tiles import FP4
 
 PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
-    "experts_fp8": lambda sizes: expert_cases.cases(Layer(FP8, sizes), [5]),
-    "experts_bf16": lambda sizes: expert_cases.cases(Layer(torch.bfloat16, sizes), [32]),
+    "experts_fp8": lambda sizes: expert_cases.cases(make_layer(FP8, sizes), [5]),
+    "experts_nvfp4": lambda sizes: expert_cases.cases(make_layer(FP4, sizes), [5]),
+    "experts_bf16": lambda sizes: expert_cases.cases(make_layer(torch.bfloat16, sizes), [32]),
     "attention": lambda sizes: attention_cases.cases(sizes, [(3, 40)], [3], with_ragged=False),
     "prefill": lambda sizes: prefill_cases.cases(sizes, [(60, 0), (20, 33)]),
     "small": lambda sizes: small_cases.cases(sizes, [5]),

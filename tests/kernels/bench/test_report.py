@@ -13,7 +13,7 @@ from tiny_sizes import tiny_sizes
 
 from ostro.kernels.bench import attention_cases, report, run, small_cases, sweep, sweep_attention
 from ostro.kernels.bench import trials as trials_module
-from ostro.kernels.bench.expert_cases import FP8, Layer
+from ostro.kernels.bench.expert_layers import FP8, make_layer
 from ostro.kernels.bench.measure import Ceilings, Launch
 from ostro.kernels.bench.report import measure_kernels
 from ostro.kernels.bench.sizes import Sizes
@@ -74,9 +74,9 @@ def test_a_part_that_fails_does_not_hide_the_next(
 def test_sweeps_find_tiles_for_the_file(
     sizes: Sizes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    layer = Layer(FP8, sizes)
+    layer = make_layer(FP8, sizes)
     monkeypatch.setattr(sweep, "TOKENS_OF_ROWS", {16: 2, 32: 2})
-    few = sweep.variants("gate_up", FP8, 16)[:2]
+    few = sweep.variants("gate_up", FP8, 16, torch.device(sizes.device))[:2]
     monkeypatch.setattr(sweep, "variants", lambda *_: few)
     cuts = sweep_attention.decode_cuts()[:2]
     monkeypatch.setattr(sweep_attention, "decode_cuts", lambda: cuts)

@@ -13,7 +13,7 @@ from ostro.kernels.bench.sweep_attention import decode_cuts, prefill_tiles
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, by_time
 from ostro.kernels.bench.tuned import TILED, best_tiles, write_tuned
 from ostro.kernels.gpu.mla_prefill import prefill_tile
-from ostro.kernels.gpu.tiles import Tile, read_tuned, tile
+from ostro.kernels.gpu.tiles import FP4, Tile, read_tuned, tile
 
 
 def make_trial(operation: str, rows: int, num_stages: int, us: float | None) -> Trial:
@@ -76,12 +76,13 @@ def test_trials_make_a_short_line() -> None:
 
 
 @pytest.mark.parametrize("operation", TILED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, FP4], ids=str)
 @pytest.mark.parametrize("rows", TOKENS_OF_ROWS)
 def test_what_is_usual_is_among_what_is_tried(
     operation: str, dtype: torch.dtype, rows: int
 ) -> None:
-    assert tile(operation, dtype, rows, torch.device("cpu")) in variants(operation, dtype, rows)
+    cpu = torch.device("cpu")
+    assert tile(operation, dtype, rows, cpu) in variants(operation, dtype, rows, cpu)
 
 
 def test_usual_launches_of_attention_are_among_what_is_tried() -> None:
@@ -92,7 +93,7 @@ def test_usual_launches_of_attention_are_among_what_is_tried() -> None:
 
 def test_what_is_tried_fits_shared_memory() -> None:
     for operation in TILED:
-        for cut in variants(operation, torch.bfloat16, 128):
+        for cut in variants(operation, torch.bfloat16, 128, torch.device("cpu")):
             assert isinstance(cut, Tile)
             boxes = cut.block_rows + cut.block_out * (2 if operation == "gate_up" else 1)
             shared = boxes * 128 * cut.num_stages * cut.programs_per_processor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -13,6 +13,7 @@ from rich.table import Table
 from ostro.cluster.bench_options import Json
 from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.cli_console import make_console, print_error
+from ostro.configs.deployment import EngineConfig
 from ostro.configs.quantization import WeightFormat
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def h200(
     precision: Annotated[
         str, typer.Option(help="Of the weights, as the official checkpoints have them: fp8, nvfp4.")
     ] = "fp8",
+    latent_cache_dtype: Annotated[
+        Literal["auto", "fp8"], typer.Option(help="As the key of `engine`.")
+    ] = "auto",
     json: Json = None,
 ) -> None:
     """All of Mistral Small 4 on one GPU, with random weights: no checkpoint is needed.
@@ -47,10 +51,14 @@ def h200(
     """
     import torch
 
+    from ostro.actors.model.device import choose_cache_dtype
     from ostro.cluster.bench_whole_model import WholeModel, measure, mistral_small_4
     from ostro.kernels.bench.ceilings import NoGpuError, gpu_name, measure_ceilings
 
     held = parse_precision(precision)
+    config = mistral_small_4(layers)
+    engine = EngineConfig(latent_cache_dtype=latent_cache_dtype)
+    cache_dtype = choose_cache_dtype(engine, torch.bfloat16, config)
     decodes = parse_sizes(decode, "--decode")
     prefills = parse_sizes(prefill, "--prefill")
     try:
@@ -64,7 +72,7 @@ def h200(
             ceilings = measure_ceilings()
             progress.note(f"{layers} layers of random {precision} weights")
             places = cache_tokens(decodes, prefills)
-            model = WholeModel(mistral_small_4(layers), cache_tokens=places, precision=held)
+            model = WholeModel(config, cache_tokens=places, cache_dtype=cache_dtype, precision=held)
             figures = []
             for figure in measure(model, ceilings, decodes, prefills):
                 figures.append(figure)
@@ -72,12 +80,15 @@ def h200(
     except torch.OutOfMemoryError:
         print_error(f"{device} does not hold it; try fewer --layers or smaller contexts")
         raise typer.Exit(1) from None
-    make_console().print(to_table(f"{device}, {layers} layers, {precision.upper()}", figures))
+    latents = engine.cached_in("bfloat16")
+    title = f"{device}, {layers} layers, {precision.upper()}, latents in {latents}"
+    make_console().print(to_table(title, figures))
     if json is not None:
         tree = {
             "device": device,
             "layers": layers,
             "precision": precision,
+            "latents": latents,
             "ceilings": asdict(ceilings),
             "figures": [asdict(figure) for figure in figures],
         }

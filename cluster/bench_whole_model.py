@@ -24,13 +24,14 @@ from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.cuda_graphs import GraphedDecoder
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
-from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.latent_cache import LatentCache, cached_token_bytes
 from ostro.actors.model.random_checkpoint import SMALL_4, write_config
 from ostro.cluster.bench_random_weights import random_weights
 from ostro.configs.model import ModelConfig, load_model_config
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.batch_sampling import Draws, sample_rows
 from ostro.kernels.bench.measure import Ceilings
+from ostro.kernels.bench.sizes import fill_cache
 from ostro.kernels.mla_decode import DecodePlan
 from ostro.kernels.sampling import Draw
 
@@ -89,6 +90,7 @@ class WholeModel:
         config: ModelConfig,
         *,
         cache_tokens: int,
+        cache_dtype: torch.dtype = torch.bfloat16,
         precision: WeightFormat = WeightFormat.FP8,
     ) -> None:
         """Take the GPU's memory: weights first, then pages for so many tokens."""
@@ -99,10 +101,10 @@ class WholeModel:
             num_pages=cache_tokens // PAGE_SIZE,
             page_size=PAGE_SIZE,
             device="cuda",
-            dtype=torch.bfloat16,
+            dtype=cache_dtype,
         )
         for layer_NSW in self.cache.layers:
-            layer_NSW.normal_()
+            fill_cache(layer_NSW, config.kv_lora_rank)
         self.decoder = Decoder(config, attention, self.cache)
         self.experts = LocalExperts(config, experts)
         placement = initial_placement(config.num_experts, [0])
@@ -191,7 +193,13 @@ class WholeModel:
             graph_ms=graph_ms,
             step_ms=step_ms,
             floor_ms=decode_floor_ms(
-                self.config, num_requests, context, hit, ceilings, self.precision
+                self.config,
+                num_requests,
+                context,
+                hit,
+                ceilings,
+                precision=self.precision,
+                cache_dtype=self.cache.dtype,
             ),
             experts_hit=hit,
         )
@@ -223,13 +231,15 @@ def decode_floor_ms(
     context: int,
     experts_hit: float,
     ceilings: Ceilings,
+    *,
     precision: WeightFormat = WeightFormat.FP8,
+    cache_dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """Bytes of one decode step at the GPU's reading rate: weights, bf16 latents and head."""
-    latent_bytes = 2.0 * num_requests * context * config.latent_width()
+    """Bytes of one decode step at the GPU's reading rate: weights, latents and bf16 head."""
+    latent_bytes = float(num_requests * context * cached_token_bytes(config, cache_dtype))
     head_bytes = 2.0 * config.vocab_size * config.hidden_size
-    layer_bytes = _weight_bytes(config, experts_hit, precision) + latent_bytes
-    return (config.num_layers * layer_bytes + head_bytes) / ceilings.bytes_s() * 1e3
+    weight_bytes = config.num_layers * _weight_bytes(config, experts_hit, precision)
+    return (weight_bytes + latent_bytes + head_bytes) / ceilings.bytes_s() * 1e3
 
 
 def prefill_floor_ms(

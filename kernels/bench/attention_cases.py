@@ -31,6 +31,7 @@ from ostro.kernels.gpu.mla_decode import (
     attend_latents_triton,
 )
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.latent_cache import FP8_ROWS, row_values
 from ostro.kernels.latent_heads import LatentHeads, expand_values_reference
 from ostro.kernels.mla_decode import mla_decode_triton
 from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue_reference
@@ -80,15 +81,13 @@ def shuffled_tables(
     s = sizes
     counts = [-(-length // s.page_size) for length in lengths] * num_sets
     num_pages = sum(counts) + _NUM_SPARE_PAGES
-    cache_NSW = torch.empty(
-        num_pages, s.page_size, s.latent + s.rope, dtype=torch.bfloat16, device=s.device
-    ).normal_()
+    cache_NSW = s.randn_cache(num_pages)
     order = torch.randperm(num_pages).tolist()
     ends = list(itertools.accumulate(counts, initial=0))
     tables = [order[start:stop] for start, stop in itertools.pairwise(ends)]
-    cache_NSW[torch.tensor(order[ends[-1] :], device=s.device)] = torch.nan
+    cache_NSW[torch.tensor(order[ends[-1] :], device=s.device)] = s.not_written()
     for table, length in zip(tables, list(lengths) * num_sets, strict=True):
-        cache_NSW[table[-1], (length - 1) % s.page_size + 1 :] = torch.nan
+        cache_NSW[table[-1], (length - 1) % s.page_size + 1 :] = s.not_written()
     size = len(lengths)
     return cache_NSW, [tables[first : first + size] for first in range(0, len(tables), size)]
 
@@ -146,8 +145,7 @@ def steps(
 ) -> list[Step]:
     """Several of these context lengths, each with pages and heads of its own."""
     s = sizes
-    width_bytes = 2 * (s.latent + s.rope)
-    num_steps = num_variants(sum(lengths) * width_bytes, most)
+    num_steps = num_variants(sum(lengths) * s.row_bytes(), most)
     cache_NSW, tables = shuffled_tables(s, lengths, num_steps)
     layers = [random_heads(s) for _ in range(min(num_steps, 36))]
     found = []
@@ -180,25 +178,27 @@ def cases(
     *,
     with_ragged: bool = True,
 ) -> Iterator[Case]:
-    """Attention by context, and what stands around it by batch."""
+    """Attention by context, and what stands around it by batch; of FP8 rows what touches them."""
     for num_queries, context in contexts:
         lengths = even_lengths(num_queries, context, sizes.page_size)
         yield from _of_contexts(sizes, f"{num_queries} x {context}", lengths)
     if with_ragged:
         yield from _of_contexts(sizes, "64 ragged", ragged_lengths())
     for num_queries in batches:
-        yield from _of_batch(sizes, num_queries)
+        if sizes.cache_dtype != FP8_ROWS:
+            yield from _of_batch(sizes, num_queries)
+        yield _prologue(sizes, num_queries)
 
 
 def _of_contexts(sizes: Sizes, size: str, lengths: list[int]) -> Iterator[Case]:
     s, variants = sizes, steps(sizes, lengths)
     num_keys, rows = sum(lengths), len(lengths) * s.num_heads
     width = s.latent + s.rope
-    cache_bytes = num_keys * width * 2
+    cache_bytes = num_keys * s.row_bytes()
     flops = 2.0 * num_keys * s.num_heads * (width + s.latent)
     weights = s.num_heads * s.latent * (s.nope + s.value)
     yield Case(
-        operation="attend_latents",
+        operation=s.of_cache("attend_latents"),
         size=size,
         launches=[step.attend for step in variants],
         bytes_moved=cache_bytes + rows * (width + s.latent) * 2,
@@ -207,7 +207,7 @@ def _of_contexts(sizes: Sizes, size: str, lengths: list[int]) -> Iterator[Case]:
         tolerance=_TOLERANCE,
     )
     yield Case(
-        operation="mla_decode",
+        operation=s.of_cache("mla_decode"),
         size=size,
         launches=[step.whole for step in variants],
         bytes_moved=cache_bytes + weights * 2 + rows * (s.nope + s.rope + s.value) * 2,
@@ -257,7 +257,6 @@ def _of_batch(sizes: Sizes, num_queries: int) -> Iterator[Case]:
         error=values_error,
         tolerance=_TOLERANCE,
     )
-    yield _prologue(s, num_queries)
 
 
 def _prologue(sizes: Sizes, num_tokens: int) -> Case:
@@ -265,7 +264,7 @@ def _prologue(sizes: Sizes, num_tokens: int) -> Case:
     projected = s.randn(num_tokens, s.compressed + width)
     norms = PrologueNorms(s.randn(s.compressed), s.randn(s.latent), _EPS)
     num_pages = -(-num_tokens // s.page_size) + 1
-    cache_NSW = s.randn(num_pages, s.page_size, width)
+    cache_NSW = s.randn_cache(num_pages)
     slots_T = torch.randperm(num_pages * s.page_size, device=s.device)[:num_tokens]
     arguments = (
         projected[:, : s.compressed],
@@ -280,14 +279,15 @@ def _prologue(sizes: Sizes, num_tokens: int) -> Case:
         expected = mla_prologue_reference(*arguments, expected_NSW)
         poison(expected.numel() * 2, s.device)
         out = mla_prologue_triton(*arguments, cache_NSW)
-        written = relative_error(cache_NSW, expected_NSW)
+        rows = [row_values(cache, s.latent, torch.float32) for cache in (cache_NSW, expected_NSW)]
+        written = relative_error(*rows)
         return largest_error([relative_error(out, expected), written])
 
     return Case(
-        operation="mla_prologue",
+        operation=s.of_cache("mla_prologue"),
         size=f"B={num_tokens}",
         launches=[partial(mla_prologue_triton, *arguments, cache_NSW)],
-        bytes_moved=num_tokens * (s.compressed + width) * 4.0,
+        bytes_moved=num_tokens * (s.compressed * 4.0 + width * 2 + s.row_bytes()),
         error=error,
         tolerance=_TOLERANCE,
     )

@@ -25,6 +25,7 @@ from ostro.kernels.gpu.mla_prefill import (
     attend_triton,
     mla_prefill_triton,
 )
+from ostro.kernels.latent_cache import FP8_ROWS, row_values
 from ostro.kernels.latent_heads import LatentHeads
 from ostro.kernels.mla_prefill import mla_prefill_reference
 
@@ -110,9 +111,10 @@ def num_pairs(num_tokens: int, start: int) -> int:
 
 
 def cases(sizes: Sizes, chunks: Sequence[tuple[int, int]] = CHUNKS) -> Iterator[Case]:
-    """Attention alone, then rebuilding and attention."""
+    """Attention alone, then rebuilding and attention; of FP8 rows the latter."""
     for num_tokens, start in chunks:
-        yield _attention(sizes, num_tokens, start)
+        if sizes.cache_dtype != FP8_ROWS:
+            yield _attention(sizes, num_tokens, start)
         yield _whole(sizes, num_tokens, start)
 
 
@@ -144,10 +146,10 @@ def _whole(sizes: Sizes, num_tokens: int, start: int) -> Case:
     arguments = (q_THQ, cache_NSW, pages_n, start, heads)
     rebuilt = 2.0 * (start + num_tokens) * s.num_heads * s.latent * (s.nope + s.value)
     return Case(
-        operation="mla_prefill",
+        operation=s.of_cache("mla_prefill"),
         size=f"{num_tokens} @ {start}",
         launches=[partial(mla_prefill_triton, *arguments)],
-        bytes_moved=2.0 * ((start + num_tokens) * (s.latent + s.rope) + q_THQ.numel()),
+        bytes_moved=(start + num_tokens) * s.row_bytes() + 2.0 * q_THQ.numel(),
         flops=_flops(s, num_tokens, start) + rebuilt,
         error=partial(_whole_error, *arguments),
         tolerance=2 * _TOLERANCE,
@@ -163,7 +165,8 @@ def _whole_error(
 ) -> float:
     poison(q_THQ.numel() * 2, str(q_THQ.device))
     out_THV = mla_prefill_triton(q_THQ, cache_NSW, pages_n, start, heads)
-    context_LW = cache_NSW[pages_n].flatten(0, 1)[: start + len(q_THQ)]
+    rows_LW = cache_NSW[pages_n].flatten(0, 1)[: start + len(q_THQ)]
+    context_LW = row_values(rows_LW, heads.w_uk_HNC.shape[2], torch.float32)
     expected = [
         mla_prefill_reference(q_THQ[rows].float(), context_LW[: start + rows.stop], heads)
         for rows in checked_rows(len(q_THQ))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,10 @@ from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.bench.trials import Trial, by_time
 from ostro.kernels.bench.tuned import best_tiles, write_tuned
 from ostro.kernels.gpu.tiles import FP4
+from ostro.kernels.latent_cache import FP8_ROWS
 
 _SIZES = Sizes()
+_FP8_CACHE = replace(_SIZES, cache_dtype=FP8_ROWS)
 _NUM_TOLD = 3  # of the fastest configurations
 _DTYPES = {"fp8": expert_layers.FP8, "bf16": torch.bfloat16, "nvfp4": FP4}
 
@@ -78,7 +80,9 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "experts_bf16": partial(_expert_cases, "bf16"),
     "experts_nvfp4": partial(_expert_cases, "nvfp4"),
     "decode": partial(attention_cases.cases, _SIZES),
+    "decode_fp8": partial(attention_cases.cases, _FP8_CACHE),
     "prefill": partial(prefill_cases.cases, _SIZES),
+    "prefill_fp8": partial(prefill_cases.cases, _FP8_CACHE),
     "small": partial(small_cases.cases, _SIZES),
     "sampling": partial(sampling_cases.cases, _SIZES),
 }
@@ -107,6 +111,7 @@ SWEEPS: dict[str, Callable[[Report], Iterator[list[Trial]]]] = {
     "rows_bf16": partial(_sweep_rows, "bf16"),
     "rows_nvfp4": partial(_sweep_rows, "nvfp4"),
     "decode": lambda _: sweep_attention.sweep_decode(_SIZES),
+    "decode_fp8": lambda _: sweep_attention.sweep_decode(_FP8_CACHE),
     "prefill": lambda _: sweep_attention.sweep_prefill(_SIZES),
 }
 

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ostro.kernels.latent_cache import FP8_ROWS, row_parts, row_width
+
+_PAGES_AT_ONCE = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
@@ -24,6 +28,7 @@ class Sizes:
         value: Width of a head's value.
         vocabulary: Tokens.
         page_size: Places of a cache page.
+        cache_dtype: Of cached rows: bfloat16 or `FP8_ROWS`.
         device: Where tensors go; "cpu" in Triton's interpreter.
     """
 
@@ -39,6 +44,7 @@ class Sizes:
     value: int = 128
     vocabulary: int = 131_072
     page_size: int = 64
+    cache_dtype: torch.dtype = torch.bfloat16
     device: str = "cuda"
 
     def randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -51,3 +57,29 @@ class Sizes:
         for matrix in stack.view(-1, *shape[-2:]):
             matrix.copy_(self.randn(*shape[-2:], scale=scale))
         return stack
+
+    def row_bytes(self) -> int:
+        """Of a cached row."""
+        return row_width(self.latent, self.rope, self.cache_dtype) * self.cache_dtype.itemsize
+
+    def randn_cache(self, num_pages: int) -> torch.Tensor:
+        """Pages of normal numbers, [N, S, W]."""
+        shape = (num_pages, self.page_size, row_width(self.latent, self.rope, self.cache_dtype))
+        cache_NSW = torch.empty(shape, dtype=self.cache_dtype, device=self.device)
+        fill_cache(cache_NSW, self.latent)
+        return cache_NSW
+
+    def not_written(self) -> float:
+        """What makes a row NaN in every value."""
+        return 0xFF if self.cache_dtype == FP8_ROWS else torch.nan
+
+    def of_cache(self, operation: str) -> str:
+        """An operation's name, with the cache's dtype where that is not bfloat16."""
+        return f"{operation} fp8" if self.cache_dtype == FP8_ROWS else operation
+
+
+def fill_cache(cache_NSW: torch.Tensor, latent: int) -> None:
+    """Normal numbers in every row, some pages at a time: all of them might not fit twice."""
+    for pages_NSW in cache_NSW.split(_PAGES_AT_ONCE):
+        for part in row_parts(pages_NSW, latent):
+            part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=part.device))

@@ -16,6 +16,7 @@ from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, compile_all, tried
 from ostro.kernels.gpu.mla_decode import DecodeCut, attend_latents_reference
 from ostro.kernels.gpu.mla_prefill import PrefillTile
+from ostro.kernels.latent_cache import FP8_ROWS
 
 # (new tokens, tokens before them)
 PREFILLS = ((128, 8192), (256, 8192), (512, 8192), (1024, 8192), (2048, 8192), (8192, 8192))
@@ -30,8 +31,13 @@ _WIDTH = 128  # of a head's query, key and value
 _MAX_SUMS = 160  # float32 scores and values of a thread; at 192 they spill
 
 
-def decode_cuts() -> list[DecodeCut]:
+def decode_cuts(cache_dtype: torch.dtype) -> list[DecodeCut]:
     """Launches of single-token attention worth trying: no register of theirs spills on Hopper."""
+    if cache_dtype == FP8_ROWS:
+        return [
+            DecodeCut(num_warps=warps, num_stages=stages, early_loads=False)
+            for warps, stages in itertools.product((4, 8), (1, 2, 3))
+        ]
     usual = DecodeCut(num_warps=4, num_stages=2, early_loads=True)
     return [
         usual,
@@ -61,8 +67,9 @@ def sweep_decode(
     sizes: Sizes, contexts: Sequence[tuple[int, int]] = CONTEXTS
 ) -> Iterator[list[Trial]]:
     """Launches and keys of a chunk, one list for each with its time for every batch and context."""
-    compile_all([partial(_compile_decode, sizes, cut) for cut in decode_cuts()])
-    wrong = {cut: _wrong(sizes, cut) for cut in decode_cuts()}
+    cuts = decode_cuts(sizes.cache_dtype)
+    compile_all([partial(_compile_decode, sizes, cut) for cut in cuts])
+    wrong = {cut: _wrong(sizes, cut) for cut in cuts}
     for keys in _CHUNK_KEYS:
         variants = {
             f"{num_queries} x {context}": steps(
@@ -71,9 +78,9 @@ def sweep_decode(
             for num_queries, context in contexts
             if context <= _MOST_CHUNKS * keys
         }
-        for cut in decode_cuts():
+        for cut in cuts:
             yield [
-                _decode_trial(cut, keys, size, variants.get(size, []), wrong[cut])
+                _decode_trial(sizes, cut, keys, size, variants.get(size, []), wrong[cut])
                 for size in (f"{num_queries} x {context}" for num_queries, context in contexts)
             ]
 
@@ -133,14 +140,20 @@ def _wrong(sizes: Sizes, cut: DecodeCut) -> str:
 
 
 def _decode_trial(
-    cut: DecodeCut, keys: int, size: str, variants: Sequence[Step], failure: str
+    sizes: Sizes,
+    cut: DecodeCut,
+    keys: int,
+    size: str,
+    variants: Sequence[Step],
+    failure: str,
 ) -> Trial:
+    operation = sizes.of_cache("attend_latents")
     setting = {"chunk_keys": keys, **asdict(cut)}
     if variants and not failure:
         launches = [partial(step.attend, cut) for step in variants]
-        return tried("attend_latents", _DTYPE, size, setting, launches)
+        return tried(operation, _DTYPE, size, setting, launches)
     return Trial(
-        operation="attend_latents",
+        operation=operation,
         dtype=str(_DTYPE).removeprefix("torch."),
         size=size,
         cut=setting,

@@ -23,6 +23,7 @@ from ostro.cluster.bench_whole_model import (
 )
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.bench.measure import Ceilings
+from ostro.kernels.latent_cache import FP8_ROWS
 
 CEILINGS = Ceilings(
     copy_bytes_s=4.0e12, read_bytes_s=4.3e12, flops_s={"bf16": 790e12, "fp8": 1580e12}
@@ -62,7 +63,7 @@ def test_floors_are_those_of_the_real_model() -> None:
 def test_floors_of_nvfp4_are_those_of_its_bytes_and_of_bf16_products() -> None:
     config, nvfp4 = mistral_small_4(), WeightFormat.NVFP4
     fp8_ms = decode_floor_ms(config, 128, 1024, 125.8, CEILINGS)
-    found_ms = decode_floor_ms(config, 128, 1024, 125.8, CEILINGS, nvfp4)
+    found_ms = decode_floor_ms(config, 128, 1024, 125.8, CEILINGS, precision=nvfp4)
     expert_values, attention_values = 126.8 * 3 * 4096 * 2048, 28_049_408
     saved_bytes = 36 * (expert_values * 7 / 16 - attention_values)
     assert fp8_ms - found_ms == pytest.approx(saved_bytes / 4.3e12 * 1e3, rel=1e-3)
@@ -77,6 +78,14 @@ def test_precision_is_one_that_fits_a_gpu() -> None:
     assert parse_precision("nvfp4") is WeightFormat.NVFP4
     with pytest.raises(typer.BadParameter, match="fp8 or nvfp4"):
         parse_precision("bf16")
+
+
+def test_floor_of_long_contexts_falls_with_fp8_rows() -> None:
+    config = mistral_small_4()
+    plain = decode_floor_ms(config, 1, 262_144, 4.0, CEILINGS)
+    fp8 = decode_floor_ms(config, 1, 262_144, 4.0, CEILINGS, cache_dtype=FP8_ROWS)
+    saved_bytes = 262_144 * 36 * (640 - 384)
+    assert plain - fp8 == pytest.approx(saved_bytes / CEILINGS.read_bytes_s * 1e3)
 
 
 def test_floor_of_a_small_prefill_chunk_is_the_bytes_of_its_weights() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -25,6 +26,7 @@ from ostro.actors.model.cuda_graphs import (
 )
 from ostro.actors.model.packed_copy import packed_bytes
 from ostro.kernels.gpu.decode_chunks import cut_chunks
+from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.mla_decode import DecodePlan
 
 PAGE_SIZE, NUM_PAGES = 16, 256
@@ -171,15 +173,21 @@ def test_size_of_a_step_is_the_smallest_that_holds_it(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)], ids=str
+    ("dtype", "cache_dtype", "tolerance"),
+    [
+        (torch.float32, None, 1e-3),
+        (torch.bfloat16, None, 6e-2),
+        (torch.float32, FP8_ROWS, 6e-2),  # multiplied in float16, and values round either way
+        (torch.bfloat16, FP8_ROWS, 1.2e-1),
+    ],
+    ids=str,
 )
 def test_gpu_gives_the_logits_of_the_cpu(
-    directory: Path, dtype: torch.dtype, tolerance: float
+    directory: Path, dtype: torch.dtype, cache_dtype: torch.dtype | None, tolerance: float
 ) -> None:
-    rigs = [
-        ModelRig(directory, page_size=PAGE_SIZE, num_pages=NUM_PAGES),
-        ModelRig(directory, page_size=PAGE_SIZE, num_pages=NUM_PAGES, device="cuda", dtype=dtype),
-    ]
+    sizes: dict[str, Any] = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES}
+    sizes["cache_dtype"] = cache_dtype
+    rigs = [ModelRig(directory, **sizes), ModelRig(directory, **sizes, device="cuda", dtype=dtype)]
     both = [_prompts(), _prompts()]
     for step in range(4):
         logits = [
@@ -192,9 +200,19 @@ def test_gpu_gives_the_logits_of_the_cpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, FP8_ROWS], ids=["plain", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_graphs_give_the_logits_of_single_launches(directory: Path, dtype: torch.dtype) -> None:
-    rig = ModelRig(directory, page_size=PAGE_SIZE, num_pages=NUM_PAGES, device="cuda", dtype=dtype)
+def test_graphs_give_the_logits_of_single_launches(
+    directory: Path, dtype: torch.dtype, cache_dtype: torch.dtype | None
+) -> None:
+    rig = ModelRig(
+        directory,
+        page_size=PAGE_SIZE,
+        num_pages=NUM_PAGES,
+        device="cuda",
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+    )
     graphed, exchange = _graphed(rig)
     graphed.capture(max_requests=6, max_context=2048, num_pages=NUM_PAGES)
     progress = _prompts()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,13 +20,23 @@ from ostro.kernels.bench.expert_layers import FP8, make_layer
 from ostro.kernels.bench.measure import Case
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.gpu.tiles import FP4
+from ostro.kernels.latent_cache import FP8_ROWS
+
+
+def _with_fp8_cache(sizes: Sizes) -> Sizes:
+    return replace(sizes, cache_dtype=FP8_ROWS)
+
 
 PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "experts_fp8": lambda sizes: expert_cases.cases(make_layer(FP8, sizes), [5]),
     "experts_nvfp4": lambda sizes: expert_cases.cases(make_layer(FP4, sizes), [5]),
     "experts_bf16": lambda sizes: expert_cases.cases(make_layer(torch.bfloat16, sizes), [32]),
     "attention": lambda sizes: attention_cases.cases(sizes, [(3, 40)], [3], with_ragged=False),
+    "attention_fp8": lambda sizes: attention_cases.cases(
+        _with_fp8_cache(sizes), [(3, 40)], [3], with_ragged=False
+    ),
     "prefill": lambda sizes: prefill_cases.cases(sizes, [(60, 0), (20, 33)]),
+    "prefill_fp8": lambda sizes: prefill_cases.cases(_with_fp8_cache(sizes), [(20, 33)]),
     "small": lambda sizes: small_cases.cases(sizes, [5]),
     "sampling": lambda sizes: sampling_cases.cases(sizes, [3]),
 }

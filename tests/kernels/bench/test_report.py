@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ostro.kernels.bench.measure import Ceilings, Launch
 from ostro.kernels.bench.report import measure_kernels
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.gpu.tiles import read_tuned
+from ostro.kernels.latent_cache import FP8_ROWS
 
 
 def once_us(launches: Sequence[Launch], rounds: int = 7) -> float:
@@ -78,13 +80,15 @@ def test_sweeps_find_tiles_for_the_file(
     monkeypatch.setattr(sweep, "TOKENS_OF_ROWS", {16: 2, 32: 2})
     few = sweep.variants("gate_up", FP8, 16, torch.device(sizes.device))[:2]
     monkeypatch.setattr(sweep, "variants", lambda *_: few)
-    cuts = sweep_attention.decode_cuts()[:2]
-    monkeypatch.setattr(sweep_attention, "decode_cuts", lambda: cuts)
+    cuts = sweep_attention.decode_cuts(torch.bfloat16)[:2]
+    monkeypatch.setattr(sweep_attention, "decode_cuts", lambda _: cuts)
+    with_fp8_cache = replace(sizes, cache_dtype=FP8_ROWS)
     monkeypatch.setattr(sweep_attention, "_CHUNK_KEYS", (128,))
     sweeps = {
         "tiles": lambda _: sweep.sweep_tiles(layer, [16]),
         "rows": lambda found: sweep.sweep_rows(layer, report.best_tiles(found.trials), [4]),
         "decode": lambda _: sweep_attention.sweep_decode(sizes, [(2, 20), (1, 30)]),
+        "decode_fp8": lambda _: sweep_attention.sweep_decode(with_fp8_cache, [(2, 20)]),
         "prefill": lambda _: sweep_attention.sweep_prefill(sizes, [(5, 3)]),
     }
     monkeypatch.setattr(report, "SWEEPS", sweeps)
@@ -96,4 +100,4 @@ def test_sweeps_find_tiles_for_the_file(
     tuned = read_tuned(path)
     assert set(tuned) == {(name, "float8_e4m3fn", 16) for name in ("gate_up", "down")}
     assert tuned["gate_up", "float8_e4m3fn", 16] in few
-    assert len(lines) == 1 + 2 + 2 + len(cuts) + 1
+    assert len(lines) == 1 + 2 + 2 + len(cuts) + len(cuts) + 1

@@ -12,8 +12,10 @@ from ostro.kernels.bench.sweep import TOKENS_OF_ROWS, variants
 from ostro.kernels.bench.sweep_attention import decode_cuts, prefill_tiles
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, by_time
 from ostro.kernels.bench.tuned import TILED, best_tiles, write_tuned
+from ostro.kernels.gpu.mla_decode import decode_cut
 from ostro.kernels.gpu.mla_prefill import prefill_tile
 from ostro.kernels.gpu.tiles import FP4, Tile, read_tuned, tile
+from ostro.kernels.latent_cache import FP8_ROWS
 
 
 def make_trial(operation: str, rows: int, num_stages: int, us: float | None) -> Trial:
@@ -86,7 +88,9 @@ def test_what_is_usual_is_among_what_is_tried(
 
 
 def test_usual_launches_of_attention_are_among_what_is_tried() -> None:
-    assert {cut.num_warps for cut in decode_cuts()} == {4, 8}
+    assert {cut.num_warps for cut in decode_cuts(torch.bfloat16)} == {4, 8}
+    usual = decode_cut(FP8_ROWS, torch.device("cpu"))
+    assert usual in decode_cuts(FP8_ROWS)
     for num_queries in (128, 8192):
         assert prefill_tile(num_queries, torch.bfloat16) in prefill_tiles()
 

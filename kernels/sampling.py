@@ -22,9 +22,9 @@ _COLDEST = 1e-6  # below this a draw is greedy in float32 anyway
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd
 
-# Top-p looks for its cutoff among so many best tokens before it sorts the vocabulary (0.7 against
-# 11 ms at V = 131072, one core).
+# Top-p looks for its cutoff among so many best tokens before it sorts all that may be kept.
 _NUM_BEST = 1024
+_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,7 @@ def sample(logits_V: torch.Tensor, draw: Draw) -> torch.Tensor:
     weight_V = ((logits_V - logits_V.amax()) / max(draw.temperature, _COLDEST)).exp()
     if draw.top_k or draw.top_p < 1.0 or draw.min_p > 0.0:
         weight_V.masked_fill_(weight_V < _cutoff(weight_V, draw), 0.0)
-    cdf_V = weight_V.cumsum(0, dtype=torch.float64)
-    # The last token with weight has cdf equal to the total; anything below the total finds it.
-    target = (cdf_V[-1] * draw.uniform).minimum(cdf_V[-1] * (1.0 - 2.0**-52))
-    return torch.searchsorted(cdf_V, target, right=True)
+    return torch.tensor(_drawn(weight_V, draw.uniform), device=weight_V.device)
 
 
 def sample_reference(logits_V: torch.Tensor, draw: Draw) -> int:
@@ -161,6 +158,30 @@ def penalize(
         logits_V[output_ids] -= presence + frequency * output_counts.float()
 
 
+def _drawn(weight_V: torch.Tensor, number: float) -> int:
+    """The token whose weight takes the running sum past `number` of the whole."""
+    # By blocks first, then within one: a running sum of V doubles alone took 0.2 ms and more.
+    whole = len(weight_V) // _BLOCK * _BLOCK
+    mass_G = weight_V[:whole].view(-1, _BLOCK).sum(1, dtype=torch.float64)
+    if whole < len(weight_V):
+        mass_G = torch.cat((mass_G, weight_V[whole:].sum(0, dtype=torch.float64, keepdim=True)))
+    cdf_G = mass_G.cumsum(0)
+    target = cdf_G[-1] * number
+    block = _first_above(cdf_G, target)
+    if block:
+        target = target - cdf_G[block - 1]
+    start = block * _BLOCK
+    cdf_K = weight_V[start : start + _BLOCK].cumsum(0, dtype=torch.float64)
+    return start + _first_above(cdf_K, target)
+
+
+def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> int:
+    # The last place with weight has cdf equal to the total; anything below the total finds it.
+    target = target.minimum(cdf[-1] * (1.0 - 2.0**-52))
+    # Sums of NaN are never passed.
+    return min(int(torch.searchsorted(cdf, target, right=True)), len(cdf) - 1)
+
+
 def _cutoff(weight_V: torch.Tensor, draw: Draw) -> torch.Tensor:
     """Smallest weight that the filters keep; the most likely token's weight is 1.0."""
     vocabulary = weight_V.shape[0]
@@ -174,9 +195,13 @@ def _cutoff(weight_V: torch.Tensor, draw: Draw) -> torch.Tensor:
         return cutoff
     if best is None:
         total = weight_V.sum(dtype=torch.float64)
-        best = weight_V.topk(min(_NUM_BEST, vocabulary)).values
-        if best.shape[0] < vocabulary and best.sum(dtype=torch.float64) < draw.top_p * total:
-            best = weight_V.sort(descending=True).values
+        # What is lighter than that has less mass together than top-p leaves out.
+        heavy = weight_V[weight_V >= total * (1.0 - draw.top_p) / vocabulary]
+        best = heavy.topk(min(_NUM_BEST, len(heavy))).values
+        if len(best) < len(heavy) and best.sum(dtype=torch.float64) < draw.top_p * total:
+            best = heavy.sort(descending=True).values
+        if not len(best):
+            return cutoff  # of NaN there is none
     mass = best.cumsum(0, dtype=torch.float64)
     reached = torch.searchsorted(mass, draw.top_p * total).clamp_(max=best.shape[0] - 1)
     return torch.maximum(cutoff, best[reached])

@@ -130,3 +130,30 @@ def test_sample_is_greedy_at_temperatures_that_float32_cannot_divide_by(temperat
     logits_V = torch.tensor([0.5, 3.0, -torch.inf, 2.9])
     draw = Draw(uniform=0.99, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
     assert int(sample(logits_V, draw)) == 1
+
+
+@pytest.mark.parametrize("vocabulary", [511, 512, 513, 2048, 2100])
+def test_sample_finds_its_token_in_any_block(vocabulary: int) -> None:
+    logits_V = row(vocabulary)
+    logits_V[torch.arange(vocabulary) % 700 > 20] = NEVER  # most blocks have no weight
+    for number in (0.0, 0.1, 0.35, 0.5, 0.77, 0.99, 1.0 - 2.0**-53):
+        draw = Draw(uniform=number)
+        assert sample(logits_V, draw).item() == sample_reference(logits_V, draw)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 3, "top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("vocabulary", [5, 1024, 1025])
+def test_sample_gives_a_token_of_the_vocabulary_for_nan(
+    vocabulary: int, settings: dict[str, float]
+) -> None:
+    logits_V = torch.full((vocabulary,), torch.nan)
+    assert 0 <= sample(logits_V, Draw(uniform=0.5, **settings)).item() < vocabulary
+
+
+def test_sample_top_p_of_a_whole_vocabulary_matches_reference() -> None:
+    for scale in (0.01, 1.0, 3.0):
+        logits_V = row(3000) * scale
+        for top_p in (0.05, 0.9, 0.999):
+            for position in range(3):
+                draw = Draw(uniform=uniform(5, position), top_p=top_p)
+                assert sample(logits_V, draw).item() == sample_reference(logits_V, draw)

@@ -31,6 +31,7 @@ from ostro.actors.model.device import choose_cache_dtype, choose_precision, torc
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
 from ostro.actors.model.sampler import Sampler
+from ostro.actors.model.stored_weights import match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import can_stack_shared, load_attention_weights, load_expert_weights
 from ostro.actors.rank import EpochSpec, RankSpec
@@ -65,8 +66,11 @@ class AttentionShard(RankActor):
         status, precision = self._status, choose_precision(spec.device, config)
         reader = CheckpointReader(Path(spec.model_dir))
         stacks = stacks_shared(spec, config) and can_stack_shared(reader, config, precision)
-        status.bytes_to_load = attention_bytes(config, dtype, precision, stacks_shared=stacks)
-        status.bytes_to_load += expert_bytes(config, len(local), dtype, precision)
+        plain = stored_plain(match_tensors(reader, config))
+        status.bytes_to_load = attention_bytes(
+            config, dtype, precision, stacks_shared=stacks, plain=plain
+        )
+        status.bytes_to_load += expert_bytes(config, len(local), dtype, precision, plain=plain)
         experts = None
         if local:
             experts = load_expert_weights(

@@ -10,6 +10,7 @@ from ostro.actors.fabric.transport import ExpertServer
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.stored_weights import match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import expert_bytes
 from ostro.actors.model.weights import load_expert_weights
 from ostro.actors.rank import EpochSpec, RankSpec
@@ -30,9 +31,16 @@ class ExpertShard(RankActor):
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
         precision = choose_precision(spec.device, config)
-        self._status.bytes_to_load = expert_bytes(config, len(local), dtype, precision)
+        reader = CheckpointReader(Path(spec.model_dir))
+        self._status.bytes_to_load = expert_bytes(
+            config,
+            len(local),
+            dtype,
+            precision,
+            plain=stored_plain(match_tensors(reader, config)),
+        )
         weights = load_expert_weights(
-            CheckpointReader(Path(spec.model_dir)),
+            reader,
             config,
             local,
             device=spec.device,

@@ -56,6 +56,7 @@ def run(deployment: DeploymentConfig) -> None:
         device=device,
         dtype=torch_dtype(choose_dtype(deployment.engine.dtype, device, config)),
         has_other_nodes="RAY_ADDRESS" in os.environ,
+        plain=checkpoint.plain,
     )
     _print_checkpoint(model_dir, checkpoint, console)
     _print_plan(deployment, plan, machine, console)

@@ -119,7 +119,7 @@ def run(
     from ostro.cluster.cli_loading import loading_view
 
     config = _check_model(deployment, model_dir)
-    weight_bytes = _weight_bytes(deployment, config)
+    weight_bytes = _weight_bytes(deployment, config, model_dir)
     with _signals_interrupt():
         try:
             with loading_view(console, weight_bytes) as view:
@@ -183,14 +183,19 @@ def _launch_on_ray(deployment: DeploymentConfig, model_dir: Path, on_progress: O
         raise OstroError(f"Ray failed: {type(error).__name__}: {told}; see {_RAY_LOGS}") from error
 
 
-def _weight_bytes(deployment: DeploymentConfig, config: ModelConfig) -> dict[int, int]:
+def _weight_bytes(
+    deployment: DeploymentConfig, config: ModelConfig, model_dir: Path
+) -> dict[int, int]:
+    from ostro.actors.model.checkpoint import CheckpointReader
     from ostro.actors.model.device import choose_dtype, torch_dtype
-    from ostro.cluster.deployment_plan import plan_weights
+    from ostro.actors.model.stored_weights import match_tensors, stored_plain
     from ostro.cluster.machine import local_device
+    from ostro.cluster.weight_plan import plan_weights
 
     device = local_device(deployment.layout.device)
     dtype = choose_dtype(deployment.engine.dtype, device, config)
-    return plan_weights(deployment, config, device=device, dtype=torch_dtype(dtype))
+    plain = stored_plain(match_tensors(CheckpointReader(model_dir), config))
+    return plan_weights(deployment, config, device=device, dtype=torch_dtype(dtype), plain=plain)
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.device import choose_cache_dtype, choose_precision
 from ostro.actors.model.latent_cache import cache_page_bytes
-from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
+from ostro.actors.model.stored_weights import StoredPlain
+from ostro.actors.model.weight_bytes import expert_bytes
 from ostro.cluster.human_numbers import format_bytes
+from ostro.cluster.weight_plan import experts_by_rank, rank_weight_bytes
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
-from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.latent_cache import FP8_ROWS
@@ -114,6 +114,7 @@ def plan_deployment(
     device: str,
     dtype: torch.dtype,
     has_other_nodes: bool = False,
+    plain: StoredPlain = frozenset(),
 ) -> DeploymentPlan:
     """Lay a model out over the ranks of a deployment and hold it against a machine.
 
@@ -125,6 +126,8 @@ def plan_deployment(
         dtype: What the cache is held in, if not in FP8, and weights that are not multiplied as they
             are stored.
         has_other_nodes: Ranks may live on machines that are not looked at.
+        plain: What the checkpoint leaves plain of what may be quantised; by default what official
+            ones do.
 
     Raises:
         ConfigError: The model's experts cannot be spread over the layout's ranks, or its latents
@@ -134,7 +137,7 @@ def plan_deployment(
     precision = choose_precision(device, config)
     cache_dtype = choose_cache_dtype(deployment.engine, dtype, config)
     planner = _Planner(
-        deployment, config, machine, device, dtype, cache_dtype, precision, max_context
+        deployment, config, machine, device, dtype, cache_dtype, precision, plain, max_context
     )
     ranks = tuple(planner.rank(rank) for rank in range(deployment.layout.world_size()))
     problems: list[str] = []
@@ -153,22 +156,6 @@ def plan_deployment(
     )
 
 
-def plan_weights(
-    deployment: DeploymentConfig, config: ModelConfig, *, device: str, dtype: torch.dtype
-) -> dict[int, int]:
-    """Bytes of weights that each rank loads.
-
-    Raises:
-        ConfigError: As `plan_deployment`.
-    """
-    layout, num_experts = deployment.layout, _experts_by_rank(deployment.layout, config)
-    precision = choose_precision(device, config)
-    return {
-        rank: _weight_bytes(layout, config, dtype, precision, rank, num_experts.get(rank, 0))
-        for rank in range(layout.world_size())
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Planner:
     """The arithmetic of one deployment on one machine."""
@@ -180,13 +167,14 @@ class _Planner:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     precision: WeightFormat
+    plain: StoredPlain
     max_context: int
 
     def rank(self, rank: int) -> RankPlan:
         layout, engine = self.deployment.layout, self.deployment.engine
-        num_experts = _experts_by_rank(layout, self.config).get(rank, 0)
-        weight_bytes = _weight_bytes(
-            layout, self.config, self.dtype, self.precision, rank, num_experts
+        num_experts = experts_by_rank(layout, self.config).get(rank, 0)
+        weight_bytes = rank_weight_bytes(
+            layout, self.config, self.dtype, self.precision, self.plain, rank, num_experts
         )
         budget_bytes = self._budget_bytes(rank)
         is_attention = rank in layout.attention_ranks()
@@ -342,38 +330,7 @@ class _Planner:
         return ((rank.budget_bytes or 0) - rank.weight_bytes) // rank.page_bytes
 
     def _expert_bytes(self, num_local: int) -> int:
-        return expert_bytes(self.config, num_local, self.dtype, self.precision)
-
-
-def _experts_by_rank(layout: LayoutConfig, config: ModelConfig) -> dict[int, int]:
-    try:
-        placement = initial_placement(
-            config.num_experts, list(layout.expert_ranks()), layout.num_redundant_experts
-        )
-    except ValueError as error:
-        raise ConfigError(f"layout: {error}") from error
-    return {rank: len(placement.local_slots(rank)) for rank in placement.ranks()}
-
-
-def _weight_bytes(
-    layout: LayoutConfig,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    precision: WeightFormat,
-    rank: int,
-    num_experts: int,
-) -> int:
-    own_bytes = 0
-    if rank in layout.attention_ranks():
-        stacks = _stacks_shared(layout, config)
-        own_bytes = attention_bytes(config, dtype, precision, stacks_shared=stacks)
-    return own_bytes + expert_bytes(config, num_experts, dtype, precision)
-
-
-def _stacks_shared(layout: LayoutConfig, config: ModelConfig) -> bool:
-    """Whether a GPU holds shared experts among the routed ones, as `AttentionShard` does."""
-    is_single = layout.layout is Layout.SINGLE
-    return is_single and config.shared_hidden_size() == config.expert_hidden_size
+        return expert_bytes(self.config, num_local, self.dtype, self.precision, plain=self.plain)
 
 
 def _useful_pages(engine: EngineConfig, max_context: int) -> int:

@@ -10,7 +10,13 @@ from pathlib import Path
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
-from ostro.actors.model.stored_weights import StoredWeight, TensorMatch, match_tensors
+from ostro.actors.model.stored_weights import (
+    StoredPlain,
+    StoredWeight,
+    TensorMatch,
+    match_tensors,
+    stored_plain,
+)
 from ostro.actors.model.weight_names import VISION_TABLE
 from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout, other_layout
 from ostro.configs.model import ModelConfig, load_model_config
@@ -64,6 +70,7 @@ class Inspection:
         unknown: Tensors that fill nothing.
         misfits: Tensors that are not as the config says.
         ignored: Tensors that are known and not served.
+        plain: What is plain of what may be quantised.
         problem: Why it would not load, in one sentence; None if it would.
     """
 
@@ -76,6 +83,7 @@ class Inspection:
     unknown: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    plain: StoredPlain = frozenset()
     problem: str | None = None
 
     def num_parameters(self) -> int:
@@ -110,6 +118,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         unknown=match.unknown,
         misfits=match.misfits,
         ignored=match.ignored,
+        plain=stored_plain(match),
         problem=match.problem(),
     )
 

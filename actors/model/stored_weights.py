@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -28,6 +29,7 @@ _ATTENTION = ("q_a", "q_b", "kv_a", "kv_b", "o_proj")
 _SHARED = ("shared_gate", "shared_up", "shared_down")
 _EXPERTS = ("experts_gate_up", "experts_down", "expert_gate", "expert_up", "expert_down")
 QUANTIZABLE = frozenset(_ATTENTION + _SHARED + _EXPERTS)
+StoredPlain: TypeAlias = frozenset[tuple[str, int | None]]  # (parameter, layer) of some weights
 _PLAIN = ("BF16", "F32", "F16")
 _FP8_STEP = 16  # to which cuBLAS wants rows of weights, inputs and outputs aligned
 _LISTED = 6  # names that an error lists of each kind
@@ -150,6 +152,15 @@ def match_tensors(reader: CheckpointReader, config: ModelConfig) -> TensorMatch:
         unknown=tuple(f"{reader.file(name).name}: {name}" for name in left if name not in unserved),
         misfits=tuple(search.misfits),
         ignored=ignored,
+    )
+
+
+def stored_plain(match: TensorMatch) -> StoredPlain:
+    """Which weights a checkpoint leaves plain of those that may be quantised."""
+    return frozenset(
+        (weight.expected.parameter, weight.expected.layer)
+        for weight in match.weights.values()
+        if weight.weight_format is WeightFormat.PLAIN and weight.expected.parameter in QUANTIZABLE
     )
 
 

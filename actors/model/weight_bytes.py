@@ -1,7 +1,7 @@
 """How much memory the weights of each role will fill, before anything is loaded.
 
-Told from the config alone, so that a deployment can be planned and progress be shown; `weights`
-fills exactly as much where a checkpoint is stored like the official ones.
+Told from the config and from which weights a checkpoint leaves plain, so that a deployment can be
+planned and progress be shown: `weights` fills exactly as much.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import torch
 
 from ostro.actors.model.nvfp4_stacks import nvfp4_expert_bytes
+from ostro.actors.model.stored_weights import StoredPlain
 from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor, Role
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
@@ -28,21 +29,24 @@ def attention_bytes(
     precision: WeightFormat = WeightFormat.PLAIN,
     *,
     stacks_shared: bool = False,
+    plain: StoredPlain = frozenset(),
 ) -> int:
     """Memory that `load_attention_weights` fills, in bytes.
-
-    Exact where all is FP8 that may be, or all experts NVFP4, as in the official checkpoints.
 
     Args:
         config: The model.
         dtype: Of what is not quantised.
         precision: What quantised weights are held in, as `weights` says.
         stacks_shared: Whether shared experts go into the stack of routed ones, as whose last slots
-            their bytes are counted here. It matters to NVFP4 alone, which is dequantised elsewhere.
+            their bytes are counted here, if both are quantised. It matters to NVFP4 alone, which is
+            dequantised elsewhere.
+        plain: What the checkpoint leaves plain of what may be quantised; by default what official
+            ones do.
     """
     is_packed = stacks_shared and precision is WeightFormat.NVFP4
+    is_packed = is_packed and not any(name.startswith(("shared_", "expert")) for name, _ in plain)
     num_bytes = sum(
-        _attention_tensor_bytes(tensor, dtype, precision)
+        _attention_tensor_bytes(tensor, dtype, _held(tensor, precision, plain))
         for tensor in TEXT_SCHEME.expected(config).values()
         if tensor.role is Role.ATTENTION
         and not (is_packed and tensor.parameter.startswith("shared_"))
@@ -55,18 +59,31 @@ def expert_bytes(
     num_local: int,
     dtype: torch.dtype,
     precision: WeightFormat = WeightFormat.PLAIN,
+    *,
+    plain: StoredPlain = frozenset(),
 ) -> int:
     """Memory that `load_expert_weights` fills for this many local slots, in bytes.
 
-    Exact where all experts are stored alike, as in the official checkpoint.
+    A layer that has one plain expert is plain; `plain` as in `attention_bytes`.
     """
+    plain_layers = {layer for name, layer in plain if name.startswith("expert")}
     values = 3 * config.expert_hidden_size * config.hidden_size
-    each_bytes = values * dtype.itemsize
+    plain_bytes = each_bytes = values * dtype.itemsize
     if precision is WeightFormat.FP8:  # two matrices with two scales each
         each_bytes = values + 4 * _SCALE_BYTES
     if precision is WeightFormat.NVFP4:
         each_bytes = nvfp4_expert_bytes(config)
-    return config.num_layers * num_local * each_bytes
+    num_plain = len(plain_layers)
+    num_bytes = num_plain * plain_bytes + (config.num_layers - num_plain) * each_bytes
+    return num_local * num_bytes
+
+
+def _held(tensor: ExpectedTensor, precision: WeightFormat, plain: StoredPlain) -> WeightFormat:
+    """What a weight is held in: plain ones stay so, and who is multiplied together with them."""
+    gate_and_up = ("shared_gate", "shared_up")
+    together = gate_and_up if tensor.parameter in gate_and_up else (tensor.parameter,)
+    is_plain = any((parameter, tensor.layer) in plain for parameter in together)
+    return WeightFormat.PLAIN if is_plain else precision
 
 
 def _attention_tensor_bytes(

@@ -11,7 +11,8 @@ from ostro.actors.attention_shard import num_pages
 from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.rank import RankSpec
-from ostro.cluster.deployment_plan import Machine, Memory, plan_deployment, plan_weights
+from ostro.cluster.deployment_plan import Machine, Memory, plan_deployment
+from ostro.cluster.weight_plan import plan_weights
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment
@@ -196,6 +197,21 @@ def test_plan_counts_an_nvfp4_shared_expert_as_bf16_where_it_stands_apart():
     routed = expert_bytes(SMALL_4, 128, torch.bfloat16, WeightFormat.NVFP4)
     (rank,) = plan("1xh200", machine(140), config=SMALL_4_NVFP4).ranks
     assert rank.weight_bytes == stacked + routed
+
+
+def test_plan_counts_what_a_checkpoint_leaves_plain_in_bf16():
+    attention = ("q_a", "q_b", "kv_a", "o_proj")
+    plain = frozenset((name, layer) for name in attention for layer in range(36))
+    official, mixed = (
+        plan("1xh200", machine(140), config=SMALL_4_FP8, plain=each).ranks[0].weight_bytes
+        for each in (frozenset(), plain)
+    )
+    values = 4096 * 1024 + 1024 * 32 * 128 + 4096 * 320 + 32 * 128 * 4096
+    assert mixed - official == 36 * (values - len(attention) * 2 * 4)
+    experts = frozenset(("expert_up", layer) for layer in range(36))
+    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4, plain=experts)
+    assert result.ranks == plan("1xh200", machine(140)).ranks
+    assert not result.fits()
 
 
 def test_plan_counts_dequantised_weights_where_there_are_no_kernels():

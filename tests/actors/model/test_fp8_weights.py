@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_precision, weight_dtype
 from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.stored_weights import match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import (
     AttentionWeights,
@@ -291,9 +292,14 @@ def test_a_linear_weight_that_is_stored_plain_stays_plain(
     del tensors[o_proj + "activation_scale"]
     tensors[o_proj + "weight"] = (values.float() * scale.float()).bfloat16()
     save_file(tensors, directory / "model.safetensors")
-    layer = load_attention(directory).layers[1]
+    told: list[int] = []
+    layer = load_attention(directory, progress=told.append).layers[1]
     assert torch.equal(layer.o_proj, tensors[o_proj + "weight"])
     assert isinstance(layer.q_a, Fp8Weight)
+    config = check_checkpoint(directory)
+    plain = stored_plain(match_tensors(CheckpointReader(directory), config))
+    assert plain == {("o_proj", 1)}
+    assert sum(told) == attention_bytes(config, torch.bfloat16, FP8, plain=plain)
 
 
 def copy(source: Path, target: Path) -> Path:

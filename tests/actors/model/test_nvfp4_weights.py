@@ -20,6 +20,7 @@ from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.experts import LocalExperts
+from ostro.actors.model.stored_weights import StoredPlain, match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.model.weights import (
     AttentionWeights,
@@ -224,6 +225,34 @@ def test_bytes_with_stacked_shared_experts_are_those_foretold(directory: Path) -
     foretold = attention_bytes(config, F32, NVFP4, stacks_shared=True)
     foretold += expert_bytes(config, NUM_EXPERTS, F32, NVFP4)
     assert sum(told) == taken == foretold
+
+
+def plain_of(path: Path) -> StoredPlain:
+    return stored_plain(match_tensors(CheckpointReader(path), check_checkpoint(path)))
+
+
+def test_what_the_official_checkpoint_leaves_plain_changes_no_byte(directory: Path) -> None:
+    config, plain = check_checkpoint(directory), plain_of(directory)
+    assert {name for name, _ in plain} == {"q_a", "q_b", "kv_a", "kv_b", "o_proj"}
+    told = attention_bytes(config, F32, NVFP4, stacks_shared=True, plain=plain)
+    assert told == attention_bytes(config, F32, NVFP4, stacks_shared=True)
+    assert expert_bytes(config, 3, F32, NVFP4, plain=plain) == expert_bytes(config, 3, F32, NVFP4)
+
+
+def test_a_layer_with_a_plain_expert_is_foretold_as_plain(
+    changed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    plain_gate = load_experts(tmp_path, [3], PLAIN).layers[1].gate_up[0].chunk(2)[0]
+    for name in [name for name in changed if name.startswith(_GATE)]:
+        del changed[name]
+    changed[_GATE + ".weight"] = plain_gate.bfloat16()
+    save_file(changed, tmp_path / FILE)
+    config, told, plain = check_checkpoint(tmp_path), [], plain_of(tmp_path)
+    experts = load_experts(tmp_path, [1, 5], progress=told.append)
+    assert [isinstance(layer, Nvfp4Experts) for layer in experts.layers] == [True, False]
+    assert sum(told) == expert_bytes(config, 2, F32, NVFP4, plain=plain)
+    apart = attention_bytes(config, F32, NVFP4, stacks_shared=True, plain=plain)
+    assert apart == attention_bytes(config, F32, NVFP4)
 
 
 def test_an_expert_shard_reads_its_own_experts_and_no_other_byte(directory: Path) -> None:

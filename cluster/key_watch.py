@@ -7,6 +7,7 @@ no other node needs the file.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -37,15 +38,19 @@ def no_keys() -> None:
 
 
 def key_publishing(
-    security: SecurityConfig, router: Any
+    security: SecurityConfig, router: Any, *, start_timeout_s: float
 ) -> AbstractContextManager[Callable[[], None]]:
-    """Publishes a deployment's keys by way of its router actor, as `published_keys` does."""
+    """Publishes a deployment's keys by way of its router actor, as `published_keys` does.
+
+    The first time it waits `start_timeout_s`: the actor's process is still importing torch.
+    """
     if security.key_file is None:
         return nullcontext(no_keys)
+    timeouts_s = itertools.chain([start_timeout_s], itertools.repeat(_CALL_TIMEOUT_S))
 
     def publish(table: KeyTable) -> None:
         try:
-            ray.get(router.set_keys.remote(table), timeout=_CALL_TIMEOUT_S)
+            ray.get(router.set_keys.remote(table), timeout=next(timeouts_s))
         except (RayError, TimeoutError) as error:
             raise NotReadyError(f"the router does not take them: {type(error).__name__}") from None
 

@@ -144,7 +144,10 @@ def launch(
             router = _make_actors(spec, nodes, device, attention, undo)
             publish_keys = no_keys
             if with_ingress:
-                publish_keys = undo.enter_context(key_publishing(deployment.security, router))
+                start_timeout_s = deployment.layout.shard_start_timeout_s
+                publish_keys = undo.enter_context(
+                    key_publishing(deployment.security, router, start_timeout_s=start_timeout_s)
+                )
         with _stage("load", seconds, on_progress), ThreadPoolExecutor(1) as pool:
             started = router.start.remote()
             if with_ingress:

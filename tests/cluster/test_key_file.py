@@ -9,17 +9,19 @@ import queue
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from wait_for import wait_for
 
 from ostro.actors.errors import NotReadyError
-from ostro.cluster import key_file
+from ostro.cluster import key_file, key_watch
 from ostro.cluster.key_file import check_access, edited_keys, make_key, read_keys, write_keys
-from ostro.cluster.key_watch import published_keys
+from ostro.cluster.key_watch import key_publishing, published_keys
 from ostro.configs.errors import ConfigError
 from ostro.configs.key_table import Key, KeyTable, Quota, Scope
 from ostro.configs.load import load_deployment
+from ostro.configs.security import SecurityConfig
 
 WAIT_S = 20
 DIGESTS = ["a" * 64, "b" * 64]
@@ -286,3 +288,14 @@ def test_the_keys_in_force_are_published_again_on_demand(path):
         write(path, "keys: [")  # in force is what was whole
         publish_again()
         assert published.get(timeout=WAIT_S) == TABLE
+
+
+def test_the_first_keys_wait_for_the_routers_process(path, monkeypatch):
+    write_keys(path, TABLE)
+    waited_s: list[float] = []
+    monkeypatch.setattr(key_watch.ray, "get", lambda _, timeout: waited_s.append(timeout))
+    router = SimpleNamespace(set_keys=SimpleNamespace(remote=lambda _: None))
+    security = SecurityConfig(key_file=str(path))
+    with key_publishing(security, router, start_timeout_s=600) as publish_again:
+        publish_again()
+    assert waited_s == [600, 30]

@@ -247,7 +247,7 @@ class _Planner:
         if self.device == "cpu" and self.cache_dtype == FP8_ROWS:
             notes.append(
                 "latent_cache_dtype=fp8 saves memory alone on CPU: every step converts the pages "
-                "that it reads"
+                "that it reads, and attention takes many times as long"
             )
         if self.device == "cuda" and any(rank.num_pages is None for rank in ranks):
             notes.append(

@@ -65,7 +65,7 @@ def mla_prefill(
 
     Args:
         q_THQ: Queries, nope part first, rope part turned, llama-4 scale applied.
-        cache_NSW: One layer's pages; the tokens' own rows are already written.
+        cache_NSW: One layer's pages, plain or of FP8 rows; the tokens' own are already written.
         pages_n: int64 pages of the request, at least as many as the context fills.
         start: Position of the first query within the request.
         heads: The layer's heads.

@@ -51,7 +51,7 @@ def mla_prologue(
         norms: The layer's.
         turn_TJ: Rotations of the tokens' positions, complex64.
         slots_T: int64, all different; on a GPU -1 stores nothing.
-        cache_NSW: One layer's cache, contiguous; written in place.
+        cache_NSW: One layer's cache, plain or of FP8 rows, contiguous; written in place.
         weight_OL: What multiplies the compressed queries; on a GPU they come rounded for it, if it
             is FP8.
 

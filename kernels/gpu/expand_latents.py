@@ -27,7 +27,8 @@ def expand_latents_triton(
     """Keys and values of positions [first, stop) of a request.
 
     Args:
-        cache_NSW: One layer's pages, contiguous; not read beyond these positions.
+        cache_NSW: One layer's pages, plain or of FP8 rows, contiguous; not read beyond these
+            positions.
         pages_n: int64 pages of the request.
         first: First position.
         stop: Position after the last one.

@@ -78,7 +78,7 @@ def attend_latents_triton(
 
     Args:
         q_THW: From `latent_queries_triton`.
-        cache_NSW: One layer's pages.
+        cache_NSW: One layer's pages, plain or of FP8 rows.
         chunks: Of these queries.
         latent: C.
         scale: Softmax scale.

@@ -28,6 +28,8 @@ _FIXED = {
     # A busy laptop takes longer than Serve's 5 s to bring its proxy up; it is not broken.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",
+    # A proxy is replaced after three checks that failed: 7 s without one instead of 28.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # uvicorn would believe `x-forwarded-for` from loopback, where HAProxy passes on anybody's; see
     # `security.num_trusted_proxies`.
     "FORWARDED_ALLOW_IPS": "",

@@ -1,4 +1,4 @@
-"""Ranks of a served cluster are killed under HTTP clients: their answers go on."""
+"""The router and ranks of a served cluster are killed under HTTP clients: their answers go on."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ranks(served: Served, kind: bytes) -> list[int]:
     return [pid for pid in served.children() if kind in title(pid)]
 
 
-@pytest.mark.parametrize("kind", [b"ExpertShard", b"AttentionShard"])
+@pytest.mark.parametrize("kind", [b"PlacedRouter", b"ExpertShard", b"AttentionShard"])
 def test_answers_of_every_kind_go_on(served: Served, kind: bytes) -> None:
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="-", max_retries=0) as client:
         model = client.models.list().data[0].id
@@ -78,5 +78,5 @@ def test_answers_of_every_kind_go_on(served: Served, kind: bytes) -> None:
             beside = pool.submit(held), pool.submit(several)
             disturbed = streamed(kill=True), *(future.result() for future in beside)
         assert disturbed == before
-        assert epoch(served) == first_epoch + 1
+        assert epoch(served) > first_epoch
         assert json.loads(before[1]).keys() == {"result"}

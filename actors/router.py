@@ -317,6 +317,8 @@ class Router:
         connection.close()
 
     async def _serve_ingress(self, connection: AsyncConnection, ingress_id: str) -> None:
+        # One that dials again has given up on all it had asked for, whether that was heard or not.
+        self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
         self._ingresses.add(ingress_id, connection)
         if self._keys is not None:
             connection.send(Keys(self._keys))
@@ -380,8 +382,6 @@ class Router:
     def _members(self) -> Members:
         addresses = self._epoch.token_addresses if self._epoch and self._epoch.serving else {}
         return Members(max(self._epoch_number, 0), self._ready, dict(addresses))
-
-    # ---- small things
 
     def _no_requests(self) -> CellRequests:
         layout = self._deployment.layout

@@ -12,7 +12,7 @@ from engine_fakes import make_request
 
 from ostro.actors.errors import QuotaError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection
-from ostro.actors.fabric.messages import CountRequest, Message, Rejected, decode, encode
+from ostro.actors.fabric.messages import Cancel, CountRequest, Message, Rejected, decode, encode
 from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.router import Router, _Ground
 from ostro.cluster.cell_client import CellClient
@@ -25,6 +25,10 @@ class HeardConnection:
 
     def __init__(self) -> None:
         self.told: list[Message] = []
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def send(self, message: Message) -> None:
         self.told.append(message)
@@ -56,6 +60,28 @@ def test_an_epoch_that_replaces_another_takes_no_requests_over_in_silence() -> N
     assert isinstance(told, Rejected)
     assert (told.request_id, told.error) == ("lost", "ShardLostError")
     assert router._quotas._num_live == {}
+
+
+def test_a_replica_that_dials_again_has_given_up_on_what_it_had_asked_for() -> None:
+    """Its last connection may not have been found broken here yet."""
+    router, rank, earlier = make_router(), HeardConnection(), HeardConnection()
+    sent: list[tuple[int, Message]] = []
+    epoch: Any = SimpleNamespace(
+        number=3, serving=False, send=lambda rank, message: sent.append((rank, message))
+    )
+    router._epoch = epoch
+    router._ingresses.add("i", cast(AsyncConnection, earlier))
+    router._requests.place(make_request("left"), "i")
+    router._requests.place(make_request("of another"), "j")
+
+    async def hangs_up() -> None:
+        return None
+
+    again: Any = rank
+    again.receive = hangs_up
+    asyncio.run(router._serve_ingress(again, "i"))
+    assert sent[0] == (0, Cancel(3, "left"))
+    assert earlier.is_closed
 
 
 class JoinedConnection:

@@ -60,10 +60,10 @@ class GrammarQueue:
         """Begin to compile the grammar that the choices of a prompt have in common.
 
         Raises:
-            OverloadedError: Too many wait already.
+            OverloadedError: Too many wait already; never of one that goes on after a loss.
         """
         num_waiting = len(self)
-        if num_waiting >= self._max_waiting:
+        if num_waiting >= self._max_waiting and not choices[0].is_resumed:
             raise OverloadedError(
                 f"{num_waiting} requests wait for their grammars already", retry_after_s=1.0
             )

@@ -118,4 +118,6 @@ def test_no_more_wait_than_may(compiler: PausedCompiler) -> None:
     add(queue, "a", "b")
     with pytest.raises(OverloadedError):
         add(queue, "c")
+    resumed = RequestProgress(make_request("lost", [5]), arrived_s=0.0, output_token_ids=[])
+    queue.add([resumed], GrammarParams(text='start: "a"'))
     compiler.compiled()

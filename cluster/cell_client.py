@@ -44,6 +44,7 @@ from ostro.actors.fabric.messages import (
     Submit,
 )
 from ostro.cluster.cell_inbox import Inbox
+from ostro.cluster.losses import Losses
 from ostro.cluster.unfinished import Unfinished
 from ostro.configs.key_table import KeyTable
 
@@ -56,7 +57,6 @@ _ANSWER_TIMEOUT_S = 10.0
 _MAX_UNSENT_BYTES = 2**20  # more than this waits for the router: no images on top of it
 _ROOM_POLL_S = 0.002
 _MENDED_POLL_S = 0.05
-_MOST_LOSSES = 3  # a request that kills its ranks is not to take the cell down for ever
 
 _Answer = TypeVar("_Answer", State, ControlDone, RequestCounted, PooledCounts)
 FindRouter = Callable[[], Awaitable[str]]
@@ -147,26 +147,19 @@ class CellClient:
 
     async def _pursue(self, unfinished: Unfinished) -> AsyncGenerator[TokenEvent, None]:
         """Events of one attempt after the other: what is lost is submitted again."""
-        loss: ShardLostError | None = None
-        num_losses, give_up_s = 0, 0.0
+        losses = Losses(self._recovery_timeout_s)
         while unfinished:
             try:
                 async with aclosing(self._attempt(unfinished)) as events:
                     async for event in events:
-                        loss = None
+                        losses.latest = None
                         yield event
-            except ShardLostError as error:
-                num_losses += 1
-                if num_losses == _MOST_LOSSES:
-                    raise
-                loss = error
-                give_up_s = asyncio.get_running_loop().time() + self._recovery_timeout_s
-            except NotReadyError:
-                if loss is None:
-                    raise
-            else:
                 return
-            await self._until_mended(loss, give_up_s)
+            except (ShardLostError, NotReadyError) as error:
+                if not losses.can_go_on(error, unfinished):
+                    raise
+                loss = losses.latest or error
+            await self._until_mended(loss, losses.give_up_s)
 
     async def _attempt(self, unfinished: Unfinished) -> AsyncGenerator[TokenEvent, None]:
         submits = unfinished.submits(f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}")
@@ -187,6 +180,7 @@ class CellClient:
                     yield item
                 else:
                     num_unplaced -= 1
+                    unfinished.was_accepted = True
         finally:
             for choice_id in choices:
                 del self._inboxes[choice_id]
@@ -194,7 +188,7 @@ class CellClient:
             if open_ids:
                 self._forget(submission_of(choices[0]))
 
-    async def _until_mended(self, loss: ShardLostError, give_up_s: float) -> None:
+    async def _until_mended(self, loss: OstroError, give_up_s: float) -> None:
         """Wait until requests are taken again, or raise what was lost."""
         while not self._closed and asyncio.get_running_loop().time() < give_up_s:
             await asyncio.sleep(_MENDED_POLL_S)
@@ -211,14 +205,16 @@ class CellClient:
 
     async def cancel(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.cancel`."""
-        done = await self._ask(ControlDone, lambda tag: CancelGeneration(tag, request_id, tenant))
-        return done.applied
+        return await self._control(lambda tag: CancelGeneration(tag, request_id, tenant))
 
     async def end_thinking(self, request_id: str, *, tenant: str | None = None) -> bool:
         """See `seams.Cell.end_thinking`."""
-        done = await self._ask(
-            ControlDone, lambda tag: EndThinkingGeneration(tag, request_id, tenant)
-        )
+        return await self._control(lambda tag: EndThinkingGeneration(tag, request_id, tenant))
+
+    async def _control(self, make: Callable[[int], Message]) -> bool:
+        done = await self._ask(ControlDone, make)
+        if not done.applied and not self.ready:  # what waits to go on is in no books of the router
+            raise NotReadyError("the server is recovering; try again", retry_after_s=5)
         return done.applied
 
     async def count_request(self, tenant: str) -> None:
@@ -273,12 +269,12 @@ class CellClient:
             )
 
     async def _submit(self, submit: Submit) -> None:
-        if submit.request.images:
+        if submit.request.images or submit.output_token_ids is not None:
             await self._room_to_send()
         self._send_to_router(submit)
 
     async def _room_to_send(self) -> None:
-        """Images go out one request after the other: the channel drops a peer that is far behind.
+        """Images, and what a loss brings at once, go out one by one: the channel drops the rest.
 
         Raises:
             NotReadyError: The router takes nothing.
@@ -287,7 +283,7 @@ class CellClient:
         give_up_s = loop.time() + self._submit_timeout_s
         while self._router is not None and self._router.unsent_bytes > _MAX_UNSENT_BYTES:
             if loop.time() > give_up_s:
-                raise NotReadyError("the router takes no images now", retry_after_s=5)
+                raise NotReadyError("the router takes nothing as large now", retry_after_s=5)
             await asyncio.sleep(_ROOM_POLL_S)
 
     def _forget(self, name: str) -> None:
@@ -329,8 +325,8 @@ class CellClient:
                 if inbox is not None:
                     inbox.ranks.add(rank)
                     inbox.put(message)
-                    if rank not in self._streaming:
-                        inbox.put(NotReadyError("tokens have no way here yet", retry_after_s=5))
+                    if rank not in self._streaming:  # it broke after the request had gone out
+                        inbox.put(_lost(rank))
             case Rejected(request_id=request_id):
                 inbox = self._inboxes.get(request_id)
                 if inbox is not None:
@@ -344,8 +340,8 @@ class CellClient:
 
     def _follow(self, members: Members) -> None:
         """Dial the token streams of a new epoch; the old ones end."""
-        same = members.token_addresses == self._members.token_addresses
-        self._members = members
+        before, self._members = self._members, members
+        same = (members.epoch, members.token_addresses) == (before.epoch, before.token_addresses)
         if same and all(not task.done() for task in self._streams.values()):
             return
         for task in self._streams.values():

@@ -48,6 +48,9 @@ class Cell(Protocol):
         Args:
             request_id: The caller's.
             tenant: Of its requests only; None is everybody's.
+
+        Raises:
+            NotReadyError: The cell is being mended, and what waits for that is not found.
         """
         ...
 

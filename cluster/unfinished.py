@@ -18,6 +18,9 @@ class Unfinished:
 
     Args:
         requests: As the caller named them; several have different prompts.
+
+    Attributes:
+        was_accepted: Whether the router has let any of it in; before that, all begins anew.
     """
 
     def __init__(self, requests: Sequence[GenerationRequest]) -> None:
@@ -28,19 +31,19 @@ class Unfinished:
             for index in range(request.num_choices)
         }
         self._choice_of: dict[str, int] = {}  # by the ids of the latest `submits`
-        self._has_begun = False
+        self.was_accepted = False
 
     def __len__(self) -> int:
         return len(self._output_of)
 
     def submits(self, serial: str) -> list[Submit]:
-        """What to ask of the router: whole requests at first, then what is left choice by choice.
+        """What to ask of the router: whole requests, or what is left of accepted ones by choice.
 
         Args:
             serial: Another one each time, so that nothing of an earlier attempt is mistaken for
                 this one's.
         """
-        if self._has_begun:
+        if self.was_accepted:
             left = [
                 Submit(_named(choice, request, serial), list(self._output_of[choice.choice]))
                 for request in self._requests
@@ -49,7 +52,6 @@ class Unfinished:
             ]
         else:
             left = [Submit(_named(request, request, serial)) for request in self._requests]
-        self._has_begun = True
         self._choice_of = {
             choice_id: submit.request.choice + index
             for submit in left
@@ -59,6 +61,7 @@ class Unfinished:
 
     def observe(self, event: TokenEvent) -> None:
         """Take note of what a choice brought."""
+        self.was_accepted = True  # its word and the shard's come by different ways
         output = self._output_of.get(event.choice)
         if output is not None:
             output.extend(event.token_ids)

@@ -17,11 +17,14 @@ from ostro.actors.engine.request import (
     ThinkingParams,
     TokenEvent,
 )
+from ostro.actors.fabric.channel import AsyncConnection, connect
+from ostro.cluster import cell_client
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 
 _NUM_NEW = 400
 _KILL_AFTER = 40  # tokens, of all requests together
 _LAYOUT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=2, num_expert_shards=1)
+_ALONE = LayoutConfig(layout=Layout.SINGLE, num_attention_shards=1, num_expert_shards=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +41,10 @@ def pool():
     pool.close()
 
 
-def deployment() -> DeploymentConfig:
+def deployment(layout: LayoutConfig = _LAYOUT) -> DeploymentConfig:
     return DeploymentConfig(
         model="tiny",
-        layout=_LAYOUT,
+        layout=layout,
         engine=EngineConfig(page_size=8, num_pages=1024, num_threads=1),
     )
 
@@ -124,3 +127,37 @@ def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
     )
     assert disturbed[2][0][1][1] == "budget"
     assert all(load.num_running == load.num_waiting == 0 for load in state.loads.values())
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["router", "attention"])
+def test_answers_go_on_where_a_connection_breaks_and_nobody_dies(
+    pool, model_dir, monkeypatch, lost
+):
+    """The first connection is that to the router, the second one that to the attention shard."""
+    dialled = []
+
+    async def dial(*arguments, **options) -> AsyncConnection:
+        dialled.append(await connect(*arguments, **options))
+        return dialled[-1]
+
+    async def run():
+        async with local_cell(pool, deployment(_ALONE), model_dir, recovery_timeout_s=240) as cell:
+            undisturbed = [told(await read(cell, request, [0])) for request in requests()]
+            seen = [0]
+            reading = [asyncio.create_task(read(cell, request, seen)) for request in requests()]
+            async with asyncio.timeout(240):
+                while seen[0] < _KILL_AFTER:
+                    await asyncio.sleep(0.005)
+                dialled[lost]._writer.transport.abort()
+                disturbed = [told(events) for events in await asyncio.gather(*reading)]
+                while cell.router._requests:  # nor does what was given up run on
+                    await asyncio.sleep(0.005)
+            return undisturbed, disturbed, await cell.client.state()
+
+    monkeypatch.setattr(cell_client, "connect", dial)
+    undisturbed, disturbed, state = asyncio.run(run())
+    assert disturbed == undisturbed
+    assert state.epoch == 0
+    assert 1 <= state.num_resumed <= 4
+    assert state.loads[0].num_running == state.loads[0].num_waiting == 0
+    assert state.loads[0].num_free_pages == state.loads[0].num_pages

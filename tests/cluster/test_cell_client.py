@@ -24,7 +24,14 @@ from ostro.actors.errors import (
     OverloadedError,
     ShardLostError,
 )
-from ostro.actors.fabric.messages import Accepted, CancelGeneration, Members, Rejected, Submit
+from ostro.actors.fabric.messages import (
+    Accepted,
+    CancelGeneration,
+    ControlDone,
+    Members,
+    Rejected,
+    Submit,
+)
 from ostro.cluster.cell_client import CellClient
 
 
@@ -99,7 +106,7 @@ def test_images_wait_until_the_channel_is_clear() -> None:
 def test_images_do_not_wait_for_ever() -> None:
     async def run() -> None:
         router = FakeRouter(unsent_bytes=10 * 2**20)
-        with pytest.raises(NotReadyError, match="takes no images"):
+        with pytest.raises(NotReadyError, match="takes nothing as large"):
             await first_event(client_of(router, submit_timeout_s=0.01), request())
         assert not any(isinstance(message, Submit) for message in router.sent)
 
@@ -400,5 +407,120 @@ def test_a_choice_that_was_dropped_does_not_go_on() -> None:
         assert again.request.choice == 1
         cell.brings(again, 8, finish=STOP)
         await asyncio.wait_for(reading, 20)
+
+    asyncio.run(run())
+
+
+def test_a_part_that_is_refused_while_another_goes_on_waits_for_the_next_chance() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(2)))
+        (first,) = await cell.submitted(1)
+        cell.loses(first)
+        _, again, other = await cell.submitted(3)
+        cell.brings(again, 7)
+        cell.loses(other, NotReadyError("the server is recovering", retry_after_s=5))
+        *_, third, fourth = await cell.submitted(5)
+        assert (third.output_token_ids, fourth.output_token_ids) == ([7], [])
+        cell.brings(third, 8, finish=STOP)
+        cell.brings(fourth, 9, finish=STOP)
+        await asyncio.wait_for(reading, 20)
+        assert [(e.choice, e.token_ids) for e in cell.read] == [(0, [7]), (0, [8]), (1, [9])]
+
+    asyncio.run(run())
+
+
+def test_what_the_router_never_let_in_begins_anew_after_a_loss() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(2)))
+        await cell.router.was_sent.wait()
+        (first,) = cell.router.sent
+        assert isinstance(first, Submit)
+        cell.loses(first)
+        _, again = await cell.submitted(2)
+        assert (again.request.num_choices, again.output_token_ids) == (2, None)
+        reading.cancel()
+
+    asyncio.run(run())
+
+
+def test_tokens_that_come_before_the_routers_word_are_told_once() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        await cell.router.was_sent.wait()
+        (first,) = cell.router.sent
+        assert isinstance(first, Submit)
+        cell.brings(first, 5)
+        cell.loses(first)
+        _, again = await cell.submitted(2)
+        assert again.output_token_ids == [5]
+        reading.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_request_placed_where_tokens_have_no_way_from_goes_on() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        await cell.router.was_sent.wait()
+        cell.client._streaming.clear()
+        await cell.submitted(1)
+        await asyncio.sleep(0)
+        cell.client._streaming.add(0)
+        _, again = await cell.submitted(2)
+        assert again.output_token_ids == []
+        cell.brings(again, 7, finish=STOP)
+        await asyncio.wait_for(reading, 20)
+
+    asyncio.run(run())
+
+
+def test_what_goes_on_waits_until_the_channel_is_clear() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        (first,) = await cell.submitted(1)
+        cell.router.unsent_bytes = 10 * 2**20
+        cell.loses(first)
+        await asyncio.sleep(0.2)
+        assert len(await cell.submitted(1)) == 1
+        cell.router.unsent_bytes = 0
+        await cell.submitted(2)
+        reading.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_control_that_finds_nothing_is_to_be_tried_again_while_the_cell_is_mended() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+
+        async def controlled() -> bool:
+            control = asyncio.create_task(cell.client.cancel("r"))
+            await cell.router.was_sent.wait()
+            cell.router.was_sent.clear()
+            cell.client._take(ControlDone(cell.router.sent[-1].tag, applied=False))
+            return await control
+
+        assert not await controlled()
+        cell.client._members = Members(0, False, {})
+        with pytest.raises(NotReadyError, match="recovering"):
+            await controlled()
+
+    asyncio.run(run())
+
+
+def test_the_streams_of_an_epoch_are_dialled_though_their_addresses_are_the_last_ones() -> None:
+    async def run() -> None:
+        client = MendingCell().client
+        client._members = Members(0, False, {})
+        client._follow(Members(0, True, {0: "unix:nowhere"}))
+        last = client._streams[0]
+        client._follow(Members(1, True, {0: "unix:nowhere"}))
+        assert client._streams[0] is not last
+        client._streams[0].cancel()
 
     asyncio.run(run())

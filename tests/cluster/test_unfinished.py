@@ -50,9 +50,16 @@ def test_what_has_not_ended_goes_on_choice_by_choice_with_its_output():
     ]
 
 
+def test_what_nobody_has_let_in_begins_anew():
+    unfinished = Unfinished(_prompts(2))
+    unfinished.submits("i-1")
+    (again,) = unfinished.submits("i-2")
+    assert (again.request.num_choices, again.output_token_ids) == (2, None)
+
+
 def test_a_choice_that_was_dropped_does_not_go_on():
     unfinished = Unfinished(_prompts(3))
-    unfinished.submits("i-1")
+    unfinished.was_accepted = True
     unfinished.submits("i-2")
     unfinished.drop({"mine#i-2.1"})
     unfinished.observe(_brought(1, 5))

@@ -318,7 +318,7 @@ class Router:
 
     async def _serve_ingress(self, connection: AsyncConnection, ingress_id: str) -> None:
         # One that dials again has given up on all it had asked for, whether that was heard or not.
-        self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
+        self._steer(Cancel, self._requests.of_ingress(ingress_id))
         self._ingresses.add(ingress_id, connection)
         if self._keys is not None:
             connection.send(Keys(self._keys))
@@ -331,7 +331,7 @@ class Router:
         finally:
             if self._ingresses.remove(ingress_id, connection):
                 self._counts.leave(ingress_id)
-                self._tell_ranks(Cancel, self._requests.of_ingress(ingress_id))
+                self._steer(Cancel, self._requests.of_ingress(ingress_id))
 
     def _answer(self, connection: AsyncConnection, ingress_id: str, message: Message) -> None:
         match message:
@@ -339,10 +339,10 @@ class Router:
                 self._submit(ingress_id, message)
             case CancelGeneration(tag=tag, request_id=request_id, tenant=tenant):
                 found = self._requests.find(request_id, tenant)
-                connection.send(ControlDone(tag, self._tell_ranks(Cancel, found)))
+                connection.send(ControlDone(tag, self._steer(Cancel, found)))
             case EndThinkingGeneration(tag=tag, request_id=request_id, tenant=tenant):
                 found = self._requests.find(request_id, tenant)
-                connection.send(ControlDone(tag, self._tell_ranks(EndThinking, found)))
+                connection.send(ControlDone(tag, self._steer(EndThinking, found)))
             case CountRequest():
                 connection.send(counted(message, self._quotas))
             case AskState(tag=tag):
@@ -369,14 +369,16 @@ class Router:
         self._epoch.send(rank, Assign(self._epoch.number, request, ingress_id, output))
         self._ingresses.tell(ingress_id, Accepted(request.request_id, rank))
 
-    def _tell_ranks(
+    def _steer(
         self, control: type[Cancel] | type[EndThinking], found: Sequence[LiveRequest]
     ) -> bool:
-        """Have a control reach all of these; False if there are none."""
+        """Have a control reach all of these, and their readers; False if there are none."""
         if self._epoch is None:
             return False
         for live in found:
-            self._epoch.send(live.rank, control(self._epoch.number, live.request_id))
+            message = control(self._epoch.number, live.request_id)
+            self._epoch.send(live.rank, message)
+            self._ingresses.tell(live.ingress_id, message)
         return bool(found)
 
     def _members(self) -> Members:
@@ -384,8 +386,7 @@ class Router:
         return Members(max(self._epoch_number, 0), self._ready, dict(addresses))
 
     def _no_requests(self) -> CellRequests:
-        layout = self._deployment.layout
-        ranks = list(layout.attention_ranks())
+        ranks = list(self._deployment.layout.attention_ranks())
         return CellRequests(self._deployment.engine, ranks, self._quotas)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:

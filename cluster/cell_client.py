@@ -26,10 +26,12 @@ from ostro.actors.fabric.messages import (
     Accepted,
     AskCounts,
     AskState,
+    Cancel,
     CancelGeneration,
     ControlDone,
     CountRequest,
     Counts,
+    EndThinking,
     EndThinkingGeneration,
     IngressHello,
     Keys,
@@ -159,7 +161,10 @@ class CellClient:
                 if not losses.can_go_on(error, unfinished):
                     raise
                 loss = losses.latest or error
-            await self._until_mended(loss, losses.give_up_s)
+            for event in unfinished.take_cancelled():
+                yield event
+            if unfinished:
+                await self._until_mended(loss, losses.give_up_s)
 
     async def _attempt(self, unfinished: Unfinished) -> AsyncGenerator[TokenEvent, None]:
         submits = unfinished.submits(f"{self._ingress_id[:_SERIAL_CHARS]}-{next(self._tags)}")
@@ -184,6 +189,7 @@ class CellClient:
         finally:
             for choice_id in choices:
                 del self._inboxes[choice_id]
+            unfinished.heed(inbox.controls)
             unfinished.drop(inbox.dropped)
             if open_ids:
                 self._forget(submission_of(choices[0]))
@@ -320,17 +326,12 @@ class CellClient:
                 self._follow(message)
             case Keys(table=table):
                 self._on_keys(table)
-            case Accepted(request_id=request_id, rank=rank):
-                inbox = self._inboxes.get(request_id)
+            case Accepted() | Rejected() | Cancel() | EndThinking():
+                inbox = self._inboxes.get(message.request_id)
                 if inbox is not None:
-                    inbox.ranks.add(rank)
-                    inbox.put(message)
-                    if rank not in self._streaming:  # it broke after the request had gone out
-                        inbox.put(_lost(rank))
-            case Rejected(request_id=request_id):
-                inbox = self._inboxes.get(request_id)
-                if inbox is not None:
-                    inbox.put(message.as_error())
+                    inbox.hear(message)
+                    if isinstance(message, Accepted) and message.rank not in self._streaming:
+                        inbox.put(_lost(message.rank))  # it broke after the request had gone out
             case State() | ControlDone() | RequestCounted() | PooledCounts():
                 answer = self._answers.get(message.tag)
                 if answer is not None and not answer.done():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from ostro.actors.engine.request import TokenEvent
 from ostro.actors.errors import NotReadyError, OstroError
-from ostro.actors.fabric.messages import Accepted
+from ostro.actors.fabric.messages import Accepted, Cancel, EndThinking, Rejected
 
 Item = TokenEvent | Accepted | OstroError
 
@@ -21,17 +21,30 @@ class Inbox:
     Attributes:
         ranks: Where its requests were placed.
         dropped: Ids of choices of which no more is wanted.
+        controls: What callers have asked for since, whichever replica they asked.
     """
 
     def __init__(self) -> None:
         self.ranks: set[int] = set()
         self.dropped: set[str] = set()
+        self.controls: list[Cancel | EndThinking] = []
         self._queue: asyncio.Queue[Item] = asyncio.Queue()
         self._held: deque[Item] = deque()
 
     def put(self, item: Item) -> None:
         """Leave an item for the reader."""
         self._queue.put_nowait(item)
+
+    def hear(self, word: Accepted | Rejected | Cancel | EndThinking) -> None:
+        """Take the router's word on a request or a choice."""
+        match word:
+            case Accepted():
+                self.ranks.add(word.rank)
+                self.put(word)
+            case Rejected():
+                self.put(word.as_error())
+            case _:
+                self.controls.append(word)
 
     async def next(self, timeout_s: float | None) -> Item:
         """The next item; token events of a choice that wait together come as one.

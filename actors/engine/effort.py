@@ -7,6 +7,7 @@ token to take, which to favour and which to leave.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from ostro.actors.engine.request import ThinkingParams
@@ -92,6 +93,18 @@ class ThinkingTracker:
             return False
         self._forbid()
         return True
+
+    def end_again(self, output: Sequence[int]) -> None:
+        """Take up an end that the caller had asked for before all of this observed output."""
+        if not self.is_open:
+            self.ended_by = None if self.ended_by is None else "caller"
+            self._forbid()
+            return
+        self._cause = "caller"
+        phrase = list(self._closing[:-1])
+        while phrase != list(output[len(output) - len(phrase) :]):
+            phrase.pop()
+        self._num_forced = len(phrase)
 
     def _open(self) -> None:
         self.is_open = True

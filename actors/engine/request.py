@@ -84,6 +84,8 @@ class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         soft_zone_tokens: Over the last so many tokens of the budget the close grows more likely.
         closing_token_ids: What is forced when the budget ends; its last token is `end_token_id`.
         starts_open: The prompt ends inside an open thinking block.
+        ended_by_caller: The caller ended it in an attempt that was lost: the output so far shows
+            what came of that.
     """
 
     begin_token_id: int
@@ -92,6 +94,7 @@ class ThinkingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     soft_zone_tokens: int = 0
     closing_token_ids: tuple[int, ...] = ()
     starts_open: bool = False
+    ended_by_caller: bool = False
 
 
 class GrammarParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -33,10 +33,13 @@ _FREE_CHOICE = SamplingState(None, None, ())
 
 def begin(progress: RequestProgress) -> None:
     """Make ready for a request's first token, or for the next after the output it has already."""
-    if progress.request.thinking is not None:
-        progress.thinking = ThinkingTracker(progress.request.thinking)
+    asked = progress.request.thinking
+    if asked is not None:
+        progress.thinking = ThinkingTracker(asked)
     for token_id in progress.output_token_ids:
         observe(progress, token_id)
+    if asked is not None and progress.thinking is not None and asked.ended_by_caller:
+        progress.thinking.end_again(progress.output_token_ids)
 
 
 def observe(progress: RequestProgress, token_id: int) -> None:

@@ -119,7 +119,10 @@ class Assign(_Message, frozen=True):
 
 
 class Cancel(_Message, frozen=True):
-    """Stop a request and free its pages; unknown ids are ignored."""
+    """Stop a request and free its pages; unknown ids are ignored.
+
+    Told to its ingress too, as `EndThinking` is: the shard may be lost before it acts on it.
+    """
 
     epoch: int
     request_id: str

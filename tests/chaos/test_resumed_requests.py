@@ -78,6 +78,13 @@ def requests() -> list[GenerationRequest]:
     return [greedy, sampled, thinking]
 
 
+def without_budget(request_id: str) -> GenerationRequest:
+    """One that thinks until its caller ends that."""
+    *_, on_a_budget = requests()
+    thinking = msgspec.structs.replace(on_a_budget.thinking, budget_tokens=None)
+    return msgspec.structs.replace(on_a_budget, request_id=request_id, thinking=thinking)
+
+
 async def read(cell: LocalCell, request: GenerationRequest, seen: list[int]) -> list[TokenEvent]:
     events = []
     async for event in cell.client.submit(request):
@@ -144,20 +151,23 @@ def test_answers_go_on_where_a_connection_breaks_and_nobody_dies(
         async with local_cell(pool, deployment(_ALONE), model_dir, recovery_timeout_s=240) as cell:
             undisturbed = [told(await read(cell, request, [0])) for request in requests()]
             seen = [0]
-            reading = [asyncio.create_task(read(cell, request, seen)) for request in requests()]
+            asked = [*requests(), without_budget("steered")]
+            reading = [asyncio.create_task(read(cell, request, seen)) for request in asked]
             async with asyncio.timeout(240):
                 while seen[0] < _KILL_AFTER:
                     await asyncio.sleep(0.005)
+                assert await cell.client.end_thinking("steered")
                 dialled[lost]._writer.transport.abort()
-                disturbed = [told(events) for events in await asyncio.gather(*reading)]
+                *disturbed, steered = [told(e) for e in await asyncio.gather(*reading)]
                 while cell.router._requests:  # nor does what was given up run on
                     await asyncio.sleep(0.005)
-            return undisturbed, disturbed, await cell.client.state()
+            return undisturbed, disturbed, steered, await cell.client.state()
 
     monkeypatch.setattr(cell_client, "connect", dial)
-    undisturbed, disturbed, state = asyncio.run(run())
+    undisturbed, disturbed, steered, state = asyncio.run(run())
     assert disturbed == undisturbed
+    assert steered[0][1] == (FinishReason.LENGTH, "caller")
     assert state.epoch == 0
-    assert 1 <= state.num_resumed <= 4
+    assert 1 <= state.num_resumed <= 5
     assert state.loads[0].num_running == state.loads[0].num_waiting == 0
     assert state.loads[0].num_free_pages == state.loads[0].num_pages

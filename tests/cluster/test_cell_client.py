@@ -26,6 +26,7 @@ from ostro.actors.errors import (
 )
 from ostro.actors.fabric.messages import (
     Accepted,
+    Cancel,
     CancelGeneration,
     ControlDone,
     Members,
@@ -522,5 +523,19 @@ def test_the_streams_of_an_epoch_are_dialled_though_their_addresses_are_the_last
         client._follow(Members(1, True, {0: "unix:nowhere"}))
         assert client._streams[0] is not last
         client._streams[0].cancel()
+
+    asyncio.run(run())
+
+
+def test_what_is_lost_while_it_is_being_cancelled_ends_without_a_mended_cell() -> None:
+    async def run() -> None:
+        cell = MendingCell()
+        reading = asyncio.create_task(cell.reads(*choices_of(1)))
+        (first,) = await cell.submitted(1)
+        cell.client._members = Members(0, False, {})
+        cell.client._take(Cancel(0, first.request.request_id))
+        cell.loses(first)
+        await asyncio.wait_for(reading, 20)
+        assert [event.finish_reason for event in cell.read] == [FinishReason.CANCELLED]
 
     asyncio.run(run())

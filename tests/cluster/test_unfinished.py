@@ -6,7 +6,13 @@ import msgspec
 from engine_fakes import make_request
 
 from ostro.actors.engine.choices import each_choice
-from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEvent
+from ostro.actors.engine.request import (
+    FinishReason,
+    GenerationRequest,
+    ThinkingParams,
+    TokenEvent,
+)
+from ostro.actors.fabric.messages import Cancel, EndThinking
 from ostro.cluster.unfinished import Unfinished
 
 
@@ -75,3 +81,47 @@ def test_a_prompt_is_let_go_with_its_last_choice():
     unfinished.observe(_brought(2, 4, finish=FinishReason.STOP))
     assert not unfinished
     assert unfinished._requests == []
+
+
+def _thinking_prompt() -> GenerationRequest:
+    thinking = ThinkingParams(begin_token_id=3, end_token_id=4, starts_open=True)
+    return msgspec.structs.replace(_prompts(2)[0], thinking=thinking)
+
+
+def _ended(unfinished: Unfinished) -> list[bool]:
+    submits = unfinished.submits("again")
+    return [s.request.thinking is not None and s.request.thinking.ended_by_caller for s in submits]
+
+
+def test_an_end_of_thinking_that_was_asked_for_is_asked_for_again():
+    unfinished = Unfinished([_thinking_prompt()])
+    unfinished.submits("i-1")
+    unfinished.observe(_brought(0, 7))
+    unfinished.observe(_brought(1, 7))
+    unfinished.heed([EndThinking(0, "mine#i-1.1")])
+    assert _ended(unfinished) == [False, True]
+    by_caller = msgspec.structs.replace(_brought(1, 4), thinking_ended_by="caller")
+    unfinished.observe(by_caller)
+    assert _ended(unfinished) == [False, True]
+
+
+def test_an_end_of_thinking_that_came_too_late_is_none():
+    unfinished = Unfinished([_thinking_prompt()])
+    unfinished.submits("i-1")
+    unfinished.observe(msgspec.structs.replace(_brought(0, 4), thinking_ended_by="model"))
+    unfinished.heed([EndThinking(0, "mine#i-1.0")])
+    assert _ended(unfinished) == [False, False]
+
+
+def test_what_was_cancelled_ends_with_the_loss():
+    unfinished = Unfinished(_prompts(2))
+    unfinished.submits("i-1")
+    unfinished.observe(msgspec.structs.replace(_brought(0, 7, 8), num_thinking_tokens=2))
+    unfinished.heed([Cancel(0, "mine#i-1.0"), Cancel(0, "mine#i-1.1")])
+    ends = unfinished.take_cancelled()
+    assert [(end.choice, end.first_index, end.num_thinking_tokens) for end in ends] == [
+        (0, 2, 2),
+        (1, 0, 0),
+    ]
+    assert {end.finish_reason for end in ends} == {FinishReason.CANCELLED}
+    assert not unfinished

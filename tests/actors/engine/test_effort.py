@@ -155,3 +155,26 @@ def test_tracker_raises_the_end_mark_linearly_over_the_soft_zone() -> None:
 def test_tracker_raises_nothing_without_a_budget_or_outside_of_thinking() -> None:
     assert _observe(_tracker(zone=4), BEGIN, OTHER).end_bias() == 0.0
     assert _tracker(budget=2, zone=4).end_bias() == 0.0
+
+
+def test_a_caller_s_end_goes_on_from_wherever_its_output_was_lost() -> None:
+    whole = _observe(_tracker(), BEGIN, OTHER, FIRST)
+    assert whole.end_now()
+    output = [BEGIN, OTHER, FIRST, *_close_as_told(whole), OTHER]
+    assert output == [BEGIN, OTHER, FIRST, FIRST, SECOND, END, OTHER]
+    for known in range(4, len(output) + 1):
+        lost = _observe(_tracker(budget=8), *output[:known])
+        lost.end_again(output[:known])
+        assert output[:known] + _close_as_told(lost) == output[: max(known, 6)]
+        assert lost.ended_by == "caller"
+        assert lost.num_thinking_tokens == 4
+        assert lost.banned_token_ids == (BEGIN,)
+
+
+def test_a_caller_s_end_holds_though_no_token_has_shown_it() -> None:
+    open_still = _observe(_tracker(closing=()), BEGIN, OTHER)
+    open_still.end_again([BEGIN, OTHER])
+    assert _close_as_told(open_still) == [END]
+    not_begun = _tracker()
+    not_begun.end_again([])
+    assert (not_begun.banned_token_ids, not_begun.ended_by) == ((BEGIN,), None)

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 )
 
 from ostro.actors.engine.choices import each_choice
+from ostro.actors.engine.effort import ThinkingTracker
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -80,6 +81,20 @@ def _images(shown: tuple[int, int, int] | None, num_tokens: int) -> tuple[ImageI
         return ()
     start, length, mark = shown
     return (make_fake_image(start, min(length, num_tokens - start), mark),)
+
+
+def _with_thinking(request: GenerationRequest, *, ended_by_caller: bool) -> GenerationRequest:
+    if request.thinking is None:
+        return request
+    thinking = msgspec.structs.replace(request.thinking, ended_by_caller=ended_by_caller)
+    return msgspec.structs.replace(request, thinking=thinking)
+
+
+def _shown(thinking: ThinkingTracker | None) -> tuple[object, ...]:
+    """What callers see of it."""
+    if thinking is None:
+        return ()
+    return thinking.is_open, thinking.num_thinking_tokens, thinking.ended_by
 
 
 class RandomLives(RuleBasedStateMachine):
@@ -281,8 +296,12 @@ class RandomLives(RuleBasedStateMachine):
             if request_id not in self.ended:
                 given, _ = self._expected(progress.request)
                 known = given[: self.num_given[request_id]] + self.heard[request_id]
-                self.lives[request_id] = make_progress(progress.request, *known)
+                before = progress.thinking
+                is_ending = request_id in self.steered and before.ended_by in (None, "caller")
+                request = _with_thinking(progress.request, ended_by_caller=is_ending)
+                self.lives[request_id] = make_progress(request, *known)
                 self.scheduler.add(self.lives[request_id])
+                assert _shown(self.lives[request_id].thinking) == _shown(before)
 
     def _make_scheduler(self, pages: RequestPages | None) -> Scheduler:
         clock = count(1.0)
@@ -331,7 +350,8 @@ class RandomLives(RuleBasedStateMachine):
 
     def _expected(self, request: GenerationRequest) -> tuple[list[int], FinishReason]:
         longest = min(self.max_context, self.num_slots)
-        return expected_generation(request, max_context=longest)
+        whole = _with_thinking(request, ended_by_caller=False)
+        return expected_generation(whole, max_context=longest)
 
     def _check_step(self, step: ScheduledStep) -> None:
         assert step.num_tokens == sum(entry.num_tokens for entry in step.entries)

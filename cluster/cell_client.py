@@ -97,6 +97,7 @@ class CellClient:
         self._members = Members(0, False, {})
         self._inboxes: dict[str, Inbox] = {}  # by the id of each choice
         self._running: set[tuple[str, str]] = set()
+        self._turn_to_send = asyncio.Lock()
         self._answers: dict[int, asyncio.Future[Message]] = {}
         self._tags = itertools.count(1)
         self._streams: dict[int, asyncio.Task[None]] = {}
@@ -287,10 +288,11 @@ class CellClient:
         """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._submit_timeout_s
-        while self._router is not None and self._router.unsent_bytes > _MAX_UNSENT_BYTES:
-            if loop.time() > give_up_s:
-                raise NotReadyError("the router takes nothing as large now", retry_after_s=5)
-            await asyncio.sleep(_ROOM_POLL_S)
+        async with self._turn_to_send:  # one looks, for all that wait
+            while self._router is not None and self._router.unsent_bytes > _MAX_UNSENT_BYTES:
+                if loop.time() > give_up_s:
+                    raise NotReadyError("the router takes nothing as large now", retry_after_s=5)
+                await asyncio.sleep(_ROOM_POLL_S)
 
     def _forget(self, name: str) -> None:
         """Stop a choice or a whole submission without waiting for an answer."""

@@ -219,8 +219,8 @@ class ServingConfig:
         max_choices: Answers per prompt (`n`), at most.
         max_prompts: Prompts per text completion, at most.
         submit_timeout_s: How long the router may take to accept a request.
-        recovery_timeout_s: How long a request that was interrupted by the loss of a rank waits for
-            the cell to be mended, and then goes on; 0 fails it at once.
+        recovery_timeout_s: How long a request that lost its rank or the router waits for the cell
+            to be mended, and then goes on; 0 fails it at once.
         request_timeout_s: How long one generation may take altogether.
         drain_timeout_s: How long running generations may finish after a stop was asked for.
         keep_alive_s: Pause after which an idle SSE stream gets a comment line.

@@ -73,6 +73,7 @@ class RankHealth:
     """A rank's own account; making it never touches the device.
 
     Attributes:
+        epoch: The latest that it was to join, whether that formed or not; None before the first.
         load_progress: 0..1 of the weights' bytes.
         memory_used_bytes: Resident bytes on CPU, allocated device bytes on CUDA.
         peak_memory_bytes: Highest resident bytes so far.

@@ -72,6 +72,7 @@ class RankActor(ABC):
         if spec is None:
             raise NotReadyError("start() comes before join()")
         layout = spec.deployment.layout
+        self._status.latest_epoch = epoch.epoch
         self.leave()
         began_s = time.perf_counter()
         if layout.world_size() > 1:

@@ -105,6 +105,7 @@ class RankStatus:
         self.state = RankState.STARTING
         self.rank = -1
         self.device = "cpu"
+        self.latest_epoch: int | None = None
         self.bytes_loaded = 0
         self.bytes_to_load = 0
         self.stage_seconds: dict[str, float] = {}
@@ -123,7 +124,7 @@ class RankStatus:
             rank=self.rank,
             role=self.role,
             state=self.state,
-            epoch=loop.epoch if loop else None,
+            epoch=self.latest_epoch,
             node_id=self._node_id,
             device=self.device,
             load_progress=1.0 if self.state is RankState.READY else min(progress, 1.0),

@@ -97,6 +97,7 @@ def serve(
     model_dir = resolve_model(deployment.model)
     logging.basicConfig(
         level=logging.WARNING,
+        format="%(message)s",
         handlers=[RichHandler(console=make_console(stderr=True), show_path=False)],
     )
     run(deployment, model_dir, console, _launch_on_ray)

@@ -41,7 +41,7 @@ from ostro.cluster.app import IngressSpec
 from ostro.cluster.key_file import check_access
 from ostro.cluster.key_watch import key_publishing, no_keys
 from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
-from ostro.cluster.peers import RayPeer, address_in, with_place
+from ostro.cluster.peers import address_in, with_place
 from ostro.cluster.placed_shard import (
     PlacedAttentionShard,
     PlacedExpertShard,
@@ -250,14 +250,14 @@ def _make_actors(
     if len(nodes) == 1:
         socket_dir = tempfile.mkdtemp(prefix="ostro-")
         undo.callback(shutil.rmtree, socket_dir, ignore_errors=True)
-    peers = []
+    names = []
     for rank in range(layout.world_size()):
         is_attention = rank in layout.attention_ranks()
         name = f"ostro-{'attention' if is_attention else 'expert'}-{rank}"
         kind = attention if is_attention else _EXPERTS
         actor = _make_rank(deployment, rank, group, device, kind, name, socket_dir)
         undo.callback(ray.kill, actor, no_restart=True)
-        peers.append(RayPeer(name, actor))
+        names.append(name)
     host = _LOOPBACK if socket_dir else _address_of_first(group)
     router = (
         ray.remote(PlacedRouter)
@@ -272,7 +272,7 @@ def _make_actors(
         .remote(
             deployment,
             spec.model_dir,
-            peers,
+            names,
             device=device,
             dtype=spec.dtype,
             host=host,

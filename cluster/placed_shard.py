@@ -13,8 +13,8 @@ import ray
 from ostro.actors.attention_shard import AttentionShard
 from ostro.actors.expert_shard import ExpertShard
 from ostro.actors.model.device import num_threads
-from ostro.actors.rank import Peer
 from ostro.actors.router import Router
+from ostro.cluster.peers import RayPeer
 from ostro.configs.deployment import DeploymentConfig
 
 _LOOPBACK = "127.0.0.1"
@@ -45,7 +45,11 @@ class PlacedExpertShard(ExpertShard):
 class PlacedRouter(Router):
     """A router that listens where no earlier process of it left a socket.
 
+    It finds its ranks by name: arguments with handles in them stay in Ray's object store, where a
+    new process of the router might not find them.
+
     Args:
+        rank_names: Of the ranks' actors, in rank order.
         host: Its address in the cell, on any node but the cluster's only one.
         socket_dir: See `PlacedAttentionShard`.
     """
@@ -54,7 +58,7 @@ class PlacedRouter(Router):
         self,
         deployment: DeploymentConfig,
         model_dir: str,
-        peers: Sequence[Peer],
+        rank_names: Sequence[str],
         *,
         device: str,
         dtype: str,
@@ -65,7 +69,7 @@ class PlacedRouter(Router):
         super().__init__(
             deployment,
             model_dir,
-            peers,
+            [RayPeer(name, ray.get_actor(name)) for name in rank_names],
             device=device,
             dtype=dtype,
             host=host,

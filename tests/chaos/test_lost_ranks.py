@@ -3,28 +3,13 @@
 import asyncio
 import signal
 
-import checkpoints
 import pytest
-from local_cell import ProcessPool, local_cell
+from local_cell import local_cell
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams
 from ostro.actors.errors import NotReadyError, ShardLostError
 from ostro.cluster.cell_metrics import CellCollector
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    checkpoints.make_tiny_checkpoint(directory, num_layers=2)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 def deployment(step_timeout_s=60.0):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import checkpoints
 import pytest
-from local_cell import LocalCell, ProcessPool, local_cell
+from local_cell import LocalCell, local_cell
 
 from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams, TokenEvent
 from ostro.actors.errors import NotReadyError
@@ -19,19 +18,6 @@ DEPLOYMENT = DeploymentConfig(
     layout=LayoutConfig(layout=Layout.SPLIT, num_attention_shards=1, num_expert_shards=1),
     engine=EngineConfig(page_size=8, num_pages=512, num_threads=1),
 )
-
-
-@pytest.fixture
-def model_dir(tmp_path: Path) -> Path:
-    checkpoints.make_tiny_checkpoint(tmp_path, num_layers=1)
-    return tmp_path
-
-
-@pytest.fixture
-def pool():
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 def request(name: str, num_new: int) -> GenerationRequest:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-import checkpoints
 import msgspec
 import pytest
-from local_cell import LocalCell, ProcessPool, local_cell
+from local_cell import LocalCell, local_cell
 
 from ostro.actors.engine.request import (
     FinishReason,
@@ -25,20 +24,6 @@ _NUM_NEW = 400
 _KILL_AFTER = 40  # tokens, of all requests together
 _LAYOUT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=2, num_expert_shards=1)
 _ALONE = LayoutConfig(layout=Layout.SINGLE, num_attention_shards=1, num_expert_shards=1)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tiny")
-    checkpoints.make_tiny_checkpoint(directory, num_layers=2)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 def deployment(layout: LayoutConfig = _LAYOUT) -> DeploymentConfig:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import grpc
 import openai
 import pytest
+from local_cell import ProcessPool
 from served import Served
 
 from ostro.protos import generation_pb2_grpc
@@ -37,3 +38,11 @@ def stub(served: Served) -> Iterator[generation_pb2_grpc.GenerationServiceStub]:
     """Calls it over gRPC."""
     with grpc.insecure_channel(served.grpc_address) as channel:
         yield generation_pb2_grpc.GenerationServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPool]:
+    """Processes of ranks; a module's tests build their cells from the same ones."""
+    pool = ProcessPool()
+    yield pool
+    pool.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoints
@@ -30,13 +30,6 @@ KINDS: dict[str, dict[str, object]] = {
     "filtered": {"temperature": 1.2, "top_p": 0.8, "top_k": 40, "min_p": 0.02, "seed": 6},
     "penalized": {"presence_penalty": 0.7, "repetition_penalty": 1.2, "logit_bias": {7: 3.0}},
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPool]:
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

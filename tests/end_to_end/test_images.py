@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +43,6 @@ PROMPTS = {
     "last": pictures.prompt_of([1, 202, 203, pictures.make_image(56, 84, seed=4)]),
     "text": ([1, *range(400, 420)], ()),
 }
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[ProcessPool]:
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 import checkpoints
 import msgspec
 import pytest
-from local_cell import ProcessPool, local_cell
+from local_cell import local_cell
 from model_rig import ModelRig, load_oracle, make_progress, oracle_greedy
 
 from ostro.actors.engine.choice_seed import choice_seed
@@ -50,13 +50,6 @@ def cases():
             marks = [] if quick else [pytest.mark.slow]
             name = f"{shape[0].value}-{shape[1]}x{shape[2]}-{mode[0].value}-m{mode[1]}-r{mode[2]}"
             yield pytest.param(shape, mode, marks=marks, id=name)
-
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = ProcessPool()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,6 @@ from ostro.actors.model.weights import check_checkpoint
 from ostro.actors.rank import EpochSpec, Peer, RankSpec, restart_if_silent, wait_for_all
 from ostro.actors.router_epoch import RouterEpoch
 from ostro.configs.deployment import DeploymentConfig
-from ostro.configs.errors import ConfigError
 from ostro.configs.key_table import KeyTable
 
 logger = logging.getLogger(__name__)
@@ -291,10 +290,10 @@ class Router:
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
-            except (OstroError, ConfigError) as error:
-                logger.warning("epoch %d did not form: %s", self._epoch_number, error)
-                continue
-            return
+            except Exception as error:
+                logger.warning("epoch %d did not form: %r", self._epoch_number, error)
+            else:
+                return
 
     async def _watch(self) -> None:
         """Name the ranks that sit on a step for too long."""

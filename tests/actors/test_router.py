@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from engine_fakes import make_request
 
+from ostro.actors import router as router_module
 from ostro.actors.errors import QuotaError, ShardLostError
 from ostro.actors.fabric.channel import AsyncConnection
 from ostro.actors.fabric.messages import Cancel, CountRequest, Message, Rejected, decode, encode
@@ -120,3 +121,23 @@ def test_a_request_that_generates_nothing_is_counted_for_its_tenant() -> None:
 
     error = asyncio.run(run())
     assert (error.param, error.retry_after_s) == ("requests_per_minute", pytest.approx(30, abs=2))
+
+
+def test_mending_goes_on_after_an_error_that_nobody_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    router = make_router()
+    store: Any = SimpleNamespace(port=0)
+    router._ground = _Ground(initial_placement(4, [0], 0), store, "unix:")
+    ends = iter([RuntimeError("a bug"), OSError("no such thing"), None])
+    begun: list[object] = []
+
+    async def begin(ground: _Ground) -> None:
+        begun.append(ground)
+        if (error := next(ends)) is not None:
+            raise error
+
+    monkeypatch.setattr(router, "_begin_epoch", begin)
+    monkeypatch.setattr(router_module, "_MEND_PAUSE_S", (0.0,))
+    asyncio.run(asyncio.wait_for(router._mend(), 20))
+    assert len(begun) == 3

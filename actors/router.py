@@ -290,7 +290,7 @@ class Router:
                 async with self._starting:
                     if self._ground and not (self._epoch and self._epoch.serving):
                         await self._begin_epoch(self._ground)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (the next attempt may succeed)
                 logger.warning("epoch %d did not form: %r", self._epoch_number, error)
             else:
                 return

@@ -92,6 +92,8 @@ def _watch(
             router.resume()
         except OstroError as error:
             logger.info("the router cannot be reached: %s", error)
+        except Exception:
+            logger.exception("the watch of the router failed; it looks again")
 
 
 def _result(reference: Any) -> Any:

@@ -74,5 +74,6 @@ def test_a_new_router_takes_over_the_ranks_of_one_that_died(pool, model_dir) -> 
     whole, told, state, are_the_same = asyncio.run(run())
     assert told == whole
     assert state.epoch >= 1
-    assert (state.num_resumed, state.loads[0].num_running) == (1, 0)
+    assert state.num_resumed >= 1
+    assert state.loads[0].num_running == 0
     assert are_the_same

@@ -73,3 +73,21 @@ def test_keys_that_cannot_be_published_hold_the_router_back() -> None:
     with watched_router(router, publish_keys, poll_s=0.01):
         wait_for(lambda: "resume" in router.calls)
     assert router.calls == ["keys", "resume"]
+
+
+def test_an_error_that_nobody_expected_does_not_end_the_watch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    router = DyingRouter()
+    router.started = False
+    failures = [OSError("the keys cannot be read")]
+
+    def publish_keys() -> None:
+        if failures:
+            raise failures.pop()
+        router.publish_keys()
+
+    with watched_router(router, publish_keys, poll_s=0.01):
+        wait_for(lambda: "resume" in router.calls)
+    assert router.calls == ["keys", "resume"]
+    assert "the keys cannot be read" in caplog.text

@@ -14,6 +14,7 @@ from ostro.configs.image_fetch import ImageFetchConfig
 from ostro.configs.observability import ObservabilityConfig
 from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.security import SecurityConfig
+from ostro.configs.speculation import SpeculationConfig
 from ostro.configs.tls import TlsConfig
 
 
@@ -140,6 +141,7 @@ class EngineConfig:
             that bfloat16 takes, to three bits of mantissa: more requests or context, on CPU slower.
         num_threads: torch threads of a CPU rank; None gives `single` all cores, other layouts one.
         cuda_graphs: Whether decode steps of a rank alone on a GPU are captured when it starts.
+        speculation: How tokens are drafted ahead and verified, several a step; None drafts none.
     """
 
     page_size: int = 16
@@ -159,6 +161,7 @@ class EngineConfig:
     latent_cache_dtype: str = "auto"
     num_threads: int | None = None
     cuda_graphs: bool = True
+    speculation: SpeculationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (

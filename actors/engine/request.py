@@ -263,6 +263,7 @@ class RequestProgress:
 
     Attributes:
         output_token_ids: Known output; given at construction where one goes on after a failure.
+        draft_token_ids: Guesses of what follows the known tokens, for the next step to verify.
         is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
@@ -282,6 +283,7 @@ class RequestProgress:
     __slots__ = (
         "arrival",
         "arrived_s",
+        "draft_token_ids",
         "grammar",
         "is_resumed",
         "max_num_tokens",
@@ -315,6 +317,7 @@ class RequestProgress:
         self.state = RequestState.WAITING
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.output_token_ids = list(output_token_ids or ())
+        self.draft_token_ids: list[int] = []
         self.is_resumed = output_token_ids is not None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0

@@ -1,0 +1,75 @@
+"""How a deployment drafts tokens ahead of its model, which then verifies several in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ostro.configs.bounds import at_least
+from ostro.configs.errors import ConfigError
+
+MOST_DRAFT_TOKENS = 7
+_NGRAM_SIZES = (2, 4)
+
+
+class DraftMethod(StrEnum):
+    """Who guesses what comes next: the text so far, or a trained head."""
+
+    NGRAM = "ngram"
+    EAGLE = "eagle"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    """Drafted tokens, each verified by the model: answers are the same as without.
+
+    Attributes:
+        method: `ngram` looks for the last tokens earlier in the same prompt and output, and drafts
+            what followed there; `eagle` asks a small head that was trained beside the model.
+        num_draft_tokens: Drafts of a request and step, at most.
+        draft_model: Directory of the head's checkpoint; `eagle` only.
+        adaptive: Whether each step drafts as many tokens as pay at present, none where none do;
+            otherwise it drafts `num_draft_tokens` wherever there is room.
+        max_ngram: Longest run of tokens that is looked for; `ngram` only.
+        min_ngram: Shortest run that is looked for; `ngram` only.
+    """
+
+    method: DraftMethod
+    num_draft_tokens: int = 3
+    draft_model: str | None = None
+    adaptive: bool = True
+    max_ngram: int = _NGRAM_SIZES[1]
+    min_ngram: int = _NGRAM_SIZES[0]
+
+    def __post_init__(self) -> None:
+        at_least(self, "num_draft_tokens", 1)
+        if self.num_draft_tokens > MOST_DRAFT_TOKENS:
+            raise ConfigError(
+                f"num_draft_tokens={self.num_draft_tokens}: must be at most {MOST_DRAFT_TOKENS}; "
+                f"to draft nothing leave speculation out"
+            )
+        at_least(self, "min_ngram", 1)
+        at_least(self, "max_ngram", 1)
+        if self.min_ngram > self.max_ngram:
+            raise ConfigError(
+                f"min_ngram={self.min_ngram} exceeds max_ngram={self.max_ngram}: lower it"
+            )
+        if self.method is DraftMethod.NGRAM and self.draft_model is not None:
+            raise ConfigError(
+                f"draft_model={self.draft_model!r}: method=ngram has no model; leave it out, or "
+                f"set method=eagle"
+            )
+        if self.method is DraftMethod.EAGLE:
+            self._check_eagle()
+
+    def _check_eagle(self) -> None:
+        if not self.draft_model:
+            raise ConfigError(
+                "draft_model: method=eagle needs the directory of the head's checkpoint; name it, "
+                "or set method=ngram"
+            )
+        if (self.min_ngram, self.max_ngram) != _NGRAM_SIZES:
+            raise ConfigError(
+                f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: method=eagle looks for "
+                f"no n-grams; leave them out, or set method=ngram"
+            )

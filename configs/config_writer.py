@@ -13,6 +13,7 @@ from ostro.configs.checkpoint_layout import CheckpointLayout
 from ostro.configs.hugging_face_config import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE
 from ostro.configs.model import ModelConfig, RopeConfig
 from ostro.configs.params_json import (
+    HEAD_KEYS,
     PROJECTOR_KEYS,
     PROJECTOR_REQUIRED,
     ROPE_KEYS,
@@ -134,7 +135,7 @@ def _tower_json(vision: VisionConfig) -> dict[str, Any]:
 
 def _params_json(config: ModelConfig) -> dict[str, Any]:
     params: dict[str, Any] = {}
-    _spell(params, _text_values(config), TEXT_KEYS)
+    _spell(params, _text_values(config), HEAD_KEYS if config.is_draft_head() else TEXT_KEYS)
     _spell(params, _rope_values(config), ROPE_KEYS)
     params["head_dim"] = config.qk_head_dim()
     if config.vision is not None:

@@ -18,7 +18,7 @@ from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout
 from ostro.configs.config_sections import ConfigSections
 from ostro.configs.errors import ConfigError
 from ostro.configs.hugging_face_config import read_config_json
-from ostro.configs.params_json import read_params_json
+from ostro.configs.params_json import read_head_params, read_params_json
 from ostro.configs.quantization import Quantization
 from ostro.configs.section import Section, read_json
 from ostro.configs.vision import VisionConfig, load_vision
@@ -87,6 +87,8 @@ class ModelConfig:
 
     Attributes:
         architecture: Class name that the config declares, wrapper or bare text model.
+        num_experts: Routed ones of a layer; a draft head has none, and then the shared expert is
+            all of a layer's MLP.
         llama4_beta: Slope of the query scale 1 + beta * ln(1 + floor(position /
             llama4_original_max_positions)); 0 switches it off.
         eos_token_ids: Every id that ends a generation.
@@ -124,6 +126,10 @@ class ModelConfig:
     dtype: str
     quantization: Quantization | None = None
 
+    def is_draft_head(self) -> bool:
+        """Whether these are the layers of a draft head, not of a model."""
+        return self.num_experts == 0
+
     def qk_head_dim(self) -> int:
         """Width of one query head: nope part, then rope part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
@@ -151,6 +157,36 @@ def load_model_config(directory: Path) -> ModelConfig:
             value that the engine cannot honour; the text names file and field.
     """
     sections = _read_config(directory)
+    text = sections.text
+    return _config_of(
+        sections,
+        directory,
+        num_experts=text.count("n_routed_experts"),
+        num_experts_per_token=text.count("num_experts_per_tok"),
+    )
+
+
+def load_head_config(directory: Path) -> ModelConfig:
+    """Read the config of a draft head: `num_layers` layers without routed experts.
+
+    Raises:
+        ConfigError: As `load_model_config`; only Mistral's own layout is known.
+    """
+    if not directory.is_dir():
+        raise ConfigError(f"{directory}: no such checkpoint directory")
+    file = directory / CheckpointLayout.MISTRAL.config_name
+    if not file.is_file():
+        raise ConfigError(
+            f"{file}: missing, so this is no draft head, which is {file.name} with "
+            f"{CheckpointLayout.MISTRAL.weights_stem}*.safetensors"
+        )
+    sections = read_head_params(file)
+    return _config_of(sections, directory, num_experts=0, num_experts_per_token=0)
+
+
+def _config_of(
+    sections: ConfigSections, directory: Path, *, num_experts: int, num_experts_per_token: int
+) -> ModelConfig:
     text, rope_values = sections.text, sections.rope
     for key, needed in _REQUIRED:
         text.require(key, needed)
@@ -166,8 +202,8 @@ def load_model_config(directory: Path) -> ModelConfig:
         qk_nope_head_dim=text.count("qk_nope_head_dim"),
         qk_rope_head_dim=text.count("qk_rope_head_dim"),
         v_head_dim=text.count("v_head_dim"),
-        num_experts=text.count("n_routed_experts"),
-        num_experts_per_token=text.count("num_experts_per_tok"),
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
         expert_hidden_size=text.count("moe_intermediate_size"),
         num_shared_experts=text.count("n_shared_experts"),
         vocab_size=text.count("vocab_size"),

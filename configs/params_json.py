@@ -6,7 +6,7 @@ Knows no dataclass of the model: what the values mean is `configs.model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ TEXT_KEYS = {
     "first_k_dense_replace": "moe.first_k_dense_replace",
     "moe_layer_freq": "moe.route_every_n",
 }
+# Of a draft head, whose layers have in place of experts one MLP that every token passes.
+# Embedding and vocabulary matrix are the model's, so whether they are tied is no matter.
+HEAD_KEYS = {
+    ours: path
+    for ours, path in TEXT_KEYS.items()
+    if not path.startswith("moe.") and ours != "tie_word_embeddings"
+}
+HEAD_KEYS |= {"moe_intermediate_size": "hidden_dim"}
 ROPE_KEYS = {
     "rope_theta": "rope_theta",
     "factor": "yarn.factor",
@@ -73,6 +81,7 @@ PROJECTOR_REQUIRED = {
 }
 # Where an absent key would leave a doubt that no default should settle.
 _NEEDED = ("moe", "llama_4_scaling")
+HEAD_ARCHITECTURE = "EagleMistralLarge3ForCausalLM"  # as vLLM calls it; params.json names none
 
 
 def read_params_json(file: Path) -> ConfigSections:
@@ -83,22 +92,49 @@ def read_params_json(file: Path) -> ConfigSections:
             than Pixtral's with a patch merger.
     """
     params = Section(file, "", read_json(file))
-    for key in _NEEDED:
-        if params.values.get(key) is None:
-            raise params.error(key, "missing; every layer of the served model has it")
-        params.section(key)  # raises if it is no mapping
+    _need(params, _NEEDED)
     has_tower = params.values.get("vision_encoder") is not None
     if has_tower:
         _check_projector(params.section("vision_encoder"))
-    key = "quantization_config" if params.values.get("quantization_config") else "quantization"
     return ConfigSections(
         architecture=WRAPPER_ARCHITECTURE if has_tower else TEXT_ARCHITECTURE,
         top=_renamed(params, PROJECTOR_KEYS, {}),
         text=_renamed(params, TEXT_KEYS, {}),
         rope=_rope(params),
         tower=_renamed(params, TOWER_KEYS, {"hidden_act": "silu"}) if has_tower else None,
-        quantization=load_quantization(params, key),
+        quantization=load_quantization(params, _quantization_key(params)),
     )
+
+
+def read_head_params(file: Path) -> ConfigSections:
+    """Read the `params.json` of a draft head: as a model's, without experts and images.
+
+    Raises:
+        ConfigError: No such file, or experts, or no llama-4 scale.
+    """
+    params = Section(file, "", read_json(file))
+    if params.values.get("moe") is not None:
+        raise params.error("moe", "is there, but the layers of a draft head have no experts")
+    _need(params, ("llama_4_scaling",))
+    return ConfigSections(
+        architecture=HEAD_ARCHITECTURE,
+        top=Section(file, "", {}),
+        text=_renamed(params, HEAD_KEYS, {"n_shared_experts": 1}),
+        rope=_rope(params),
+        tower=None,
+        quantization=load_quantization(params, _quantization_key(params)),
+    )
+
+
+def _need(params: Section, keys: Sequence[str]) -> None:
+    for key in keys:
+        if params.values.get(key) is None:
+            raise params.error(key, "missing; every layer of the served model has it")
+        params.section(key)  # raises if it is no mapping
+
+
+def _quantization_key(params: Section) -> str:
+    return "quantization_config" if params.values.get("quantization_config") else "quantization"
 
 
 def _rope(params: Section) -> Section:

@@ -12,13 +12,14 @@ J = P / 2 rotary pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
-from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
+from ostro.actors.model.weights import LayerWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
@@ -50,19 +51,20 @@ class PositionTerms:
 class Attention:
     """The attention half of every layer of one shard, without norm and residual around it."""
 
-    def __init__(self, config: ModelConfig, weights: AttentionWeights, cache: LatentCache) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[LayerWeights], cache: LatentCache
+    ) -> None:
+        """`layers` are packed for `linear` already, where that is faster."""
         self._config = config
-        self._layers = weights.layers  # already packed for `linear`, where that is faster
+        self._layers = layers
         self._cache = cache
-        self._dtype = weights.embed_VD.dtype
-        self._inv_freq_J = _frequencies(config).to(weights.embed_VD.device)
+        self._dtype = layers[0].input_norm_D.dtype
+        self._inv_freq_J = _frequencies(config).to(layers[0].input_norm_D.device)
         scale = config.softmax_scale()
         if cache.dtype == FP8_ROWS:
-            for w in weights.layers:
+            for w in layers:
                 _move_norm_to_heads_(w)
-        self._heads = [
-            pack_heads(LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale)) for w in weights.layers
-        ]
+        self._heads = [pack_heads(LatentHeads(w.w_uk_HNC, w.w_uv_HVC, scale)) for w in layers]
 
     def position_terms(self, batch: Batch) -> PositionTerms:
         """Compute once per step what all layers share."""
@@ -82,6 +84,10 @@ class Attention:
         q_THQ = self._project(layer, x_TD, batch, terms)
         out_THV = self._attend(layer, q_THQ, batch, terms)
         return linear(out_THV.flatten(1), self._layers[layer].o_proj)
+
+    def store(self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms) -> None:
+        """Write the tokens' latents alone, where nobody asks what the tokens see."""
+        self._project(layer, x_TD, batch, terms)
 
     def _project(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
@@ -141,7 +147,7 @@ class Attention:
         )
 
 
-def _move_norm_to_heads_(weights: AttentionLayerWeights) -> None:
+def _move_norm_to_heads_(weights: LayerWeights) -> None:
     """Leave latents at unit size, in place; the layer computes the same, also if called again."""
     weights.w_uk_HNC.mul_(weights.kv_a_norm)
     weights.w_uv_HVC.mul_(weights.kv_a_norm)

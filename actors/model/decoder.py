@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch.nn.functional import embedding
@@ -27,13 +27,15 @@ from ostro.actors.model.batch import Batch, ImageSpan, moved
 from ostro.actors.model.image_features import ImageFeatures
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.vision import VisionTower
-from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights
+from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights, LayerWeights
 from ostro.configs.model import ModelConfig
 from ostro.kernels.combine import add_residual, combine_norm
 from ostro.kernels.gate import gate, pack_gate
 from ostro.kernels.grouped_gemm import mlp
 from ostro.kernels.linear import LinearWeight, join_linear, linear_wide, pack_linear
 from ostro.kernels.rms_norm import rms_norm
+
+_Layer = TypeVar("_Layer", bound=LayerWeights)
 
 
 class ExpertExchange(Protocol):
@@ -93,6 +95,8 @@ class Decoder:
         images: Encodes images; None if the checkpoint has no vision tower.
         seconds: Time by stage since construction. On CUDA it is the time to launch, except where a
             stage waits.
+        hidden: Per micro-batch of the last step the hidden states of all tokens after the final
+            norm, [T, D]; empty unless they are kept.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Decoder:
         cache: LatentCache,
         *,
         image_cache_bytes: int = 0,
+        keeps_hidden: bool = False,
     ) -> None:
         """On CPU linear weights are repacked: drop `weights` afterwards to free their memory.
 
@@ -110,10 +115,13 @@ class Decoder:
             weights: Of the attention role.
             cache: Where latents are kept.
             image_cache_bytes: Bound of the image embeddings that are kept for further requests.
+            keeps_hidden: Whether `hidden` is kept, for a draft head.
         """
         self.config, self.cache = config, cache
         self._weights = _packed(weights)
-        self._attention = Attention(config, self._weights, cache)
+        self._attention = Attention(config, self._weights.layers, cache)
+        self.keeps_hidden = keeps_hidden
+        self.hidden: list[torch.Tensor] = []
         self.seconds = dict.fromkeys(
             ("attention", "gate", "dispatch", "shared", "combine", "head"), 0.0
         )
@@ -130,6 +138,7 @@ class Decoder:
         Returns:
             Per micro-batch the logits of its `sample_rows`, float32 [B, V].
         """
+        self.hidden = []
         slices = [self._enter(batch) for batch in moved(batches, self._weights.embed_VD.device)]
         last = self.config.num_layers - 1
         for layer in range(self.config.num_layers):
@@ -141,16 +150,26 @@ class Decoder:
             self._finish_last_layer(last, index, slice_, exchange)
         return [self._head(slice_) for slice_ in slices]
 
+    def embed(self, tokens_T: torch.Tensor, image_spans: Sequence[ImageSpan]) -> torch.Tensor:
+        """Embeddings [T, D] of tokens, with those of images in their places."""
+        embedded_TD = embedding(tokens_T, self._weights.embed_VD)
+        if image_spans:
+            self._place_images(embedded_TD, image_spans)
+        return embedded_TD
+
+    def logits(self, rows_BD: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] of hidden states after the final norm, float32."""
+        return linear_wide(rows_BD, self._weights.lm_head_VD)
+
     def _enter(self, batch: Batch) -> _MicroBatch:
+        vision_s = self.seconds.get("vision", 0.0)
         began_s = time.perf_counter()
-        hidden_TD = embedding(batch.tokens_T, self._weights.embed_VD)
-        if batch.image_spans:
-            self._place_images(hidden_TD, batch.image_spans)
-            began_s = time.perf_counter()
+        hidden_TD = self.embed(batch.tokens_T, batch.image_spans)
         norm_D, eps = self._weights.layers[0].input_norm_D, self.config.rms_norm_eps
         terms = self._attention.position_terms(batch)
         micro_batch = _MicroBatch(batch, hidden_TD, rms_norm(hidden_TD, norm_D, eps), terms)
-        self.seconds["attention"] += time.perf_counter() - began_s
+        vision_s = self.seconds.get("vision", 0.0) - vision_s
+        self.seconds["attention"] += time.perf_counter() - began_s - vision_s
         return micro_batch
 
     def _place_images(self, hidden_TD: torch.Tensor, spans: Sequence[ImageSpan]) -> None:
@@ -180,7 +199,7 @@ class Decoder:
         gated_s = clock()
         exchange.dispatch(layer, index, x_TD, expert_TK, weight_TK)
         dispatched_s = clock()
-        slice_.shared_TD = _shared(x_TD, w)
+        slice_.shared_TD = shared_mlp(x_TD, w)
         seconds["attention"] += attended_s - began_s
         seconds["gate"] += gated_s - attended_s
         seconds["dispatch"] += dispatched_s - gated_s
@@ -219,14 +238,20 @@ class Decoder:
 
     def _head(self, slice_: _MicroBatch) -> torch.Tensor:
         began_s = time.perf_counter()
-        rows_BD = slice_.hidden_TD.index_select(0, slice_.batch.sample_rows)
-        rows_BD = rms_norm(rows_BD, self._weights.final_norm_D, self.config.rms_norm_eps)
-        logits_BV = linear_wide(rows_BD, self._weights.lm_head_VD)
+        rows_BD, sample_rows = slice_.hidden_TD, slice_.batch.sample_rows
+        norm_D, eps = self._weights.final_norm_D, self.config.rms_norm_eps
+        if self.keeps_hidden:
+            self.hidden.append(rms_norm(rows_BD, norm_D, eps))
+            rows_BD = self.hidden[-1].index_select(0, sample_rows)
+        else:
+            rows_BD = rms_norm(rows_BD.index_select(0, sample_rows), norm_D, eps)
+        logits_BV = self.logits(rows_BD)
         self.seconds["head"] += time.perf_counter() - began_s
         return logits_BV
 
 
-def _shared(x_TD: torch.Tensor, w: AttentionLayerWeights) -> torch.Tensor | None:
+def shared_mlp(x_TD: torch.Tensor, w: LayerWeights) -> torch.Tensor | None:
+    """What every token passes; None where the routed experts' stack has it."""
     if w.shared_gate_up is None or w.shared_down is None:
         return None
     return mlp(x_TD, w.shared_gate_up, w.shared_down)
@@ -235,13 +260,16 @@ def _shared(x_TD: torch.Tensor, w: AttentionLayerWeights) -> torch.Tensor | None
 def _packed(weights: AttentionWeights) -> AttentionWeights:
     """The same weights, with linear layers in the form that `linear` reads fastest."""
     dtype = weights.embed_VD.dtype
-    layers = tuple(_packed_layer(w, dtype) for w in weights.layers)
+    layers = tuple(
+        replace(pack_layer(w), gate_ED=pack_gate(w.gate_ED, dtype)) for w in weights.layers
+    )
     return replace(weights, layers=layers, lm_head_VD=pack_linear(weights.lm_head_VD), vision=None)
 
 
-def _packed_layer(w: AttentionLayerWeights, dtype: torch.dtype) -> AttentionLayerWeights:
+def pack_layer(w: _Layer) -> _Layer:
+    """The same layer, with linear weights in the form that `linear` reads fastest."""
     q_a, kv_a = w.q_a, w.kv_a
-    if kv_a is not None and w.gate_ED.is_cuda:  # there a launch more costs more than the bytes
+    if kv_a is not None and w.input_norm_D.is_cuda:  # there a launch more costs more than the bytes
         joined = join_linear(q_a, kv_a)
         q_a, kv_a = (q_a, kv_a) if joined is None else (joined, None)
     return replace(
@@ -252,7 +280,6 @@ def _packed_layer(w: AttentionLayerWeights, dtype: torch.dtype) -> AttentionLaye
         o_proj=pack_linear(w.o_proj),
         shared_gate_up=_packed_if_there(w.shared_gate_up),
         shared_down=_packed_if_there(w.shared_down),
-        gate_ED=pack_gate(w.gate_ED, dtype),
     )
 
 

@@ -1,5 +1,8 @@
 """Mistral's own tensor names (`consolidated*.safetensors`), and which scheme a checkpoint follows.
 
+A draft head has no embedding and no vocabulary matrix, which are the model's; the MLP of its layers
+stands in the place of a shared expert.
+
 The text model's values are those of the Hugging Face layout; the vision tower's queries and keys
 lie in interleaved pairs instead of halves.
 Source: vLLM's `mistral_large_3.py` and `pixtral.py`.
@@ -13,6 +16,7 @@ from dataclasses import replace
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.weight_names import (
     COMMON_TABLE,
+    HEAD_JOINT,
     SINGLE_EXPERTS,
     TEXT_SCHEME,
     TEXT_SINGLE_SCHEME,
@@ -20,6 +24,7 @@ from ostro.actors.model.weight_names import (
     WRAPPER_SCHEME,
     WRAPPER_SINGLE_SCHEME,
     NamingScheme,
+    Role,
 )
 from ostro.configs.checkpoint_layout import CheckpointLayout
 
@@ -82,6 +87,27 @@ NATIVE_SCHEME = NamingScheme(
         replace(row, tensor=_NATIVE_NAMES[row.parameter]) for row in COMMON_TABLE + SINGLE_EXPERTS
     ),
     vision_table=tuple(replace(row, tensor=_NATIVE_NAMES[row.parameter]) for row in VISION_TABLE),
+)
+
+_HEAD_NAMES = {
+    "shared_gate": _LAYER + "feed_forward.w1.weight",
+    "shared_up": _LAYER + "feed_forward.w3.weight",
+    "shared_down": _LAYER + "feed_forward.w2.weight",
+}
+
+HEAD_SCHEME = NamingScheme(
+    layout=CheckpointLayout.MISTRAL,
+    prefix="",
+    unserved_prefixes=(),
+    table=(
+        HEAD_JOINT,
+        *(
+            replace(row, tensor=_HEAD_NAMES.get(row.parameter, row.tensor))
+            for row in NATIVE_SCHEME.table
+            if row.role is Role.ATTENTION and row.parameter not in ("embed", "lm_head", "gate")
+        ),
+    ),
+    vision_table=(),
 )
 
 

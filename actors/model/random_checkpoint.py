@@ -1,5 +1,7 @@
 """Seeded random checkpoints in the Hugging Face layout, for tests, benchmarks and the first run.
 
+A draft head for one is in Mistral's own layout, the only one that heads come in.
+
 Every value is a function of (seed, tensor name, index on axis 0 of stacked experts) through raw
 Philox words, which numpy defines by algorithm: the same seed gives the same bytes on every
 machine and version. Written as a stream, so a checkpoint may be larger than memory.
@@ -10,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,17 @@ import numpy as np
 import torch
 
 from ostro.actors.model.checkpoint_writer import TensorSpec, tensor_bytes, write_header
+from ostro.actors.model.native_names import HEAD_SCHEME
 from ostro.actors.model.weight_names import TEXT_SCHEME, WRAPPER_SCHEME, ExpectedTensor
+from ostro.configs.checkpoint_layout import CheckpointLayout
+from ostro.configs.config_writer import write_config_values
 from ostro.configs.hugging_face_config import TEXT_ARCHITECTURE, WRAPPER_ARCHITECTURE
-from ostro.configs.model import load_model_config
+from ostro.configs.model import ModelConfig, load_model_config
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _TOKEN_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
 _IMAGE_TOKEN_ID = 10
+_HEAD_MLP = 3  # its hidden width over the model's, as the official head has it
 _NORM_SPREAD = 0.1  # norms are not exactly one, so that a loader that forgets them is noticed
 
 
@@ -140,15 +146,49 @@ def write_random_checkpoint(directory: Path, model: RandomModel, seed: int = 0) 
     """
     write_config(directory, model)
     scheme = TEXT_SCHEME if model.vision is None else WRAPPER_SCHEME
-    tensors = list(scheme.expected(load_model_config(directory)).values())
-    partial = directory / "model.safetensors.partial"
+    tensors = scheme.expected(load_model_config(directory)).values()
+    _write_tensors(directory / "model.safetensors", tensors, model, seed)
+
+
+def write_random_head(
+    directory: Path, model: RandomModel, config: ModelConfig, *, num_layers: int = 2, seed: int = 0
+) -> None:
+    """Write params.json and consolidated.safetensors of a draft head into a directory.
+
+    Args:
+        directory: Made if it is not there.
+        model: The checkpoint that the head is for.
+        config: The config that was written of it.
+        num_layers: Of the head.
+        seed: Same seed, same bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    head = replace(
+        config,
+        num_layers=num_layers,
+        num_experts=0,
+        num_experts_per_token=0,
+        expert_hidden_size=_HEAD_MLP * config.hidden_size,
+        num_shared_experts=1,
+        vision=None,
+    )
+    layout = CheckpointLayout.MISTRAL
+    _write_json(directory / layout.config_name, write_config_values(head, layout, None))
+    tensors = HEAD_SCHEME.expected(head).values()
+    _write_tensors(directory / f"{layout.weights_stem}.safetensors", tensors, model, seed)
+
+
+def _write_tensors(
+    path: Path, tensors: Collection[ExpectedTensor], model: RandomModel, seed: int
+) -> None:
+    partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         dtype = _DTYPES[model.dtype]
         write_header(file, [TensorSpec(tensor.name, dtype, tensor.shape) for tensor in tensors])
         for tensor in tensors:
             for values in _values(tensor, model, seed):
                 file.write(tensor_bytes(values))
-    partial.replace(directory / "model.safetensors")
+    partial.replace(path)
 
 
 def write_config(directory: Path, model: RandomModel) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
-from ostro.actors.model.native_names import choose_naming
+from ostro.actors.model.native_names import HEAD_SCHEME, choose_naming
 from ostro.actors.model.weight_formats import NVFP4_GROUP, RawWeight, dequantize_into
 from ostro.actors.model.weight_names import ExpectedTensor, NamingScheme, Shape
 from ostro.configs.checkpoint_layout import CheckpointLayout
@@ -28,7 +28,7 @@ from ostro.configs.quantization import WeightFormat
 _ATTENTION = ("q_a", "q_b", "kv_a", "kv_b", "o_proj")
 _SHARED = ("shared_gate", "shared_up", "shared_down")
 _EXPERTS = ("experts_gate_up", "experts_down", "expert_gate", "expert_up", "expert_down")
-QUANTIZABLE = frozenset(_ATTENTION + _SHARED + _EXPERTS)
+QUANTIZABLE = frozenset((*_ATTENTION, *_SHARED, *_EXPERTS, "joint"))
 StoredPlain: TypeAlias = frozenset[tuple[str, int | None]]  # (parameter, layer) of some weights
 _PLAIN = ("BF16", "F32", "F16")
 _FP8_STEP = 16  # to which cuBLAS wants rows of weights, inputs and outputs aligned
@@ -134,7 +134,7 @@ def match_tensors(reader: CheckpointReader, config: ModelConfig) -> TensorMatch:
         CheckpointError: The names follow no known scheme.
     """
     names = reader.names()
-    scheme = choose_naming(names)
+    scheme = HEAD_SCHEME if config.is_draft_head() else choose_naming(names)
     search = _Search(reader, config, scheme, frozenset(names))
     weights = {
         expected.name: stored

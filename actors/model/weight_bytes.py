@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from ostro.actors.model.native_names import HEAD_SCHEME
 from ostro.actors.model.nvfp4_stacks import nvfp4_expert_bytes
 from ostro.actors.model.stored_weights import StoredPlain
 from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor, Role
@@ -18,7 +19,7 @@ from ostro.configs.quantization import WeightFormat
 
 # Parameters that stay FP8 -> the scales that come along: a weight's own and that of its inputs.
 # Gate and up of the shared expert are one weight.
-_SCALES = {"q_a": 2, "q_b": 2, "kv_a": 2, "o_proj": 2, "shared_down": 2}
+_SCALES = {"joint": 2, "q_a": 2, "q_b": 2, "kv_a": 2, "o_proj": 2, "shared_down": 2}
 _SCALES |= {"shared_gate": 2, "shared_up": 0}
 _SCALE_BYTES = torch.float32.itemsize
 
@@ -31,10 +32,10 @@ def attention_bytes(
     stacks_shared: bool = False,
     plain: StoredPlain = frozenset(),
 ) -> int:
-    """Memory that `load_attention_weights` fills, in bytes.
+    """Memory that `load_attention_weights`, or `load_head_weights`, fills, in bytes.
 
     Args:
-        config: The model.
+        config: The model, or a draft head.
         dtype: Of what is not quantised.
         precision: What quantised weights are held in, as `weights` says.
         stacks_shared: Whether shared experts go into the stack of routed ones, as whose last slots
@@ -45,9 +46,10 @@ def attention_bytes(
     """
     is_packed = stacks_shared and precision is WeightFormat.NVFP4
     is_packed = is_packed and not any(name.startswith(("shared_", "expert")) for name, _ in plain)
+    scheme = HEAD_SCHEME if config.is_draft_head() else TEXT_SCHEME
     num_bytes = sum(
         _attention_tensor_bytes(tensor, dtype, _held(tensor, precision, plain))
-        for tensor in TEXT_SCHEME.expected(config).values()
+        for tensor in scheme.expected(config).values()
         if tensor.role is Role.ATTENTION
         and not (is_packed and tensor.parameter.startswith("shared_"))
     )

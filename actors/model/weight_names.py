@@ -156,6 +156,9 @@ SINGLE_EXPERTS = (
 )
 
 
+# Makes of a token's embedding and of the hidden state before it, in this order, one row.
+HEAD_JOINT = _row("joint", "eagle_linear.weight", lambda c: (c.hidden_size, 2 * c.hidden_size))
+
 _TOWER = "vision_tower."
 _BLOCK = _TOWER + "transformer.layers.{layer}."
 _PROJECTOR = "multi_modal_projector."

@@ -129,7 +129,7 @@ class WeightSource:
         return out
 
     def take_linear(
-        self, parameters: Sequence[str], layer: int, dtype: torch.dtype
+        self, parameters: Sequence[str], layer: int | None, dtype: torch.dtype
     ) -> LinearWeight:
         """One or two parameters that multiply the same rows, as one weight, the first one's on top.
 

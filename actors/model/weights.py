@@ -20,9 +20,9 @@ V vocabulary; in w_uv V is the value dim of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -40,8 +40,8 @@ from ostro.kernels.nvfp4_experts import Nvfp4Experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionLayerWeights:
-    """One layer's share of the attention role; all in the model's dtype but `gate_ED` and FP8.
+class LayerWeights:
+    """Attention of one layer, and its MLP that every token passes; in the model's dtype or FP8.
 
     Attributes:
         q_a: [q_lora, D]; `kv_a`'s rows follow where that is None.
@@ -52,7 +52,6 @@ class AttentionLayerWeights:
         w_uk_HNC: Takes a nope query into latent space, or a latent to its nope key.
         w_uv_HVC: Takes a latent to a head's value.
         o_proj: [D, H * V].
-        gate_ED: float32.
         shared_gate_up: [2F, D] with F = `ModelConfig.shared_hidden_size()`; gate rows, then up.
             None where the routed experts' stack holds the shared one.
         shared_down: [D, F]; None likewise.
@@ -68,9 +67,19 @@ class AttentionLayerWeights:
     w_uv_HVC: torch.Tensor
     o_proj: LinearWeight
     post_norm_D: torch.Tensor
-    gate_ED: torch.Tensor
     shared_gate_up: LinearWeight | None
     shared_down: LinearWeight | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionLayerWeights(LayerWeights):
+    """One layer's share of the attention role.
+
+    Attributes:
+        gate_ED: float32.
+    """
+
+    gate_ED: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,6 +297,19 @@ def _stack_shared(
 def _attention_layer(
     source: WeightSource, layer: int, dtype: torch.dtype, shared_into: ExpertWeights | None
 ) -> AttentionLayerWeights:
+    held = take_layer(source, layer, dtype, shared_into)
+    values: dict[str, Any] = {field.name: getattr(held, field.name) for field in fields(held)}
+    return AttentionLayerWeights(**values, gate_ED=source.take("gate", layer, torch.float32))
+
+
+def take_layer(
+    source: WeightSource,
+    layer: int,
+    dtype: torch.dtype,
+    shared_into: ExpertWeights | None = None,
+) -> LayerWeights:
+    """Read one layer; arguments as `load_attention_weights`'s."""
+
     def take(parameter: str) -> torch.Tensor:
         return source.take(parameter, layer, dtype)
 
@@ -305,7 +327,7 @@ def _attention_layer(
         if stack is not None:
             _stack_shared(stack, shared_gate_up, shared_down)
             shared_gate_up = shared_down = None
-    return AttentionLayerWeights(
+    return LayerWeights(
         input_norm_D=take("input_norm"),
         q_a=take_linear("q_a"),
         q_a_norm=take("q_a_norm"),
@@ -316,7 +338,6 @@ def _attention_layer(
         w_uv_HVC=w_uv_HVC,
         o_proj=take_linear("o_proj"),
         post_norm_D=take("post_norm"),
-        gate_ED=source.take("gate", layer, torch.float32),
         shared_gate_up=shared_gate_up,
         shared_down=shared_down,
     )

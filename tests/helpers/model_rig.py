@@ -225,18 +225,34 @@ def oracle_image_logits(
     oracle: Any, tokens: Sequence[int], images: Sequence[ImageInput]
 ) -> torch.Tensor:
     """Logits after every token of a prompt with images, [T, V]."""
+    logits: torch.Tensor = _run_with_images(oracle, tokens, images).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def oracle_image_states(
+    oracle: Any, tokens: Sequence[int], images: Sequence[ImageInput]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeddings with the images' in their places, hidden states after the final norm), [T, D]."""
+    states = _run_with_images(oracle, tokens, images, output_hidden_states=True).hidden_states
+    return states[0][0], states[-1][0]
+
+
+def _run_with_images(
+    oracle: Any, tokens: Sequence[int], images: Sequence[ImageInput], **options: bool
+) -> Any:
     height = max(image.height for image in images)
     width = max(image.width for image in images)
     pixels = torch.zeros(len(images), 3, height, width)
     for place, image in zip(pixels, images, strict=True):
         place[:, : image.height, : image.width] = pictures.pixel_values(image)
-    logits: torch.Tensor = oracle(
+    return oracle(
         input_ids=torch.tensor([list(tokens)]),
         pixel_values=pixels,
         image_sizes=torch.tensor([[image.height, image.width] for image in images]),
         use_cache=False,
-    ).logits[0]
-    return logits
+        **options,
+    )
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def test_weights_serve_a_second_cache(directory: Path) -> None:
     """The norm's weight moves to the heads once, and a plain cache may come after it."""
     rig = ModelRig(directory, cache_dtype=FP8_ROWS)
     weights = rig.decoder._weights
-    again = Attention(rig.config, weights, rig.cache)
+    again = Attention(rig.config, weights.layers, rig.cache)
     first = rig.logits_in_chunks(TOKENS, 45)
     rig.decoder._attention = again
     assert torch.equal(rig.logits_in_chunks(TOKENS, 45), first)

@@ -2,8 +2,9 @@
 
 It takes messages from the router, runs the scheduler, executes planned steps and delivers their
 tokens. In a cell of several ranks the router's plans say when to run; the proposal for step s + 1
-goes out before step s runs, so planning never waits. A cell of one rank has nobody to agree with:
-it plans for itself, in place.
+goes out before step s runs, so planning never waits. With drafts, which follow on what step s
+brings, it goes out after. A cell of one rank has nobody to agree with: it plans for itself, in
+place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from ostro.actors.drafter import Drafting
 from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.grammar import GrammarCompiler
 from ostro.actors.engine.grammar_masks import MaskMaker
@@ -28,8 +30,7 @@ from ostro.actors.engine.request import (
     TokenEvent,
 )
 from ostro.actors.engine.scheduler import Scheduler
-from ostro.actors.engine.step import SampledToken, ScheduledStep, error_event, token_event
-from ostro.actors.engine.token_rules import sampling_state
+from ostro.actors.engine.step import ScheduledStep, error_event, token_event
 from ostro.actors.errors import OstroError, TransportError
 from ostro.actors.fabric.channel import ChannelClosedError, SyncConnection, SyncServer
 from ostro.actors.fabric.local_exchange import ExchangeCounters
@@ -47,8 +48,8 @@ from ostro.actors.fabric.messages import (
 )
 from ostro.actors.model.batch import Batch, build_batches, split_evenly
 from ostro.actors.model.decoder import ExpertExchange
-from ostro.actors.model.sampler import SamplingRow
 from ostro.actors.stage_counts import StageCounts
+from ostro.actors.step_sampling import StepSampler, StepSampling
 from ostro.configs.vision import VisionConfig
 
 logger = logging.getLogger(__name__)
@@ -86,22 +87,13 @@ class StepDecoder(Protocol):
         ...
 
 
-class StepSampler(Protocol):
-    """The choice of tokens as the loop knows it; `model.sampler.Sampler` is one."""
-
-    def sample(
-        self, logits: Sequence[torch.Tensor], rows: Sequence[SamplingRow]
-    ) -> list[SampledToken]:
-        """One token for each row."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionParts:
     """What one epoch's engine works with.
 
     Attributes:
         conducted: Whether the router plans the steps (a cell of several ranks).
+        drafting: Makes the drafts of the next step; None where there are none.
         grammars: Compiles grammars; outlives the epoch, as `masks` does.
         max_waiting_requests: How many requests may wait for their grammars.
         stages: Of this epoch; the scheduler reads them.
@@ -115,6 +107,7 @@ class AttentionParts:
     scheduler: Scheduler
     decoder: StepDecoder
     sampler: StepSampler
+    drafting: Drafting | None
     grammars: GrammarCompiler
     masks: MaskMaker
     exchange: StepExchange
@@ -134,6 +127,7 @@ class AttentionEngine:
     def __init__(self, parts: AttentionParts) -> None:
         self._parts = parts
         self._scheduler = parts.scheduler
+        self._sampling = StepSampling(parts.scheduler, parts.sampler, parts.masks)
         self._grammars = GrammarQueue(parts.grammars, parts.max_waiting_requests)
         self._ingress_of: dict[str, str] = {}
         self._plans: deque[StepPlan] = deque()
@@ -255,8 +249,12 @@ class AttentionEngine:
         step, self._proposed = self._proposed, None
         if step is None or step.num_tokens != sum(plan.tokens_AM[self._parts.rank]):
             raise TransportError(f"the plan of step {plan.step} is not what this rank proposed")
-        self._propose(owed=True)
+        plans_ahead = self._parts.drafting is None  # drafts follow on what this step brings
+        if plans_ahead:
+            self._propose(owed=True)
         self._execute(step, plan)
+        if not plans_ahead:
+            self._propose(owed=True)
 
     def _run_own_step(self) -> None:
         began_s = time.perf_counter()
@@ -277,46 +275,25 @@ class AttentionEngine:
             page_size=parts.page_size,
             num_micro_batches=len(plan.tokens_AM[parts.rank]),
         )
-        parts.masks.start(entry.progress for entry in step.entries if entry.samples)
+        self._sampling.start(step)
         parts.exchange.begin_step(plan)
         logits = parts.decoder.forward(batches, parts.exchange)
         parts.exchange.end_step()
         forward_s = time.perf_counter()
-        sampled = self._sample(step, logits)
+        self._sampling.finish(step, logits)
         sampled_s = time.perf_counter()
         seconds = self._host_seconds
         seconds["forward"] += forward_s - began_s
         seconds["sample"] += sampled_s - forward_s
-        events = self._scheduler.complete(step, sampled)
+        events = self._scheduler.complete(step)
         self.num_steps += 1
         self._deliver(events, step=plan.step)
         self._report_counts()
-        seconds["deliver"] += time.perf_counter() - sampled_s
-
-    def _sample(
-        self, step: ScheduledStep, logits: Sequence[torch.Tensor]
-    ) -> dict[str, SampledToken]:
-        entries = [entry for entry in step.entries if entry.samples]
-        if not entries:
-            return {}
-        self._parts.masks.wait()
-        rows = []
-        for entry in entries:
-            forced, bias, banned, allowed = sampling_state(entry.progress)
-            rows.append(
-                SamplingRow(
-                    progress=entry.progress,
-                    position=entry.start + entry.num_tokens,
-                    forced_token_id=forced,
-                    bias=bias,
-                    banned_token_ids=banned,
-                    allowed=allowed,
-                )
-            )
-        tokens = self._parts.sampler.sample(logits, rows)
-        return {
-            entry.progress.request_id: token for entry, token in zip(entries, tokens, strict=True)
-        }
+        delivered_s = time.perf_counter()
+        seconds["deliver"] += delivered_s - sampled_s
+        if parts.drafting is not None:
+            parts.drafting.after(step, batches)
+            seconds["sample"] += time.perf_counter() - delivered_s
 
     def _deliver(self, events: list[TokenEvent], *, step: int | None) -> None:
         if not events and step is None:

@@ -13,8 +13,8 @@ from ostro.actors.attention_engine import (
     AttentionParts,
     StepDecoder,
     StepExchange,
-    StepSampler,
 )
+from ostro.actors.drafter import Drafter, Drafting, NgramDrafter
 from ostro.actors.engine.grammar import GrammarCompiler
 from ostro.actors.engine.grammar_masks import MaskMaker
 from ostro.actors.engine.page_pool import PageLeakError
@@ -38,12 +38,16 @@ from ostro.actors.rank import EpochSpec, RankSpec
 from ostro.actors.rank_actor import RankActor
 from ostro.actors.rank_loop import Engine
 from ostro.actors.stage_counts import StageCounts
-from ostro.configs.deployment import Layout
+from ostro.actors.step_sampling import StepSampler
+from ostro.configs.deployment import EngineConfig, Layout
+from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CPU_CACHE_BYTES = 512 * 2**20
+_MOST_GRAPHED = 512  # rows with drafts; larger steps compute more than launches cost
 
 
 class AttentionShard(RankActor):
@@ -136,6 +140,7 @@ class AttentionShard(RankActor):
             scheduler=self._scheduler,
             decoder=self._decoder,
             sampler=self._sampler,
+            drafting=self._make_drafting(engine.speculation),
             grammars=self._grammars,
             masks=self._masks,
             exchange=exchange,
@@ -149,6 +154,16 @@ class AttentionShard(RankActor):
             take_counts=self._experts.take_counts if self._experts else None,
         )
         return AttentionEngine(parts), self._tokens.start()
+
+    def _make_drafting(self, speculation: SpeculationConfig | None) -> Drafting | None:
+        if speculation is None:
+            return None
+        return Drafting(self._make_drafter(speculation), speculation)
+
+    def _make_drafter(self, speculation: SpeculationConfig) -> Drafter:
+        if speculation.method is DraftMethod.NGRAM:
+            return NgramDrafter(speculation)
+        raise ConfigError(f"speculation.method={speculation.method}: nothing here drafts that way")
 
     def _pages_left(self) -> RequestPages | None:
         """Pages with what the last epoch cached: who goes on after it computes little again."""
@@ -178,10 +193,14 @@ class AttentionShard(RankActor):
             )
             return decoder
         graphed = GraphedDecoder(decoder, self._make_exchange(spec))
+        rows = rows_of_request(engine)
         graphed.capture(
-            max_requests=engine.max_running_requests,
+            max_requests=max(
+                engine.max_running_requests,
+                min(engine.max_running_requests * rows, engine.max_tokens_per_step, _MOST_GRAPHED),
+            ),
             max_context=max_context(spec, self._config),
-            num_pages=self._num_pages,
+            num_pages=self._num_pages * rows,  # each row reads its request's pages
         )
         return graphed
 
@@ -218,6 +237,11 @@ def stacks_shared(spec: RankSpec, config: ModelConfig) -> bool:
     is_single = spec.deployment.layout.layout is Layout.SINGLE
     slots = spec.placement.local_to_logical(spec.rank)
     return spec.device == "cuda" and is_single and slots == tuple(range(config.num_experts))
+
+
+def rows_of_request(engine: EngineConfig) -> int:
+    """Tokens of a request that one decode step computes, at most."""
+    return 1 if engine.speculation is None else 1 + engine.speculation.num_draft_tokens
 
 
 def max_context(spec: RankSpec, config: ModelConfig) -> int:

@@ -1,7 +1,7 @@
 """The production scheduler alone: host time and memory of a step, without a model and without Ray.
 
-What is timed is what a shard's engine waits for: `add()`, `schedule()` and `complete()`. Sampled
-tokens, prompts and what the engine does with events are made outside of it.
+What is timed is what a shard's engine waits for: `add()`, `schedule()`, `accept()` and
+`complete()`. Prompts and what the engine does with events are made outside of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ostro.actors.engine.request import (
     TokenEvent,
 )
 from ostro.actors.engine.scheduler import Scheduler
-from ostro.actors.engine.step import SampledToken
+from ostro.actors.engine.step import SampledToken, ScheduledStep
 from ostro.actors.full_collections import FullCollections
 from ostro.cluster.bench_figures import Figure
 from ostro.cluster.bench_progress import Progress
@@ -111,11 +111,17 @@ class Rig:
         step = self._timed(self.scheduler.schedule)
         if step is None:
             raise RuntimeError("the scheduler has nothing to do")
-        outputs = {entry.progress.request_id: _SAMPLED for entry in step.entries if entry.samples}
-        events = self._timed(partial(self.scheduler.complete, step, outputs))
+        events = self._timed(partial(self._complete, step))
         self.scheduler.cache_changes()  # as a shard does, or they would pile up
         self._replace_ended(events)
         return StepTime(self._wall_s, self._cpu_s)
+
+    def _complete(self, step: ScheduledStep) -> list[TokenEvent]:
+        accept = self.scheduler.accept
+        for entry in step.entries:
+            if entry.samples:
+                accept(entry, _SAMPLED)
+        return self.scheduler.complete(step)
 
     def _replace_ended(self, events: Sequence[TokenEvent]) -> None:
         """Put new requests in the place of those that ended."""

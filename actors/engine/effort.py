@@ -82,6 +82,18 @@ class ThinkingTracker:
         num_into_zone = zone - (limit - self.num_thinking_tokens)
         return max(_FULL_BIAS * num_into_zone / zone, 0.0)
 
+    def leaves_free(self, num_tokens: int) -> bool:
+        """Whether the next token, and so many after it, are chosen under what holds now.
+
+        Whatever the tokens are: opening and closing marks among them, too.
+        """
+        if self._cause is not None:
+            return False
+        if self._limit is None or (self.banned_token_ids and not self.is_open):
+            return True
+        left = self._limit - self.num_thinking_tokens
+        return num_tokens < left and num_tokens <= left - self._soft_zone_tokens
+
     def end_now(self) -> bool:
         """End the thinking on the caller's behalf; False if it has ended or is ending already."""
         if self.is_open:

@@ -18,6 +18,7 @@ from ostro.actors.errors import InvalidTransitionError
 if TYPE_CHECKING:
     from ostro.actors.engine.answer_grammar import AnswerGrammar
     from ostro.actors.engine.effort import ThinkingTracker
+    from ostro.actors.engine.ngrams import NgramIndex
 
 
 GRAMMAR_FAILED = "grammar_failed"  # error code of an answer that its grammar brought to a stop
@@ -264,6 +265,7 @@ class RequestProgress:
     Attributes:
         output_token_ids: Known output; given at construction where one goes on after a failure.
         draft_token_ids: Guesses of what follows the known tokens, for the next step to verify.
+        ngrams: Index of its text, for who drafts from that.
         is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
@@ -287,6 +289,7 @@ class RequestProgress:
         "grammar",
         "is_resumed",
         "max_num_tokens",
+        "ngrams",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_in_flight",
@@ -318,6 +321,7 @@ class RequestProgress:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.output_token_ids = list(output_token_ids or ())
         self.draft_token_ids: list[int] = []
+        self.ngrams: NgramIndex | None = None
         self.is_resumed = output_token_ids is not None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0

@@ -10,6 +10,10 @@ at once, within the step too: it writes latents in the order of its entries, bef
 `complete()` brings the results in, in order; those of a request that ended meanwhile are dropped,
 and its pages are held until no planned step refers to it any more.
 
+A decode may be followed by drafts of what comes next (`draft_room`). Their outputs come one by one,
+each under the request's state after the one before; the first that no draft equals is the last.
+Until they are in, nothing more is planned for the request.
+
 Every event is delivered once, by whichever of `complete()` and `take_events()` is called first.
 One thread calls everything. Nothing here knows the device, the model or the network.
 """
@@ -17,20 +21,15 @@ One thread calls everything. Nothing here knows the device, the model or the net
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 
 from ostro.actors.engine import token_rules
 from ostro.actors.engine.admission import AdmissionPolicy, check_servable
-from ostro.actors.engine.fairness import (
-    OUTPUT_WEIGHT,
-    TenantShares,
-    WaitingQueue,
-    youngest_victim,
-)
+from ostro.actors.engine.draft_room import DraftRoom
+from ostro.actors.engine.fairness import OUTPUT_WEIGHT, youngest_victim
 from ostro.actors.engine.request import FinishReason, RequestProgress, RequestState, TokenEvent
 from ostro.actors.engine.request_pages import RequestPages
+from ostro.actors.engine.roster import Roster
 from ostro.actors.engine.step import (
     Busy,
     SampledToken,
@@ -75,14 +74,12 @@ class Scheduler:
         # One request alone may fill the cache.
         self._longest = min(max_context, self._pages.num_slots)
         self._admission = AdmissionPolicy(config.max_waiting_requests, config.max_waiting_tokens)
-        self._requests: dict[str, RequestProgress] = {}
-        self._shares = TenantShares()
-        self._waiting = WaitingQueue(self._shares)
-        self._running: list[RequestProgress] = []
-        self._leaving: set[RequestProgress] = set()
+        self._roster = Roster(self._pages)
+        self._shares, self._waiting = self._roster.shares, self._roster.waiting
+        self._running = self._roster.running
+        self._drafts = DraftRoom(self._roster, self._pages, config.max_tokens_per_step)
         self._events: list[TokenEvent] = []
         self._blocked = (-1, -1)
-        self._num_arrivals = 0
         self._steps = StepLedger(StepBudget(config))
         self._totals = Totals()
 
@@ -96,7 +93,7 @@ class Scheduler:
             OverloadedError: Too much waits already.
         """
         choices = (first, *others)
-        if any(progress.request_id in self._requests for progress in choices):
+        if any(self._roster.find(progress.request_id) for progress in choices):
             raise InvalidRequestError(
                 "this request_id is in use", code="duplicate_request_id", param="request_id"
             )
@@ -107,19 +104,15 @@ class Scheduler:
             self._enter(progress)
 
     def _enter(self, progress: RequestProgress) -> None:
-        progress.arrival = self._num_arrivals
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
-        self._num_arrivals += 1
         token_rules.begin(progress)
-        self._requests[progress.request_id] = progress
-        self._shares.enter(progress.request.tenant)
-        self._waiting.add(progress)
+        self._roster.enter(progress)
         if (reason := token_rules.reason_to_end(progress)) is not None:
             self._end(progress, reason)
 
     def cancel(self, request_id: str) -> bool:
         """End a request with a CANCELLED event; False if it is not here (any more)."""
-        progress = self._requests.get(request_id)
+        progress = self._roster.find(request_id)
         if progress is None:
             return False
         self._end(progress, FinishReason.CANCELLED)
@@ -127,7 +120,7 @@ class Scheduler:
 
     def end_thinking(self, request_id: str) -> bool:
         """Close a request's thinking from its next token on; False if there is none to close."""
-        progress = self._requests.get(request_id)
+        progress = self._roster.find(request_id)
         if progress is None or progress.thinking is None:
             return False
         return progress.thinking.end_now()
@@ -153,12 +146,49 @@ class Scheduler:
             return None
         if not self._shares.contended:
             self._shares.charge_alone(step)
+        if self._config.speculation is not None:
+            self._drafts.place(step)
         return step
 
-    def complete(
-        self, step: ScheduledStep, outputs: Mapping[str, SampledToken]
-    ) -> list[TokenEvent]:
-        """Bring in the results of a step: one token for each entry that samples.
+    def accept(self, entry: ScheduledRequest, sampled: SampledToken) -> bool:
+        """Bring in the next token of an entry that samples; `complete` follows when all are in.
+
+        Returns:
+            Whether the entry's next draft was right, so that the token after it is wanted too.
+        """
+        progress, token_id = entry.progress, sampled.token_id
+        if progress.state is _FINISHED:
+            return False
+        output = progress.output_token_ids
+        if (grammar := progress.grammar) is not None and grammar.error is not None:
+            if entry.outputs:
+                self._tell(entry, None)
+            self._events.append(error_event(progress.request, grammar.error, len(output)))
+            self._roster.finish(progress)
+            return False
+        output.append(token_id)
+        self._totals.output_tokens += 1
+        token_rules.observe(progress, token_id)
+        reason = token_rules.reason_to_end(progress)
+        if entry.outputs is None:
+            logprobs = [sampled.logprob] if sampled.logprob is not None else None
+            event = token_event(progress, len(output) - 1, [token_id], logprobs, reason)
+            self._events.append(event)
+        else:
+            entry.outputs.append(sampled)
+            if reason is None and entry.is_next_draft_right():
+                return True
+            self._tell(entry, reason)
+        if reason is not None:
+            self._roster.finish(progress)
+        return False
+
+    def grow_for_drafts(self, progress: RequestProgress, num_tokens: int) -> bool:
+        """Take the pages of a running request for so many tokens; False where others need them."""
+        return progress.state is _RUNNING and self._drafts.grow(progress, num_tokens)
+
+    def complete(self, step: ScheduledStep) -> list[TokenEvent]:
+        """Bring a step to its end, its tokens having been accepted.
 
         Returns:
             All events not delivered yet, those of this step among them.
@@ -167,20 +197,23 @@ class Scheduler:
             RuntimeError: An earlier step is not completed yet.
         """
         self._steps.check_next(step)
+        num_wasted = 0
         for entry in step.entries:
-            progress = entry.progress
+            progress, end = entry.progress, entry.start + entry.num_tokens
             progress.num_in_flight -= 1
+            if entry.num_drafts:
+                num_rejected = self._drafts.close(entry)
+                num_wasted += num_rejected
+                end -= num_rejected
             # A request that was preempted meanwhile has another list: its latents are gone.
             if entry.pages is progress.pages:
-                self._pages.publish(progress, entry.start + entry.num_tokens)
+                self._pages.publish(progress, end)
             if entry.samples:
                 progress.num_pending_outputs -= 1
             if progress.state is _FINISHED:
-                self._let_go(progress)
-            elif entry.samples:
-                self._append_output(progress, outputs[progress.request_id])
+                self._roster.let_go(progress)
         seconds = self._steps.complete(step, self._clock())
-        self._admission.record(step.num_tokens, seconds)
+        self._admission.record(step.num_tokens - num_wasted, seconds)
         return self.take_events()
 
     def take_events(self) -> list[TokenEvent]:
@@ -196,7 +229,7 @@ class Scheduler:
 
     def is_idle(self) -> bool:
         """Whether there is no request and no step in flight."""
-        return not self._requests and not self._steps
+        return not self._roster and not self._steps
 
     def load(self) -> ShardLoad:
         """Numbers for the router and for metrics."""
@@ -214,12 +247,12 @@ class Scheduler:
         Raises:
             PageLeakError: The books are wrong.
         """
-        self._pages.hand_over((*self._running, *self._leaving), self._steps)
+        self._pages.hand_over(self._roster.holders(), self._steps)
         return self._pages
 
     def check_integrity(self) -> None:
         """Raise PageLeakError unless every page is free, idle, or held exactly as counted."""
-        self._pages.check([*self._running, *self._leaving])
+        self._pages.check(self._roster.holders())
 
     # ---- planning
 
@@ -248,7 +281,7 @@ class Scheduler:
         for progress in prefilling:
             num_new = self._chunk(step, progress)
             end = progress.num_computed_tokens + num_new
-            if num_new and progress.state is _RUNNING and self._find_pages(step, progress, end):
+            if num_new > 0 and progress.state is _RUNNING and self._find_pages(step, progress, end):
                 self._place(step, progress, num_new)
                 self._pages.publish(progress, end)
 
@@ -290,13 +323,10 @@ class Scheduler:
             self._pages.release(progress)
             self._blocked = (progress.arrival, pool.num_releases)
             return False
-        self._waiting.remove(progress)
         if progress.state is RequestState.WAITING:
             progress.stopwatch = Stopwatch(self._clock, self._stages, progress.arrived_s)
             self._totals.begin(progress, num_cached)
-        progress.move_to(_RUNNING)
-        progress.num_computed_tokens = num_cached
-        insort(self._running, progress, key=attrgetter("arrival"))
+        self._roster.begin(progress, num_cached)
         return True
 
     def _is_blocked(self, progress: RequestProgress) -> bool:
@@ -330,7 +360,7 @@ class Scheduler:
     def _give_way(self, step: ScheduledStep) -> None:
         """Preempt a request of a tenant beyond its share, if the first waiting one is blocked."""
         first, victim = self._waiting.first(), None
-        if self._leaving or first.num_in_flight:
+        if self._roster.leaving or first.num_in_flight:
             return
         if len(self._running) >= self._config.max_running_requests:
             victim = self._shares.victim_for_place(first, self._running)
@@ -343,7 +373,7 @@ class Scheduler:
         """Get a running request pages for so many tokens, from younger ones if need be."""
         while not self._pages.grow(progress, num_tokens):
             victim = youngest_victim(step, self._running, progress)
-            if self._leaving or victim is None:
+            if self._roster.leaving or victim is None:
                 return False
             self._preempt(step, victim)
             if victim is progress:
@@ -351,50 +381,22 @@ class Scheduler:
         return True
 
     def _preempt(self, step: ScheduledStep, progress: RequestProgress) -> None:
-        self._running.remove(progress)
-        self._pages.release(progress)
-        progress.move_to(RequestState.PREEMPTED)
-        progress.num_computed_tokens = 0
-        self._waiting.add(progress)
+        self._roster.preempt(progress)
         self._totals.preemptions += 1
         step.preempted.append(progress.request_id)
 
     # ---- ends
 
-    def _append_output(self, progress: RequestProgress, sampled: SampledToken) -> None:
-        token_id, output = sampled.token_id, progress.output_token_ids
-        first_index = len(output)
-        if (grammar := progress.grammar) is not None and grammar.error is not None:
-            self._events.append(error_event(progress.request, grammar.error, first_index))
-            self._finish(progress)
-            return
-        output.append(token_id)
-        self._totals.output_tokens += 1
-        token_rules.observe(progress, token_id)
-        reason = token_rules.reason_to_end(progress)
-        logprobs = [sampled.logprob] if sampled.logprob is not None else None
-        self._events.append(token_event(progress, first_index, [token_id], logprobs, reason))
-        if reason is not None:
-            self._finish(progress)
+    def _tell(self, entry: ScheduledRequest, reason: FinishReason | None) -> None:
+        """Tell of all that the step brought to an entry with drafts."""
+        outputs = entry.outputs or []
+        first_index = len(entry.progress.output_token_ids) - len(outputs)
+        logprobs = [output.logprob for output in outputs if output.logprob is not None]
+        token_ids = [output.token_id for output in outputs]
+        event = token_event(entry.progress, first_index, token_ids, logprobs or None, reason)
+        self._events.append(event)
 
     def _end(self, progress: RequestProgress, reason: FinishReason) -> None:
         """End a request between its tokens."""
         self._events.append(token_event(progress, len(progress.output_token_ids), [], None, reason))
-        self._finish(progress)
-
-    def _finish(self, progress: RequestProgress) -> None:
-        if progress.state is _RUNNING:
-            self._running.remove(progress)
-        else:
-            self._waiting.remove(progress)
-        progress.move_to(_FINISHED)
-        del self._requests[progress.request_id]
-        self._shares.leave(progress.request.tenant)
-        self._leaving.add(progress)
-        self._let_go(progress)
-
-    def _let_go(self, progress: RequestProgress) -> None:
-        """Free the pages of a finished request, unless a planned step still refers to them."""
-        if not progress.num_in_flight:
-            self._leaving.discard(progress)
-            self._pages.release(progress)
+        self._roster.finish(progress)

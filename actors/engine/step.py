@@ -32,7 +32,10 @@ class ScheduledRequest(msgspec.Struct, gc=False):
         token_ids: None stands for the token that an earlier step has yet to sample; only the last
             can be None.
         pages: The request's own by reference; it may grow, but what this step needs stays.
-        samples: Whether the step samples the request's next token.
+        samples: Whether the step samples the request's next token: after the last one that is no
+            draft. Of a draft that it equals the next token is sampled too, and so on.
+        num_drafts: How many of the tokens, the last ones, are guesses.
+        outputs: What the step has brought to an entry with drafts.
     """
 
     progress: RequestProgress
@@ -41,6 +44,20 @@ class ScheduledRequest(msgspec.Struct, gc=False):
     token_ids: list[int | None]
     pages: array[int]
     samples: bool
+    num_drafts: int = 0
+    outputs: list[SampledToken] | None = None
+
+    def is_next_draft_right(self) -> bool:
+        """Whether the last of the outputs, which there are, was guessed."""
+        num_outputs = len(self.outputs or ())
+        if num_outputs > self.num_drafts or self.outputs is None:
+            return False
+        place = self.num_tokens - self.num_drafts + num_outputs - 1
+        return self.token_ids[place] == self.outputs[-1].token_id
+
+    def num_accepted(self) -> int:
+        """Drafts that were right and had a token sampled after them, once the step is through."""
+        return max(len(self.outputs or ()) - 1, 0)
 
 
 @dataclass(slots=True)
@@ -50,9 +67,10 @@ class ScheduledStep:
     Attributes:
         index: Counts up from 0; steps are completed in this order.
         preempted: Ids of requests that lost their pages to this step.
-        num_tokens: Of all entries.
-        num_decodes: Entries that advance by one token, the first ones.
-        budget: What `num_tokens` may come to.
+        num_tokens: Of all entries, drafts included.
+        num_drafts: Likewise.
+        num_decodes: Entries that advance by one token and their drafts, the first ones.
+        budget: What `num_tokens` may come to without drafts.
     """
 
     index: int
@@ -60,6 +78,7 @@ class ScheduledStep:
     entries: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     num_tokens: int = 0
+    num_drafts: int = 0
     num_decodes: int = 0
     budget: int = 0
 

@@ -39,10 +39,11 @@ class StepBudget:
 
         A quick one says something if it was full: less than the budget may have been there to do.
         """
-        num_prompt = step.num_tokens - step.num_decodes
+        num_certain = step.num_tokens - step.num_drafts
+        num_prompt = num_certain - step.num_decodes
         if self._target_s is None or not step.num_decodes or not num_prompt or seconds <= 0.0:
             return
         fitting = num_prompt * self._target_s / seconds
-        if seconds > self._target_s or step.num_tokens == step.budget:
+        if seconds > self._target_s or num_certain == step.budget:
             most = self.num_prompt_tokens * _FASTEST_GROWTH + 1
             self.num_prompt_tokens = int(min(max(fitting, self._least), most, self._most))

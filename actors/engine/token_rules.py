@@ -76,6 +76,18 @@ def sampling_state(progress: RequestProgress) -> SamplingState:
     return SamplingState(None, None, banned) if banned else _FREE_CHOICE
 
 
+def holds_for(progress: RequestProgress, num_tokens: int) -> bool:
+    """Whether what holds for the next token holds for so many after it too, whatever they are.
+
+    If not, each has to be asked for when the one before is known.
+    """
+    if progress.grammar is not None or progress.request.sampling.needs_counts:
+        return False
+    if len(progress.output_token_ids) < progress.request.stop.min_tokens:
+        return False
+    return progress.thinking is None or progress.thinking.leaves_free(num_tokens)
+
+
 def _held_to_grammar(
     progress: RequestProgress, grammar: AnswerGrammar, banned: tuple[int, ...]
 ) -> SamplingState:

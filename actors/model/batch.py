@@ -1,8 +1,9 @@
 """What a micro-batch of a step looks like to the model: tensors, made on the host from a plan.
 
 A step's tokens stand in the order of its entries and are cut into micro-batches at any token, so a
-request's chunk may span two of them. Rows of a single new token attend together (decode); longer
-spans attend one by one (prefill). `moved` takes a step's batches to the device that computes it.
+request's chunk may span two of them. Rows of a single new token attend together (decode), and so
+does each token of a decode with drafts, with a context of its own; longer spans attend one by one
+(prefill). `moved` takes a step's batches to the device that computes it.
 
 Shape letters: T tokens of the micro-batch, B rows that attend as decode, n pages of a request.
 """
@@ -200,7 +201,9 @@ def _build(spans: Sequence[_Span], page_size: int, position_offset: int) -> Batc
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
-    decodes: list[tuple[int, _Span]] = []
+    decode_rows: list[int] = []  # and of each its pages and how much of them it attends to
+    tables: list[Sequence[int]] = []
+    lengths: list[int] = []
     prefills: list[PrefillSpan] = []
     sample_rows: list[int] = []
     image_spans: list[ImageSpan] = []
@@ -212,36 +215,45 @@ def _build(spans: Sequence[_Span], page_size: int, position_offset: int) -> Batc
             tokens.append(_known_token(entry, span.first))
             positions.append(start + position_offset)
             slots.append(entry.pages[start // page_size] * page_size + start % page_size)
-            decodes.append((row, span))
+            decode_rows.append(row)
+            tables.append(entry.pages)
+            lengths.append(start + 1)
         else:
             tokens.extend(_known_token(entry, index) for index in range(span.first, span.stop))
             positions.extend(range(start + position_offset, stop + position_offset))
             _extend_slots(slots, entry.pages, start, stop, page_size)
+            if entry.num_drafts:
+                decode_rows.extend(range(row, row + span.num_tokens))
+                tables.extend([entry.pages] * span.num_tokens)
+                lengths.extend(range(start + 1, stop + 1))
+        if span.num_tokens > 1 and not entry.num_drafts:
             pages_n = torch.from_numpy(np.array(entry.pages[: -(-stop // page_size)], np.int64))
             prefills.append(PrefillSpan(slice(row, row + span.num_tokens), start, pages_n))
         if entry.progress.request.images:
             image_spans.extend(_image_spans(entry.progress.request.images, start, stop, row))
-        if entry.samples and span.stop == entry.num_tokens:
-            sample_rows.append(len(tokens) - 1)
+        if entry.samples:
+            if entry.num_drafts:
+                first = max(entry.num_tokens - 1 - entry.num_drafts, span.first)
+                sample_rows.extend(range(row + first - span.first, row + span.num_tokens))
+            elif span.stop == entry.num_tokens:
+                sample_rows.append(len(tokens) - 1)
     return Batch(
         tokens_T=torch.tensor(tokens, dtype=torch.int64),
         positions_T=torch.tensor(positions, dtype=torch.int64),
         slots_T=torch.tensor(slots, dtype=torch.int64),
         last_position=max(positions, default=-1),
-        decode_rows=_row_index([row for row, _ in decodes]),
-        decode_plan=_decode_plan([span for _, span in decodes], page_size),
+        decode_rows=_row_index(decode_rows),
+        decode_plan=_decode_plan(tables, lengths, page_size),
         prefill_spans=prefills,
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
         image_spans=image_spans,
     )
 
 
-def _decode_plan(spans: Sequence[_Span], page_size: int) -> DecodePlan | None:
-    if not spans:
-        return None
-    tables = [span.entry.pages for span in spans]
-    lengths = [span.entry.start + span.first + 1 for span in spans]
-    return DecodePlan(tables, lengths, page_size, torch.device("cpu"))
+def _decode_plan(
+    tables: Sequence[Sequence[int]], lengths: Sequence[int], page_size: int
+) -> DecodePlan | None:
+    return DecodePlan(tables, lengths, page_size, torch.device("cpu")) if lengths else None
 
 
 def _known_token(entry: ScheduledRequest, index: int) -> int:

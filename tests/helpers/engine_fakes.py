@@ -24,7 +24,10 @@ from ostro.actors.engine.request import (
     SamplingParams,
     StopParams,
     ThinkingParams,
+    TokenLogprob,
 )
+from ostro.actors.engine.rounds import Choice, choose_in_rounds
+from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledRequest, ScheduledStep
 from ostro.actors.engine.token_rules import SamplingState, begin, observe, sampling_state
 from ostro.actors.engine.vocabulary import Vocabulary
@@ -159,23 +162,38 @@ class FakeDevice:
         self._page_size = page_size
         self._slots: dict[tuple[int, int], tuple[int, int]] = {}
         self._sampled: dict[int, int] = {}
+        self.num_rounds = 0
 
-    def run(self, step: ScheduledStep) -> dict[str, SampledToken]:
+    def run(self, step: ScheduledStep, scheduler: Scheduler | None = None) -> None:
         """Execute a step: all latents are written before any is read, as in one forward.
 
         A step may be cut into micro-batches too, so nobody may read what a later entry writes.
+        What is sampled goes to the scheduler; without one nothing is.
         """
         writers: dict[tuple[int, int], int] = {}
         for index, entry in enumerate(step.entries):
             self._write(entry, index, writers)
-        outputs = {}
-        for index, entry in enumerate(step.entries):
-            tokens = self._read(entry, index, writers)
-            if entry.samples:
-                token_id = fake_next_token(tokens, sampling_state(entry.progress))
-                self._sampled[id(entry.progress)] = token_id
-                outputs[entry.progress.request_id] = SampledToken(token_id)
-        return outputs
+        read = {
+            id(entry): self._read(entry, index, writers) for index, entry in enumerate(step.entries)
+        }
+        if scheduler is None:
+            return
+
+        def choose(choices: Sequence[Choice]) -> list[SampledToken]:
+            self.num_rounds += 1
+            return [
+                SampledToken(
+                    token_id := fake_next_token(read[id(entry)][:position], state),
+                    TokenLogprob(token_id, -float(position), []),
+                )
+                for entry, position, _, state in choices
+            ]
+
+        def accept(entry: ScheduledRequest, token: SampledToken) -> bool:
+            self._sampled[id(entry.progress)] = token.token_id
+            return scheduler.accept(entry, token)
+
+        choose_in_rounds(step, choose, accept, lambda _: None)
 
     def _slot(self, entry: ScheduledRequest, position: int) -> tuple[int, int]:
         return entry.pages[position // self._page_size], position % self._page_size

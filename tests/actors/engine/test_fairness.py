@@ -142,7 +142,8 @@ class _Shard:
         step = self.scheduler.schedule()
         if step is None:
             return
-        for event in self.scheduler.complete(step, self._device.run(step)):
+        self._device.run(step, self.scheduler)
+        for event in self.scheduler.complete(step):
             done = self.outputs.get(event.request_id, 0)
             self.outputs[event.request_id] = done + len(event.token_ids)
 
@@ -218,14 +219,15 @@ def test_two_floods_get_the_same_number_of_tokens() -> None:
     for i in range(48):
         shard.add(f"b-{i}", "b", num_tokens=2, max_tokens=8)  # mostly output
     had = {"a": 0, "b": 0}
-    while all(any(n.startswith(t) for n in shard.scheduler._requests) for t in had):
+    while all(any(n.startswith(t) for n in shard.scheduler._roster._requests) for t in had):
         step = shard.scheduler.schedule()
         if step is None:
             break
         for entry in step.entries:
             # A token of output counts twice.
             had[entry.progress.request.tenant] += entry.num_tokens + entry.samples
-        shard.scheduler.complete(step, shard._device.run(step))
+        shard._device.run(step, shard.scheduler)
+        shard.scheduler.complete(step)
     assert had["a"] == pytest.approx(had["b"], rel=0.35)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from enum import Enum, auto
 from itertools import count
 
 import msgspec
 import pytest
 from engine_fakes import (
+    EOS,
+    VOCABULARY,
     FakeDevice,
     expected_generation,
     make_fake_image,
@@ -40,8 +43,11 @@ from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import ScheduledStep
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 _BEGIN, _END = 3, 4
+_MOST_DRAFTS = 5
+_SPECULATION = SpeculationConfig(method=DraftMethod.NGRAM, num_draft_tokens=_MOST_DRAFTS)
 
 # Few distinct beginnings, so that prefixes are often shared.
 _PROMPTS = st.builds(
@@ -97,6 +103,24 @@ def _shown(thinking: ThinkingTracker | None) -> tuple[object, ...]:
     return thinking.is_open, thinking.num_thinking_tokens, thinking.ended_by
 
 
+class Guess(Enum):
+    """How good drafts are."""
+
+    RIGHT = auto()
+    MIXED = auto()
+    WRONG = auto()
+    BEYOND = auto()
+
+    def drafts(self, rest: list[int], known: int) -> list[int]:
+        """Drafts of a request with so many known outputs, of which these follow."""
+        if self is Guess.RIGHT:
+            return list(rest)
+        if self is Guess.BEYOND:  # more than there will be, and end marks too
+            return [*rest, EOS, 9, 7, 7, 7]
+        keep = 0 if self is Guess.WRONG else known * 7 % 4
+        return [token if i < keep else (token + 1) % VOCABULARY for i, token in enumerate(rest)]
+
+
 class RandomLives(RuleBasedStateMachine):
     """Callers, scheduler and device, in any order that the contract allows."""
 
@@ -108,6 +132,7 @@ class RandomLives(RuleBasedStateMachine):
         max_context=st.integers(8, 40),
         prefix_cache=st.booleans(),
         num_ahead=st.integers(0, 2),
+        guess=st.sampled_from([None, None, *Guess]),
     )
     def start(
         self,
@@ -118,12 +143,15 @@ class RandomLives(RuleBasedStateMachine):
         max_context: int,
         prefix_cache: bool,
         num_ahead: int,
+        guess: Guess | None,
     ) -> None:
+        self.guess = guess
         self.config = EngineConfig(
             page_size=page_size,
             max_tokens_per_step=max_tokens_per_step,
             max_running_requests=min(max_running, max_tokens_per_step),
             prefix_cache=prefix_cache,
+            speculation=None if guess is None else _SPECULATION,
         )
         self.max_context, self.num_pages = max_context, num_pages
         self.num_slots = num_pages * page_size
@@ -139,6 +167,7 @@ class RandomLives(RuleBasedStateMachine):
         self.left_behind: set[str] = set()  # ended, maybe with a step in flight that was lost
         self.num_heard = 0
         self.cached: set[int] = set()
+        self.whole: dict[str, tuple[list[int], FinishReason]] = {}
 
     # ---- what callers do
 
@@ -268,8 +297,18 @@ class RandomLives(RuleBasedStateMachine):
     @rule()
     def complete(self) -> None:
         step = self.in_flight.popleft()
-        outputs = self.device.run(step)
-        self._hear(self.scheduler.complete(step, outputs))
+        self.device.run(step, self.scheduler)
+        self._hear(self.scheduler.complete(step))
+        self._draft(step)
+
+    def _draft(self, step: ScheduledStep) -> None:
+        if self.guess is None:
+            return
+        for entry in step.entries:
+            progress = entry.progress
+            known = len(progress.output_token_ids)
+            rest = self._expected(progress.request)[0][known : known + _MOST_DRAFTS]
+            progress.draft_token_ids = self.guess.drafts(rest, known)
 
     @rule(num_turns=st.integers(1, 12))
     def turn(self, num_turns: int) -> None:
@@ -349,9 +388,11 @@ class RandomLives(RuleBasedStateMachine):
             self._check_life(request_id, progress)
 
     def _expected(self, request: GenerationRequest) -> tuple[list[int], FinishReason]:
-        longest = min(self.max_context, self.num_slots)
-        whole = _with_thinking(request, ended_by_caller=False)
-        return expected_generation(whole, max_context=longest)
+        if request.request_id not in self.whole:
+            longest = min(self.max_context, self.num_slots)
+            whole = _with_thinking(request, ended_by_caller=False)
+            self.whole[request.request_id] = expected_generation(whole, max_context=longest)
+        return self.whole[request.request_id]
 
     def _check_step(self, step: ScheduledStep) -> None:
         assert step.num_tokens == sum(entry.num_tokens for entry in step.entries)
@@ -363,7 +404,7 @@ class RandomLives(RuleBasedStateMachine):
         for index, entry in enumerate(step.entries):
             end = entry.start + entry.num_tokens
             writes = set(entry.pages[entry.start // page_size : -(-end // page_size)])
-            fills = set(entry.pages[: end // page_size])
+            fills = set(entry.pages[: (end - entry.num_drafts) // page_size])
             readers = [later.progress for later in step.entries[index + 1 :]]
             assert len(entry.pages) * page_size >= end
             assert entry.num_tokens > 0
@@ -382,6 +423,9 @@ class RandomLives(RuleBasedStateMachine):
             assert event.request_id not in self.ended, "an event after the last"
             heard = self.heard[event.request_id]
             assert event.first_index == self.num_given[event.request_id] + len(heard)
+            first = self.lives[event.request_id].num_prompt_tokens + event.first_index
+            told = [(logprob.token_id, -logprob.logprob) for logprob in event.logprobs or ()]
+            assert told == [(token, first + i) for i, token in enumerate(event.token_ids)]
             heard.extend(event.token_ids)
             if event.finish_reason is not None:
                 self.ended[event.request_id] = event

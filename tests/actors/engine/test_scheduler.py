@@ -61,10 +61,10 @@ def _plan(scheduler: Scheduler) -> ScheduledStep:
 
 
 def _complete(scheduler: Scheduler, step: ScheduledStep, token_id: int = 9) -> list[TokenEvent]:
-    outputs = {
-        entry.progress.request_id: SampledToken(token_id) for entry in step.entries if entry.samples
-    }
-    events = scheduler.complete(step, outputs)
+    for entry in step.entries:
+        if entry.samples:
+            scheduler.accept(entry, SampledToken(token_id))
+    events = scheduler.complete(step)
     scheduler.check_integrity()
     return events
 
@@ -524,7 +524,9 @@ def test_events_carry_logprobs_where_the_sampler_gave_them() -> None:
     scheduler = _scheduler()
     _add(scheduler, make_request())
     logprob = TokenLogprob(9, -0.5, [(9, -0.5)])
-    (event,) = scheduler.complete(_plan(scheduler), {"r": SampledToken(9, logprob)})
+    step = _plan(scheduler)
+    scheduler.accept(step.entries[0], SampledToken(9, logprob))
+    (event,) = scheduler.complete(step)
     assert event.logprobs == [logprob]
 
 

@@ -110,9 +110,10 @@ def test_a_long_prompt_beside_a_stream_is_cut_to_the_target():
         assert step is not None
         began = now[0]
         now[0] += 0.004 + 0.001 * (step.num_tokens - step.num_decodes)
-        scheduler.complete(
-            step, {e.progress.request_id: SampledToken(9) for e in step.entries if e.samples}
-        )
+        for entry in step.entries:
+            if entry.samples:
+                scheduler.accept(entry, SampledToken(9))
+        scheduler.complete(step)
         return step, now[0] - began
 
     turn()

@@ -1,0 +1,98 @@
+"""Prompt lookup: what followed the last tokens where they stood before, in the same request.
+
+An index of a request's text grows with it, so that a look-up costs the same at any length: short
+runs of tokens are found by hash, the longest earlier one by walking back from its latest places.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+_TOKEN_BITS = 32
+_MOST_PLACES = 16  # where the shortest run stood, that are looked at: the latest ones
+
+
+class NgramIndex:
+    """The runs of one request's tokens.
+
+    Args:
+        prompt: The first tokens; kept by reference, as `output` is, which may grow.
+        output: Those that follow.
+        max_ngram: Longest run that is compared.
+        min_ngram: Shortest run that counts.
+    """
+
+    def __init__(
+        self, prompt: list[int], output: list[int], *, max_ngram: int, min_ngram: int
+    ) -> None:
+        self._prompt, self._output = prompt, output
+        self._min, self._max = min_ngram, max_ngram
+        self._mask = (1 << _TOKEN_BITS * min_ngram) - 1
+        self._key = 0  # the last `min_ngram` of the indexed tokens
+        self._num_indexed = 0
+        self._last_of: dict[int, int] = {}  # position of the last token of the latest such run
+        self._before = array("i")  # by the same positions, of the run before; -1 for none
+
+    def extend(self, most: int) -> int:
+        """Take in new tokens, but no more than `most`; returns how many."""
+        first, num_prompt = self._num_indexed, len(self._prompt)
+        last = min(num_prompt + len(self._output), first + most)
+        tokens = self._prompt[first:last]
+        tokens += self._output[max(first - num_prompt, 0) : max(last - num_prompt, 0)]
+        key, mask, last_of, before = self._key, self._mask, self._last_of, self._before
+        for position, token_id in enumerate(tokens, first):
+            key = (key << _TOKEN_BITS | token_id) & mask
+            before.append(last_of.get(key, -1))
+            last_of[key] = position
+        self._key, self._num_indexed = key, last
+        return last - first
+
+    def draft(self, num_tokens: int) -> list[int]:
+        """What would come next if the text went on as it did before; empty if all is new.
+
+        Of the runs that end the text the longest one counts that stood there before, and where it
+        stood last. Past the end of the text its own continuation goes on.
+
+        Example:
+            [1, 2, 3, 1, 2] gives [3, 1, 2, 3] for 4 tokens.
+        """
+        end = len(self._prompt) + len(self._output)
+        if self._num_indexed < end or end <= self._min or num_tokens < 1:
+            return []
+        place = self._find(end)
+        if place < 0:
+            return []
+        drafts: list[int] = []
+        for position in range(place + 1, place + 1 + num_tokens):
+            drafts.append(self._at(position) if position < end else drafts[position - end])
+        return drafts
+
+    def _find(self, end: int) -> int:
+        """Position of the last token of the run to go on from; -1 if there is none."""
+        best, longest = -1, self._min - 1
+        place = self._before[end - 1]
+        for _ in range(_MOST_PLACES):
+            if place < self._min - 1:  # the first tokens have no whole run before them
+                break
+            length = self._length(place, end - 1)
+            if length > longest:
+                best, longest = place, length
+                if length == self._max:
+                    break
+            place = self._before[place]
+        return best
+
+    def _length(self, first: int, second: int) -> int:
+        """How many tokens up to two positions are the same, as far as it counts."""
+        length = 0
+        while length < self._max and length <= first:
+            if self._at(first - length) != self._at(second - length):
+                break
+            length += 1
+        return length
+
+    def _at(self, position: int) -> int:
+        num_prompt = len(self._prompt)
+        if position < num_prompt:
+            return self._prompt[position]
+        return self._output[position - num_prompt]

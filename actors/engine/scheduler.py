@@ -38,6 +38,7 @@ from ostro.actors.engine.step import (
     ShardLoad,
     Totals,
     error_event,
+    outputs_event,
     token_event,
 )
 from ostro.actors.engine.step_budget import StepBudget
@@ -162,7 +163,7 @@ class Scheduler:
         output = progress.output_token_ids
         if (grammar := progress.grammar) is not None and grammar.error is not None:
             if entry.outputs:
-                self._tell(entry, None)
+                self._events.append(outputs_event(entry, None))
             self._events.append(error_event(progress.request, grammar.error, len(output)))
             self._roster.finish(progress)
             return False
@@ -178,7 +179,7 @@ class Scheduler:
             entry.outputs.append(sampled)
             if reason is None and entry.is_next_draft_right():
                 return True
-            self._tell(entry, reason)
+            self._events.append(outputs_event(entry, reason))
         if reason is not None:
             self._roster.finish(progress)
         return False
@@ -386,15 +387,6 @@ class Scheduler:
         step.preempted.append(progress.request_id)
 
     # ---- ends
-
-    def _tell(self, entry: ScheduledRequest, reason: FinishReason | None) -> None:
-        """Tell of all that the step brought to an entry with drafts."""
-        outputs = entry.outputs or []
-        first_index = len(entry.progress.output_token_ids) - len(outputs)
-        logprobs = [output.logprob for output in outputs if output.logprob is not None]
-        token_ids = [output.token_id for output in outputs]
-        event = token_event(entry.progress, first_index, token_ids, logprobs or None, reason)
-        self._events.append(event)
 
     def _end(self, progress: RequestProgress, reason: FinishReason) -> None:
         """End a request between its tokens."""

@@ -188,6 +188,15 @@ def token_event(
     )
 
 
+def outputs_event(entry: ScheduledRequest, reason: FinishReason | None) -> TokenEvent:
+    """The same of all that a step brought to an entry with drafts."""
+    outputs = entry.outputs or []
+    first_index = len(entry.progress.output_token_ids) - len(outputs)
+    logprobs = [output.logprob for output in outputs if output.logprob is not None]
+    token_ids = [output.token_id for output in outputs]
+    return token_event(entry.progress, first_index, token_ids, logprobs or None, reason)
+
+
 def error_event(request: GenerationRequest, error: OstroError, first_index: int = 0) -> TokenEvent:
     """The last event of a request that cannot be served, or no longer."""
     return TokenEvent(

@@ -1,15 +1,27 @@
-"""Drafts in real cells: the same answers from every layout, in fewer steps."""
+"""Drafts in cells of the embedded model: the same answers from every layout, in fewer steps."""
 
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from collections.abc import Iterable
+from functools import reduce
 
+import msgspec
 import pytest
-from local_cell import LocalCell, ProcessPool, local_cell
+from local_cell import ProcessPool, local_cell
 
-from ostro.actors.engine.request import GenerationRequest, SamplingParams, StopParams, TokenEvent
-from ostro.cluster.cli_deployment import model_directory
+from ostro.actors.engine.request import (
+    GenerationRequest,
+    GrammarParams,
+    SamplingParams,
+    StopParams,
+    ThinkingParams,
+    TokenEvent,
+)
+from ostro.cluster.cell_client import CellClient
+from ostro.cluster.cli_deployment import resolve_model
+from ostro.cluster.generation import ChatMessage
+from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
     DeploymentConfig,
     DispatchMode,
@@ -17,4 +29,168 @@ from ostro.configs.deployment import (
     Layout,
     LayoutConfig,
 )
+from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
+
+_MODEL = resolve_model("embedded")
+_NGRAM = SpeculationConfig(method=DraftMethod.NGRAM, num_draft_tokens=4, adaptive=False)
+_CUPS = "The ball is under cup 2. Swap cups 2 and 4. Swap cups 1 and 3. Where is the ball?"
+_LAYOUTS = [
+    (Layout.SINGLE, 1, 1, 1),
+    (Layout.COLOCATED, 2, 2, 1),
+    (Layout.SPLIT, 1, 2, 1),
+    (Layout.SPLIT, 2, 2, 2),
+]
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[GenerationRequest]:
+    """Everything that makes a token depend on those before it, and some that is plain."""
+    builder = PromptBuilder(_MODEL, ReasoningConfig())
+    begin, end = builder.special.begin_think, builder.special.end_think
+    assert begin is not None
+    assert end is not None
+    thinking = {"begin_token_id": begin, "end_token_id": end}
+    closing = builder.closing_token_ids
+
+    def ask(text: str, effort: str = "high") -> list[int]:
+        return builder.chat([ChatMessage(role="user", text=text)], (), effort).token_ids
+
+    def request(prompt: list[int], *, max_tokens: int = 60, **more: object) -> GenerationRequest:
+        stop = {"max_tokens": max_tokens, **more.pop("stop", {})}  # type: ignore[dict-item]
+        return GenerationRequest(
+            request_id="",
+            prompt_token_ids=prompt,
+            stop=StopParams(**stop),
+            sampling=SamplingParams(num_logprobs=2, **more.pop("sampling", {})),  # type: ignore[arg-type]
+            **more,  # type: ignore[arg-type]
+        )
+
+    asked = [
+        request(ask(_CUPS), max_tokens=120),
+        request(ask("What is 47 * 26?")),
+        request(ask(_CUPS), sampling={"temperature": 0.8, "seed": 5}, num_choices=3),
+        request(ask(_CUPS), sampling={"repetition_penalty": 1.2, "frequency_penalty": 0.3}),
+        request(ask("What is 478 + 95?"), sampling={"temperature": 1.2, "top_k": 9, "seed": 2}),
+        request(ask(_CUPS, "none"), stop={"min_tokens": 20}),
+        request(ask(_CUPS, "none"), stop={"ignore_eos": True}),
+        request(
+            ask(_CUPS),
+            thinking=ThinkingParams(
+                **thinking, budget_tokens=30, soft_zone_tokens=8, closing_token_ids=closing
+            ),
+        ),
+        request(
+            ask("What is the weather in Rome? Answer in JSON."),
+            thinking=ThinkingParams(**thinking, budget_tokens=0),
+            grammar=GrammarParams(
+                text='start: %json {"type": "array", "items": {"type": "boolean"}, "minItems": 4}'
+            ),
+        ),
+    ]
+    return [msgspec.structs.replace(one, request_id=f"r{i}") for i, one in enumerate(asked)]
+
+
+def _deployment(
+    layout: Layout,
+    num_attention: int,
+    num_experts: int,
+    num_micro_batches: int,
+    speculation: SpeculationConfig | None,
+    **engine: object,
+) -> DeploymentConfig:
+    return DeploymentConfig(
+        model="embedded",
+        layout=LayoutConfig(
+            layout=layout,
+            num_attention_shards=num_attention,
+            num_expert_shards=num_experts,
+            dispatch=DispatchMode.AUTO,
+            num_micro_batches=num_micro_batches,
+            min_tokens_per_micro_batch=2,
+        ),
+        engine=EngineConfig(
+            **{  # type: ignore[arg-type]
+                "num_pages": 512,
+                "max_tokens_per_step": 256,
+                "max_running_requests": 16,
+                "num_threads": 1,
+                "speculation": speculation,
+                **engine,
+            }
+        ),
+    )
+
+
+def _joined(events: Iterable[TokenEvent]) -> TokenEvent:
+    def join(before: TokenEvent, event: TokenEvent) -> TokenEvent:
+        joined = before.joined(event)
+        assert joined is not None
+        return joined
+
+    return reduce(join, events)
+
+
+async def _answers(
+    client: CellClient, requests: Iterable[GenerationRequest]
+) -> dict[tuple[str, int], TokenEvent]:
+    """By request and choice, all events as one."""
+
+    async def answer(request: GenerationRequest) -> list[TokenEvent]:
+        return [event async for event in client.submit(request)]
+
+    told: dict[tuple[str, int], list[TokenEvent]] = {}
+    for request, events in zip(requests, await asyncio.gather(*map(answer, requests)), strict=True):
+        for event in events:
+            told.setdefault((request.request_id, event.choice), []).append(event)
+    return {name: _joined(events) for name, events in told.items()}
+
+
+def _plain(event: TokenEvent) -> TokenEvent:
+    """Without what a busy machine decides, and without the log probabilities."""
+    return msgspec.structs.replace(
+        event, request_id="", logprobs=None, seconds=None, num_cached_tokens=0
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(
+    pool: ProcessPool, requests: list[GenerationRequest]
+) -> tuple[dict[tuple[str, int], TokenEvent], int]:
+    """What a cell without speculation answers, and in how many steps."""
+
+    async def run() -> tuple[dict[tuple[str, int], TokenEvent], int]:
+        plain = _deployment(Layout.SINGLE, 1, 1, 1, None)
+        async with local_cell(pool, plain, _MODEL) as cell:
+            return await _answers(cell.client, requests), (await cell.client.state()).num_steps
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_pages"),
+    [*((layout, 512) for layout in _LAYOUTS), (_LAYOUTS[0], 40)],
+    ids=["single", "colocated", "split 1A:2E", "split 2A:2E", "single, preempted"],
+)
+def test_every_layout_gives_with_drafts_what_a_cell_gives_without(
+    pool: ProcessPool,
+    requests: list[GenerationRequest],
+    wanted: tuple[dict[tuple[str, int], TokenEvent], int],
+    layout: tuple[Layout, int, int, int],
+    num_pages: int,
+) -> None:
+    async def run() -> tuple[dict[tuple[str, int], TokenEvent], int]:
+        drafting = _deployment(*layout, _NGRAM, num_pages=num_pages)
+        async with local_cell(pool, drafting, _MODEL) as cell:
+            return await _answers(cell.client, requests), (await cell.client.state()).num_steps
+
+    answers, num_steps = asyncio.run(run())
+    expected, num_plain_steps = wanted
+    assert answers.keys() == expected.keys()
+    for name, event in answers.items():
+        assert _plain(event) == _plain(expected[name]), name
+        for ours, theirs in zip(event.logprobs or (), expected[name].logprobs or (), strict=True):
+            assert ours.token_id == theirs.token_id
+            assert ours.logprob == pytest.approx(theirs.logprob, rel=1e-3, abs=1e-3)
+    if num_pages == 512:
+        assert num_steps < num_plain_steps

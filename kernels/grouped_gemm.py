@@ -29,7 +29,7 @@ def mlp(x_TD: torch.Tensor, gate_up_HD: LinearWeight, down_DF: LinearWeight) -> 
 
     Args:
         x_TD: Hidden states.
-        gate_up_HD: H = 2F: gate rows [0, F), up rows [F, 2F); plain, packed or FP8.
+        gate_up_HD: H = 2F: gate rows [0, F), up rows [F, 2F); plain, packed, FP8 or NVFP4.
         down_DF: Likewise.
     """
     if not is_packed(gate_up_HD) or not is_packed(down_DF):

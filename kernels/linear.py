@@ -1,9 +1,9 @@
-"""Linear layers whose weights may be packed for the CPU, or be FP8.
+"""Linear layers whose weights may be packed for the CPU, or be FP8 or NVFP4.
 
 A packed weight stands in the order in which the CPU operators read it (`cpu/tile.h`): 16 outputs
 side by side, two inputs of each together. On CPU in bfloat16 that streams small batches at the
 memory's speed, twice as fast as the plain product; other devices and dtypes keep plain weights.
-An FP8 weight (`fp8_linear`) brings its scales along and is multiplied as it is.
+An FP8 or NVFP4 weight (`fp8_linear`, `nvfp4_linear`) brings its scales along and stays as it is.
 
 Shape legend: T rows, I inputs, O outputs; a packed weight is [O / 16, I / 2, 16, 2].
 """
@@ -17,8 +17,9 @@ import torch
 
 from ostro.kernels.cpu import library
 from ostro.kernels.fp8_linear import Fp8Rows, Fp8Weight, fp8_linear
+from ostro.kernels.nvfp4_linear import Nvfp4Weight, join_nvfp4, nvfp4_linear
 
-LinearWeight: TypeAlias = torch.Tensor | Fp8Weight
+LinearWeight: TypeAlias = torch.Tensor | Fp8Weight | Nvfp4Weight
 
 _PANEL = 16
 
@@ -28,7 +29,7 @@ def pack_linear(weight_OI: torch.Tensor) -> torch.Tensor: ...
 
 
 @overload
-def pack_linear(weight_OI: Fp8Weight) -> Fp8Weight: ...
+def pack_linear(weight_OI: LinearWeight) -> LinearWeight: ...
 
 
 def pack_linear(weight_OI: LinearWeight) -> LinearWeight:
@@ -37,7 +38,7 @@ def pack_linear(weight_OI: LinearWeight) -> LinearWeight:
     A packed weight is good for `linear` and `expert_mlp` alone. Leading dimensions, of a stack of
     weights, stay.
     """
-    if isinstance(weight_OI, Fp8Weight):
+    if not isinstance(weight_OI, torch.Tensor):
         return weight_OI
     num_out, num_in = weight_OI.shape[-2:]
     if not library.serves(weight_OI) or num_out % _PANEL or num_in % 2:
@@ -56,7 +57,8 @@ def is_packed(weight: LinearWeight) -> TypeGuard[torch.Tensor]:
 def join_linear(first_OI: LinearWeight, second_OI: LinearWeight) -> LinearWeight | None:
     """Two weights of the same inputs as one, `second_OI`'s outputs after the others.
 
-    None where one product cannot serve both: a packed weight, or FP8 with different scales.
+    None where one product cannot serve both: a packed weight, FP8 with different scales, or two
+    formats.
 
     Example:
         [[1., 2.]] and [[3., 4.]] give [[1., 2.], [3., 4.]].
@@ -66,7 +68,9 @@ def join_linear(first_OI: LinearWeight, second_OI: LinearWeight) -> LinearWeight
         if any(not torch.equal(getattr(first_OI, n), getattr(second_OI, n)) for n in pairs):
             return None
         return replace(first_OI, values_OI=torch.cat((first_OI.values_OI, second_OI.values_OI)))
-    if isinstance(first_OI, Fp8Weight) or isinstance(second_OI, Fp8Weight):
+    if isinstance(first_OI, Nvfp4Weight) and isinstance(second_OI, Nvfp4Weight):
+        return join_nvfp4(first_OI, second_OI)
+    if not isinstance(first_OI, torch.Tensor) or not isinstance(second_OI, torch.Tensor):
         return None
     if is_packed(first_OI) or is_packed(second_OI):
         return None
@@ -74,7 +78,7 @@ def join_linear(first_OI: LinearWeight, second_OI: LinearWeight) -> LinearWeight
 
 
 def linear(x_TI: torch.Tensor | Fp8Rows, weight_OI: LinearWeight) -> torch.Tensor:
-    """Multiply rows by a plain, packed or FP8 weight: x W^T, [T, O].
+    """Multiply rows by a plain, packed, FP8 or NVFP4 weight: x W^T, [T, O].
 
     Raises:
         TypeError: The rows are rounded to FP8, and the weight is not.
@@ -86,6 +90,8 @@ def linear(x_TI: torch.Tensor | Fp8Rows, weight_OI: LinearWeight) -> torch.Tenso
         return fp8_linear(x_TI, weight_OI)
     if isinstance(x_TI, Fp8Rows):
         raise TypeError("rows in FP8 meet a weight that is not")
+    if isinstance(weight_OI, Nvfp4Weight):
+        return nvfp4_linear(x_TI, weight_OI)
     if not is_packed(weight_OI):
         return torch.nn.functional.linear(x_TI, weight_OI)
     return linear_cpu(x_TI, weight_OI, x_TI.dtype)

@@ -19,7 +19,7 @@ from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, compile_all, quietly, tried
 from ostro.kernels.bench.tuned import TILED
 from ostro.kernels.gpu.tiles import FP4, Tile, TunedTiles, tile
-from ostro.kernels.nvfp4_experts import BLOCK_INPUTS
+from ostro.kernels.nvfp4_linear import BLOCK_INPUTS
 
 # Tokens of a batch whose tiles have so many rows.
 TOKENS_OF_ROWS = {16: 32, 32: 512, 64: 1024, 128: 8192}

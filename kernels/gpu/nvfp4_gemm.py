@@ -29,15 +29,8 @@ from ostro.kernels.gpu.expert_schedule import ExpertSchedule
 from ostro.kernels.gpu.grouped_gemm import boxes, grid
 from ostro.kernels.gpu.tiles import FP4, Tile, tile
 from ostro.kernels.grouped_gemm import swiglu
-from ostro.kernels.nvfp4_experts import (
-    BLOCK_INPUTS,
-    SCALE_WORDS,
-    WORDS,
-    Nvfp4Experts,
-    Nvfp4Stack,
-    down_values,
-    gate_up_values,
-)
+from ostro.kernels.nvfp4_experts import Nvfp4Experts, down_values, gate_up_values
+from ostro.kernels.nvfp4_linear import BLOCK_INPUTS, SCALE_WORDS, WORDS
 
 
 def gate_up_nvfp4_triton(
@@ -67,7 +60,7 @@ def gate_up_nvfp4_triton(
     out_AF = x_AD.new_empty(len(x_AD), inner)
     _gate_up_nvfp4_kernel[grid(cut, schedule, inner, x_AD.device)](
         boxes(x_AD, cut.block_rows, cut.block_in),
-        _word_boxes(stack, cut),
+        word_boxes(stack.words_EBOW, cut),
         stack.scales_EBOS,
         experts.gate_unit_E,
         experts.up_unit_E,
@@ -78,7 +71,7 @@ def gate_up_nvfp4_triton(
         inner,
         stack.num_inputs,
         BLOCK_F=cut.block_out,
-        **_launch_options(cut),
+        **nvfp4_options(cut),
     )
     return out_AF
 
@@ -118,7 +111,7 @@ def down_nvfp4_triton(
     out_AD = hidden_AF.new_empty(len(hidden_AF), hidden, dtype=out_dtype)
     _down_nvfp4_kernel[grid(cut, schedule, hidden, hidden_AF.device)](
         boxes(hidden_AF, cut.block_rows, cut.block_in),
-        _word_boxes(stack, cut),
+        word_boxes(stack.words_EBOW, cut),
         stack.scales_EBOS,
         experts.down_unit_E,
         weight_RK.contiguous(),
@@ -130,7 +123,7 @@ def down_nvfp4_triton(
         hidden,
         stack.num_inputs,
         BLOCK_D=cut.block_out,
-        **_launch_options(cut),
+        **nvfp4_options(cut),
     )
     return out_AD
 
@@ -166,12 +159,13 @@ def down_nvfp4_reference(
     return out_AD.to(out_dtype)
 
 
-def _word_boxes(stack: Nvfp4Stack, cut: Tile) -> Any:
-    """A block of some outputs is one run of memory."""
-    return boxes(stack.words_EBOW.view(-1, WORDS), cut.block_out, WORDS)
+def word_boxes(words: torch.Tensor, cut: Tile) -> Any:
+    """Codes as kernels load them: a block of some outputs is one run of memory."""
+    return boxes(words.view(-1, WORDS), cut.block_out, WORDS)
 
 
-def _launch_options(cut: Tile) -> dict[str, int]:
+def nvfp4_options(cut: Tile) -> dict[str, int]:
+    """What all launches of NVFP4 products have in common."""
     return {
         "BLOCK_ROWS": cut.block_rows,
         "BLOCK_IN": cut.block_in,
@@ -262,17 +256,24 @@ def _down_nvfp4_kernel(
         e = tl.load(tiles + work // num_slices * 2)
         first = tl.load(tiles + work // num_slices * 2 + 1)
         start_d = work % num_slices * BLOCK_D
-        d = start_d + tl.arange(0, BLOCK_D)
-        sum_DR = tl.zeros((BLOCK_D, BLOCK_ROWS), tl.float32)
-        for b in tl.range(0, num_blocks, num_stages=STAGES):
-            row = (e * num_blocks + b) * D + start_d
-            down_words = words.load([row, 0])
-            down_scales = _load_scales(scales, row, d < D, BLOCK_D, S)
-            for part in tl.static_range(BLOCK // BLOCK_IN):
-                x_IR = hidden.load([first, b * BLOCK + part * BLOCK_IN]).T
-                w = _values(down_words, down_scales, part, BLOCK_IN)
-                sum_DR = tl.dot(w, x_IR, sum_DR)
+        sum_DR = product_nvfp4(
+            hidden,
+            words,
+            scales,
+            first,
+            e * num_blocks,
+            num_blocks,
+            start_d,
+            D,
+            BLOCK_ROWS,
+            BLOCK_D,
+            BLOCK_IN,
+            BLOCK,
+            S,
+            STAGES,
+        )
         sum_DR = sum_DR * (tl.load(unit + e) * 256.0)
+        d = start_d + tl.arange(0, BLOCK_D)
         p = first + tl.arange(0, BLOCK_ROWS)
         is_pair = p < tl.load(offsets + e + 1)
         pair = tl.load(order + p, mask=is_pair, other=0)
@@ -280,6 +281,40 @@ def _down_nvfp4_kernel(
         place = pair.to(tl.int64)[:, None] * D + d[None, :]
         is_out = is_pair[:, None] & (d < D)[None, :]
         tl.store(out + place, y.to(out.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def product_nvfp4(  # noqa: ANN201 - not Python
+    x,
+    words,
+    scales,
+    first,
+    first_block,
+    num_blocks,
+    start,
+    num_out,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    S: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Outputs from `start` of rows from `first` over 256 and the unit: [BLOCK_OUT, BLOCK_ROWS].
+
+    The matrix is the blocks from `first_block` of `words` and `scales`.
+    """
+    o = start + tl.arange(0, BLOCK_OUT)
+    sum_OR = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    for b in tl.range(0, num_blocks, num_stages=STAGES):
+        row = (first_block + b) * num_out + start
+        block_words = words.load([row, 0])
+        block_scales = _load_scales(scales, row, o < num_out, BLOCK_OUT, S)
+        for part in tl.static_range(BLOCK // BLOCK_IN):
+            x_IR = x.load([first, b * BLOCK + part * BLOCK_IN]).T
+            w = _values(block_words, block_scales, part, BLOCK_IN)
+            sum_OR = tl.dot(w, x_IR, sum_OR)
+    return sum_OR
 
 
 @triton.jit

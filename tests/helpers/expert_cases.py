@@ -6,7 +6,8 @@ import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.fp8_linear import Fp8Weight
-from ostro.kernels.nvfp4_experts import Nvfp4Experts, Nvfp4Stack, new_nvfp4_stack, pack_nvfp4
+from ostro.kernels.nvfp4_experts import Nvfp4Experts, Nvfp4Stack, new_nvfp4_stack
+from ostro.kernels.nvfp4_linear import Nvfp4Weight, pack_nvfp4
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -85,6 +86,22 @@ def _nvfp4_stack(num_experts: int, outputs: int, inputs: int) -> tuple[Nvfp4Stac
             place.copy_(packed)
         values.append(nvfp4_values(codes_OP, scale_OG))
     return stack, torch.stack(values)
+
+
+def make_nvfp4_weight(
+    outputs: int, inputs: int, device: str = "cpu"
+) -> tuple[Nvfp4Weight, torch.Tensor]:
+    """A weight of random codes and scales and a unit for each output; its values in float32."""
+    codes_OP, scale_OG = make_nvfp4(outputs, inputs, torch.Generator().manual_seed(outputs))
+    words_BOW, scales_BOS = pack_nvfp4(codes_OP, scale_OG)
+    unit_O = 0.3 + torch.arange(outputs) / outputs
+    weight = Nvfp4Weight(
+        words_BOW=words_BOW.to(device),
+        scales_BOS=scales_BOS.to(device),
+        unit_O=unit_O.to(device),
+        num_inputs=inputs,
+    )
+    return weight, (nvfp4_values(codes_OP, scale_OG) * unit_O[:, None]).to(device)
 
 
 def make_nvfp4(

@@ -1,10 +1,10 @@
-"""The NVFP4 expert MLP: what packing keeps, and rows through experts of codes, scales and units."""
+"""The NVFP4 expert MLP: rows through experts of codes, scales and units."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from expert_cases import make_nvfp4, make_nvfp4_experts, make_routed, nvfp4_values
+from expert_cases import make_nvfp4_experts, make_routed
 
 from ostro.kernels.grouped_gemm import expert_mlp_reference
 from ostro.kernels.nvfp4_experts import (
@@ -12,36 +12,10 @@ from ostro.kernels.nvfp4_experts import (
     Nvfp4Stack,
     expert_mlp_nvfp4,
     new_nvfp4_stack,
-    pack_nvfp4,
-    unpack_nvfp4,
 )
+from ostro.kernels.nvfp4_linear import pack_nvfp4
 
 E4M3 = torch.float8_e4m3fn
-FINITE_SCALES = torch.tensor([b for b in range(256) if b & 127 != 127], dtype=torch.uint8)
-
-
-def test_pack_nvfp4_worked_example() -> None:
-    codes_OP = torch.zeros(1, 8, dtype=torch.uint8)
-    codes_OP[0, 0] = 2
-    words_BOW, scales_BOS = pack_nvfp4(codes_OP, torch.ones(1, 1).to(E4M3))
-    assert words_BOW.flatten().tolist() == [0x80] + [0] * 15
-    assert scales_BOS.flatten().tolist() == [0x50, 0]
-
-
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 16), (3, 112), (5, 128), (7, 400)])
-def test_packing_keeps_every_value(outputs: int, inputs: int) -> None:
-    codes_OP, scale_OG = make_nvfp4(outputs, inputs, torch.Generator().manual_seed(1))
-    words_BOW, scales_BOS = pack_nvfp4(codes_OP, scale_OG)
-    found = unpack_nvfp4(words_BOW, scales_BOS, inputs)
-    assert torch.equal(found, nvfp4_values(codes_OP, scale_OG))
-
-
-def test_packing_keeps_every_code_with_every_scale() -> None:
-    scale_OG = FINITE_SCALES.view(E4M3)[:, None]
-    codes_OP = torch.tensor([[2 * i | (2 * i + 1) << 4 for i in range(8)]], dtype=torch.uint8)
-    codes_OP = codes_OP.repeat(len(scale_OG), 1)
-    found = unpack_nvfp4(*pack_nvfp4(codes_OP, scale_OG), 16)
-    assert torch.equal(found, nvfp4_values(codes_OP, scale_OG))
 
 
 def test_a_packed_matrix_takes_the_bytes_of_its_codes_and_scales() -> None:

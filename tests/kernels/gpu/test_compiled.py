@@ -27,7 +27,7 @@ MODULE_OF_RECORD = {
 EVERY_RUN = {
     "decode.json": ("attend_latents", "attend_latents_fp8"),
     "experts.json": ("gate", "experts_fp8_16", "experts_nvfp4_16"),
-    "linear.json": ("fp8_linear_1_rounded",),
+    "linear.json": ("fp8_linear_1_rounded", "nvfp4_linear_16"),
     "prefill.json": ("attend_8192",),
     "sampling.json": ("filtered",),
 }
@@ -107,6 +107,18 @@ def test_nvfp4_experts_multiply_in_bf16(architecture: str, instruction: str) -> 
             figures = by_architecture[architecture][kernel]
             assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, (name, kernel)
             assert figures.num_tma_loads, (name, kernel)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "instruction"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA")]
+)
+def test_nvfp4_linear_layers_multiply_in_bf16(architecture: str, instruction: str) -> None:
+    launches = {name: by for name, by in _launches("linear.json").items() if "nvfp4" in name}
+    assert len(launches) == 4
+    for name, by_architecture in launches.items():
+        figures = by_architecture[architecture]["_nvfp4_linear_kernel"]
+        assert {kind.split(".")[0] for kind in figures.mma} == {instruction}, name
+        assert figures.num_tma_loads, name
 
 
 def test_few_rows_leave_room_for_several_programs_a_processor() -> None:

@@ -126,8 +126,7 @@ def plan_deployment(
         dtype: What the cache is held in, if not in FP8, and weights that are not multiplied as they
             are stored.
         has_other_nodes: Ranks may live on machines that are not looked at.
-        plain: What the checkpoint leaves plain of what may be quantised; by default what official
-            ones do.
+        plain: What the checkpoint leaves plain of what may be quantised; by default nothing.
 
     Raises:
         ConfigError: The model's experts cannot be spread over the layout's ranks, or its latents
@@ -242,7 +241,7 @@ class _Planner:
             notes.append(
                 f"the checkpoint's quantised weights are dequantised to "
                 f"{str(self.dtype).removeprefix('torch.')} on the GPU and take that memory: only "
-                f"nvfp4 experts, and fp8 with scales for inputs, are multiplied as they are stored"
+                f"nvfp4, and fp8 with scales for inputs, are multiplied as they are stored"
             )
         if self.device == "cpu" and self.cache_dtype == FP8_ROWS:
             notes.append(

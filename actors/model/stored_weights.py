@@ -38,7 +38,7 @@ _LISTED = 6  # names that an error lists of each kind
 def multipliable_format(config: ModelConfig) -> WeightFormat:
     """The format in which a checkpoint's weights can be multiplied as they are stored.
 
-    NVFP4 experts always can, with inputs in the model's dtype. FP8 needs a scale for the inputs of
+    NVFP4 always can, with inputs in the model's dtype. FP8 needs a scale for the inputs of
     each weight, and sizes that divide by 16. Otherwise PLAIN: quantised weights are dequantised.
     """
     declared = config.quantization
@@ -214,6 +214,7 @@ class _Search:
         full = stored_weight(expected, self.scheme.layout, weight_format)
         stored = self._present(full)
         self._check_format(stored)
+        self._check_groups(stored)
         for name, dtypes, shapes in _demands(stored):
             self._check_tensor(name, dtypes, shapes)
         return stored
@@ -253,6 +254,14 @@ class _Search:
             self.misfits.append(
                 f"{stored.values} is {stored.weight_format.value}, but "
                 f"{self.scheme.layout.config_name} declares {declared_format.value}"
+            )
+
+    def _check_groups(self, stored: StoredWeight) -> None:
+        num_inputs = stored.expected.shape[-1]
+        if stored.weight_format is WeightFormat.NVFP4 and num_inputs % NVFP4_GROUP:
+            self.misfits.append(
+                f"{stored.values} has {num_inputs} inputs, which nvfp4 cannot cut into groups of "
+                f"{NVFP4_GROUP}"
             )
 
     def _check_tensor(self, name: str, dtypes: Sequence[str], shapes: Sequence[Shape]) -> None:

@@ -11,14 +11,14 @@ import math
 import torch
 
 from ostro.actors.model.native_names import HEAD_SCHEME
-from ostro.actors.model.nvfp4_stacks import nvfp4_expert_bytes
+from ostro.actors.model.nvfp4_weights import nvfp4_expert_bytes, nvfp4_linear_bytes
 from ostro.actors.model.stored_weights import StoredPlain
 from ostro.actors.model.weight_names import TEXT_SCHEME, ExpectedTensor, Role
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
 
-# Parameters that stay FP8 -> the scales that come along: a weight's own and that of its inputs.
-# Gate and up of the shared expert are one weight.
+# Linear layers, which stay as they are stored -> the scales that come along in FP8: a weight's own
+# and that of its inputs. Gate and up of the shared expert are one weight.
 _SCALES = {"joint": 2, "q_a": 2, "q_b": 2, "kv_a": 2, "o_proj": 2, "shared_down": 2}
 _SCALES |= {"shared_gate": 2, "shared_up": 0}
 _SCALE_BYTES = torch.float32.itemsize
@@ -39,10 +39,9 @@ def attention_bytes(
         dtype: Of what is not quantised.
         precision: What quantised weights are held in, as `weights` says.
         stacks_shared: Whether shared experts go into the stack of routed ones, as whose last slots
-            their bytes are counted here, if both are quantised. It matters to NVFP4 alone, which is
-            dequantised elsewhere.
-        plain: What the checkpoint leaves plain of what may be quantised; by default what official
-            ones do.
+            their bytes are counted here, if both are quantised. It matters to NVFP4 alone, which
+            holds one unit for a matrix there, and one for each output elsewhere.
+        plain: What the checkpoint leaves plain of what may be quantised; by default nothing.
     """
     is_packed = stacks_shared and precision is WeightFormat.NVFP4
     is_packed = is_packed and not any(name.startswith(("shared_", "expert")) for name, _ in plain)
@@ -94,4 +93,7 @@ def _attention_tensor_bytes(
     values = math.prod(tensor.shape)
     if precision is WeightFormat.FP8 and tensor.parameter in _SCALES:
         return values + _SCALES[tensor.parameter] * _SCALE_BYTES
+    if precision is WeightFormat.NVFP4 and tensor.parameter in _SCALES:
+        num_outputs, num_inputs = tensor.shape
+        return nvfp4_linear_bytes(num_outputs, num_inputs)
     return values * (torch.float32 if tensor.parameter == "gate" else dtype).itemsize

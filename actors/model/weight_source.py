@@ -2,7 +2,7 @@
 
 Whatever the layout and the formats: a parameter comes out dequantised to the dtype asked for, in
 the row order that the model computes with. Where that is asked for, FP8 weights of linear layers
-and experts stay as they are stored, and NVFP4 experts keep their codes and scales. Only the bytes
+and experts stay as they are stored, and NVFP4 ones keep their codes and scales. Only the bytes
 asked for are read, one tensor or expert at a time.
 
 Shape letters: E local experts, F expert hidden, D hidden, O outputs, I inputs.
@@ -19,11 +19,12 @@ import torch
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
 from ostro.actors.model.native_names import INTERLEAVED
-from ostro.actors.model.nvfp4_stacks import (
+from ostro.actors.model.nvfp4_weights import (
     MATRICES,
     Matrix,
     new_nvfp4_experts,
     nvfp4_matrix_bytes,
+    nvfp4_weight,
     put_nvfp4,
 )
 from ostro.actors.model.stored_weights import (
@@ -133,12 +134,18 @@ class WeightSource:
     ) -> LinearWeight:
         """One or two parameters that multiply the same rows, as one weight, the first one's on top.
 
-        FP8 if that is the precision asked for and they are stored so, else dequantised.
+        FP8 or NVFP4 if that is the precision asked for and they are stored so, else dequantised.
 
         Raises:
-            CheckpointError: One was taken already, or is another role's.
+            CheckpointError: One was taken already, or is another role's, or has a scale that is not
+                finite.
         """
         weights = [self._claim(parameter, layer) for parameter in parameters]
+        if self._all_stay(WeightFormat.NVFP4, weights):
+            raws = [read_raw(self._reader, weight, device=self._device) for weight in weights]
+            packed = nvfp4_weight([(raw, w.values) for raw, w in zip(raws, weights, strict=True)])
+            self._tell(packed.words_BOW, packed.scales_BOS, packed.unit_O)
+            return packed
         if not self._all_stay(WeightFormat.FP8, weights):
             parts = [self._fill(weight, dtype) for weight in weights]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -289,8 +296,8 @@ class WeightSource:
         if formats and is_plain and self._device.type == "cuda":
             logger.warning(
                 "%s: %s weights of the %s role are dequantised to %s on the GPU and take that "
-                "memory: only nvfp4 experts, and fp8 with scales for inputs, are multiplied as "
-                "they are stored",
+                "memory: only nvfp4, and fp8 with scales for inputs, are multiplied as they are "
+                "stored",
                 self._reader.directory,
                 " and ".join(sorted(formats)),
                 self._role.value,

@@ -2,13 +2,12 @@
 
 `check_checkpoint` holds every tensor name, shape and dtype against the config before any memory is
 taken; the loaders then fill every parameter exactly once, through `WeightSource`, which hides
-layout and precision. The one after-load change, splitting kv_b, stands in `_split_kv_b`.
+layout and precision. After-load changes stand in one place each: splitting kv_b in `_split_kv_b`,
+the order in which kernels read NVFP4 in `nvfp4_weights`.
 
-`precision` says what the quantised weights are held in: PLAIN dequantises them, FP8 keeps those of
-linear layers and experts as they are stored, NVFP4 those of experts. kv_b is dequantised in any: it
-is 3 % of a layer's attention and shared expert, and is multiplied from both sides. So are NVFP4
-linear layers, and a shared expert apart from the routed ones: the official checkpoint has attention
-in bf16, and its shared experts are 1 % of the experts' bytes.
+`precision` says what the quantised weights are held in: PLAIN dequantises them, FP8 and NVFP4 keep
+those of linear layers and experts in their own precision. kv_b alone is dequantised in any: it is
+3 % of a layer's attention and shared expert, and is multiplied from both sides.
 
 A shared expert of the shape of a routed one can stand behind them as the last of their stack, so
 that both are multiplied in the same launches: experts are then loaded first, with a slot to spare.
@@ -41,7 +40,9 @@ from ostro.kernels.nvfp4_experts import Nvfp4Experts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """Attention of one layer, and its MLP that every token passes; in the model's dtype or FP8.
+    """Attention of one layer, and its MLP that every token passes.
+
+    Linear layers are in the model's dtype, FP8 or NVFP4.
 
     Attributes:
         q_a: [q_lora, D]; `kv_a`'s rows follow where that is None.
@@ -167,7 +168,7 @@ def load_attention_weights(
         reader: The checkpoint.
         config: Its config.
         device: Where to.
-        dtype: As what, if not FP8.
+        dtype: As what, if not in `precision`.
         precision: See the module.
         progress: Told the bytes filled.
         shared_into: Takes the shared expert of each layer into its last slot; one layer's is held
@@ -218,7 +219,7 @@ def load_expert_weights(
         config: Its config.
         local_to_logical: The logical expert for each local slot; repeats are replicas.
         device: Where to.
-        dtype: As what, if not FP8.
+        dtype: As what, if not in `precision`.
         precision: See the module.
         progress: Told the bytes filled; in the end they add up to `expert_bytes`.
         num_extra: Slots behind those, not filled: 1 for `load_attention_weights`'s `shared_into`.
@@ -288,8 +289,8 @@ def _stack_shared(
         experts.down_scale_E[-1] = down.scale
         experts.down_input_scale_E[-1] = down.input_scale
         return
-    if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
-        raise TypeError("the shared expert is FP8 and routed ones are not; load it apart")
+    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
+        raise TypeError("the shared expert is quantised and routed ones are not; load it apart")
     experts.gate_up[-1].copy_(gate_up)
     experts.down[-1].copy_(down)
 

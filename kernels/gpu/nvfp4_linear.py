@@ -57,7 +57,7 @@ def linear_rows(num_rows: int, num_outputs: int, device: torch.device) -> int:
     num_large = triton.cdiv(num_rows, _MANY_ROWS) * triton.cdiv(num_outputs, _MANY_ROWS)
     if num_rows > _FEW_ROWS and num_large >= num_processors(device):
         return _MANY_ROWS
-    return min(max(_LEAST_ROWS, triton.next_power_of_2(num_rows)), _FEW_ROWS)
+    return min(max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length()), _FEW_ROWS)
 
 
 def _aligned(x_TI: torch.Tensor) -> torch.Tensor:

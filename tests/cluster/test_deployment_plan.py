@@ -56,6 +56,10 @@ SMALL_4_FP8 = replace(
 SMALL_4_NVFP4 = replace(
     SMALL_4, quantization=Quantization(weight_format=WeightFormat.NVFP4, has_input_scales=True)
 )
+# What the official NVFP4 checkpoint leaves plain.
+PLAIN_ATTENTION = frozenset(
+    (name, layer) for name in ("q_a", "q_b", "kv_a", "kv_b", "o_proj") for layer in range(36)
+)
 TINY = replace(
     SMALL_4,
     num_layers=2,
@@ -174,7 +178,7 @@ def test_plan_puts_the_whole_fp8_model_on_one_h200():
 
 
 def test_plan_puts_the_whole_nvfp4_model_on_one_h200():
-    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4)
+    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4, plain=PLAIN_ATTENTION)
     assert result.problems == result.notes == ()
     assert result.precision is WeightFormat.NVFP4
     # The official file: 70.8 GB, of which 0.8 GB are the vision tower, which this config lacks.
@@ -182,20 +186,32 @@ def test_plan_puts_the_whole_nvfp4_model_on_one_h200():
 
 
 def test_plan_puts_the_whole_nvfp4_model_on_two_h100():
-    result = plan("2xh200", machine(80, 80), config=SMALL_4_NVFP4)
+    result = plan("2xh200", machine(80, 80), config=SMALL_4_NVFP4, plain=PLAIN_ATTENTION)
     assert result.problems == ()
-    # Experts in halves; attention, and shared experts dequantised, on each.
-    assert [round(rank.weight_bytes / GIB, 1) for rank in result.ranks] == [36.0, 36.0]
+    # Experts in halves; attention, in bf16, and shared experts on each.
+    assert [round(rank.weight_bytes / GIB, 1) for rank in result.ranks] == [34.8, 34.8]
 
 
-def test_plan_counts_an_nvfp4_shared_expert_as_bf16_where_it_stands_apart():
-    apart = attention_bytes(SMALL_4, torch.bfloat16, WeightFormat.NVFP4)
-    assert apart == attention_bytes(SMALL_4, torch.bfloat16)
-    stacked = attention_bytes(SMALL_4, torch.bfloat16, WeightFormat.NVFP4, stacks_shared=True)
-    values = 36 * 3 * 2048 * 4096
-    assert apart - stacked == values * 2 - values * 9 // 16 - 36 * 3 * 4
-    routed = expert_bytes(SMALL_4, 128, torch.bfloat16, WeightFormat.NVFP4)
-    (rank,) = plan("1xh200", machine(140), config=SMALL_4_NVFP4).ranks
+def test_plan_counts_nvfp4_linear_layers_as_they_are_held():
+    bf16, nvfp4 = torch.bfloat16, WeightFormat.NVFP4
+    official = attention_bytes(SMALL_4, bf16, nvfp4, plain=PLAIN_ATTENTION)
+    values, outputs = 3 * 2048 * 4096, 2 * 2048 + 4096
+    shared = values * 9 // 16 + outputs * 4
+    assert attention_bytes(SMALL_4, bf16) - official == 36 * (values * 2 - shared)
+    everywhere = attention_bytes(SMALL_4, bf16, nvfp4)
+    values = 4096 * 1024 + 1024 * 32 * 128 + 4096 * 320 + 32 * 128 * 4096  # kv_b is not among them
+    outputs = 1024 + 32 * 128 + 320 + 4096
+    assert official - everywhere == 36 * (values * 2 - values * 9 // 16 - outputs * 4)
+
+
+def test_plan_counts_a_stacked_nvfp4_shared_expert_as_a_routed_one():
+    bf16, nvfp4 = torch.bfloat16, WeightFormat.NVFP4
+    options = {"stacks_shared": True, "plain": PLAIN_ATTENTION}
+    stacked = attention_bytes(SMALL_4, bf16, nvfp4, **options)
+    apart = attention_bytes(SMALL_4, bf16, nvfp4, plain=PLAIN_ATTENTION)
+    assert apart - stacked == 36 * 4 * (2 * 2048 + 4096 - 3)  # a unit an output, or a matrix
+    routed = expert_bytes(SMALL_4, 128, bf16, nvfp4)
+    (rank,) = plan("1xh200", machine(140), config=SMALL_4_NVFP4, plain=PLAIN_ATTENTION).ranks
     assert rank.weight_bytes == stacked + routed
 
 
@@ -208,8 +224,9 @@ def test_plan_counts_what_a_checkpoint_leaves_plain_in_bf16():
     )
     values = 4096 * 1024 + 1024 * 32 * 128 + 4096 * 320 + 32 * 128 * 4096
     assert mixed - official == 36 * (values - len(attention) * 2 * 4)
-    experts = frozenset(("expert_up", layer) for layer in range(36))
-    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4, plain=experts)
+    names = ("q_a", "q_b", "kv_a", "o_proj", "shared_up", "shared_down", "expert_up")
+    most = frozenset((name, layer) for name in names for layer in range(36))
+    result = plan("1xh200", machine(140), config=SMALL_4_NVFP4, plain=most)
     assert result.ranks == plan("1xh200", machine(140)).ranks
     assert not result.fits()
 

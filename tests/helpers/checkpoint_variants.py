@@ -2,7 +2,8 @@
 
 Shares no code and no table with the loader or the converter, so that a mistake in one shows.
 `write_variant` rounds to a format; `write_twin` writes the rounded values in float32, in the
-Hugging Face layout, so that both must give the same logits.
+Hugging Face layout, so that both must give the same logits. "nvfp4_linears" is what others than the
+authors may make: NVFP4 attention too.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 LAYOUTS = ("hf", "mistral")
-PRECISIONS = ("bf16", "fp8", "nvfp4")
 INPUT_SCALE = 0.02
 
+_NVFP4 = ("nvfp4", "nvfp4_linears")
 _CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _CODES = torch.cat((_CODES, -_CODES))
 _NATIVE = {
@@ -157,13 +158,13 @@ def _vision_encoder(config: dict[str, Any]) -> dict[str, Any]:
 
 def _hf_quantization(precision: str) -> dict[str, Any]:
     fp8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
-    declared = {"fp8": fp8, "nvfp4": _compressed_tensors()}
+    declared = {"fp8": fp8, **dict.fromkeys(_NVFP4, _compressed_tensors())}
     return {"quantization_config": declared[precision]} if precision in declared else {}
 
 
 def _native_quantization(precision: str) -> dict[str, Any]:
     fp8 = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
-    declared = {"fp8": fp8, "nvfp4": _compressed_tensors()}
+    declared = {"fp8": fp8, **dict.fromkeys(_NVFP4, _compressed_tensors())}
     return {"quantization": declared[precision]} if precision in declared else {}
 
 
@@ -204,13 +205,15 @@ def _is_quantized(name: str, precision: str) -> bool:
         return False
     in_experts = ".mlp.experts." in name or ".shared_experts." in name
     in_attention = ".self_attn." in name and "layernorm" not in name
-    return {"bf16": False, "fp8": in_experts or in_attention, "nvfp4": in_experts}[precision]
+    if precision == "nvfp4":
+        return in_experts
+    return precision != "bf16" and (in_experts or in_attention)
 
 
 def _variant(name: str, weight: torch.Tensor, layout: str, precision: str) -> Tensors:
     """The tensors that a plain Hugging Face tensor becomes; names are still Hugging Face's."""
     stacked = ".mlp.experts." in name
-    if layout == "hf" and stacked and precision != "nvfp4":
+    if layout == "hf" and stacked and precision not in _NVFP4:
         return _stacked(name, weight, precision)
     if stacked:
         parts: Tensors = {}
@@ -262,7 +265,7 @@ def _module(
 ) -> Tensors:
     if precision == "bf16":
         return {module + ".weight": weight.contiguous()}
-    if precision == "nvfp4":
+    if precision in _NVFP4:
         packed, scales, global_scale = _nvfp4(weight)
         return {
             module + ".weight_packed": packed,

@@ -1,7 +1,8 @@
-"""NVFP4 checkpoints with experts in their own precision: logits, values, bytes, what is apart."""
+"""NVFP4 experts in their own precision: logits, values, bytes, what is apart."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -32,6 +33,7 @@ from ostro.actors.model.weights import (
 )
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.nvfp4_experts import Nvfp4Experts, down_values, gate_up_values
+from ostro.kernels.nvfp4_linear import nvfp4_weight_values
 
 PLAIN, NVFP4 = WeightFormat.PLAIN, WeightFormat.NVFP4
 F32 = torch.float32
@@ -162,37 +164,9 @@ def test_the_last_slot_holds_the_shared_expert(directory: Path) -> None:
         assert isinstance(kept, Nvfp4Experts)
         assert layer.shared_gate_up is None
         assert layer.shared_down is None
-        torch.testing.assert_close(gate_up_values(kept, NUM_EXPERTS), apart.shared_gate_up)
-        torch.testing.assert_close(down_values(kept, NUM_EXPERTS), apart.shared_down)
-
-
-def test_linear_weights_in_nvfp4_are_dequantised(
-    changed: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    module = "layers.1.attention.wo"
-    packed = {
-        part: changed["layers.1.shared_experts.w2." + part]
-        for part in (
-            "weight_packed",
-            "weight_scale",
-            "weight_global_scale",
-            "input_global_scale",
-        )
-    }
-    shape = changed.pop(module + ".weight").shape
-    rows, inputs = shape
-    reps = -(-inputs // (2 * packed["weight_packed"].shape[1]))
-    for part in ("weight_packed", "weight_scale"):
-        width = inputs // (2 if part == "weight_packed" else 16)
-        tiled = packed[part].view(torch.uint8).repeat(1, reps)[:rows, :width].contiguous()
-        changed[f"{module}.{part}"] = tiled.view(packed[part].dtype)
-    for part in ("weight_global_scale", "input_global_scale"):
-        changed[f"{module}.{part}"] = packed[part].clone()
-    save_file(changed, tmp_path / FILE)
-    kept, plain = (load_attention(tmp_path, each).layers[1] for each in (NVFP4, PLAIN))
-    assert kept.o_proj.shape == shape
-    assert torch.equal(kept.o_proj, plain.o_proj)
-    assert isinstance(load_experts(tmp_path, [0]).layers[1], Nvfp4Experts)
+        gate_up, down = map(nvfp4_weight_values, (apart.shared_gate_up, apart.shared_down))
+        assert torch.equal(gate_up_values(kept, NUM_EXPERTS), gate_up)
+        assert torch.equal(down_values(kept, NUM_EXPERTS), down)
 
 
 # ---- bytes
@@ -208,35 +182,23 @@ def tensors_of(tree: Any) -> Iterator[torch.Tensor]:
 
 def test_bytes_filled_are_those_foretold_and_those_taken(directory: Path) -> None:
     config, told = check_checkpoint(directory), []
-    attention = load_attention(directory, progress=told.append)
-    taken = sum(tensor.nbytes for tensor in tensors_of(astuple(attention)))
-    assert sum(told) == taken == attention_bytes(config, F32, NVFP4)
-    told.clear()
     experts = load_experts(directory, [1, 5, 1], progress=told.append)
     taken = sum(tensor.nbytes for layer in experts.layers for tensor in tensors_of(astuple(layer)))
     assert sum(told) == taken == expert_bytes(config, 3, F32, NVFP4)
-
-
-def test_bytes_with_stacked_shared_experts_are_those_foretold(directory: Path) -> None:
-    config, told = check_checkpoint(directory), []
-    attention, experts = load_stacked(directory, progress=told.append)
-    taken = sum(tensor.nbytes for tensor in tensors_of(astuple(attention)))
-    taken += sum(tensor.nbytes for layer in experts.layers for tensor in tensors_of(astuple(layer)))
-    foretold = attention_bytes(config, F32, NVFP4, stacks_shared=True)
-    foretold += expert_bytes(config, NUM_EXPERTS, F32, NVFP4)
-    assert sum(told) == taken == foretold
 
 
 def plain_of(path: Path) -> StoredPlain:
     return stored_plain(match_tensors(CheckpointReader(path), check_checkpoint(path)))
 
 
-def test_what_the_official_checkpoint_leaves_plain_changes_no_byte(directory: Path) -> None:
-    config, plain = check_checkpoint(directory), plain_of(directory)
-    assert {name for name, _ in plain} == {"q_a", "q_b", "kv_a", "kv_b", "o_proj"}
-    told = attention_bytes(config, F32, NVFP4, stacks_shared=True, plain=plain)
-    assert told == attention_bytes(config, F32, NVFP4, stacks_shared=True)
-    assert expert_bytes(config, 3, F32, NVFP4, plain=plain) == expert_bytes(config, 3, F32, NVFP4)
+def test_bytes_with_stacked_shared_experts_are_those_foretold(directory: Path) -> None:
+    config, plain, told = check_checkpoint(directory), plain_of(directory), []
+    attention, experts = load_stacked(directory, progress=told.append)
+    taken = sum(tensor.nbytes for tensor in tensors_of(astuple(attention)))
+    taken += sum(tensor.nbytes for layer in experts.layers for tensor in tensors_of(astuple(layer)))
+    foretold = attention_bytes(config, F32, NVFP4, stacks_shared=True, plain=plain)
+    foretold += expert_bytes(config, NUM_EXPERTS, F32, NVFP4, plain=plain)
+    assert sum(told) == taken == foretold
 
 
 def test_a_layer_with_a_plain_expert_is_foretold_as_plain(
@@ -252,7 +214,7 @@ def test_a_layer_with_a_plain_expert_is_foretold_as_plain(
     assert [isinstance(layer, Nvfp4Experts) for layer in experts.layers] == [True, False]
     assert sum(told) == expert_bytes(config, 2, F32, NVFP4, plain=plain)
     apart = attention_bytes(config, F32, NVFP4, stacks_shared=True, plain=plain)
-    assert apart == attention_bytes(config, F32, NVFP4)
+    assert apart == attention_bytes(config, F32, NVFP4, plain=plain)
 
 
 def test_an_expert_shard_reads_its_own_experts_and_no_other_byte(directory: Path) -> None:
@@ -282,7 +244,7 @@ def test_a_broken_scale_is_told_by_name(
 def test_a_plain_shared_expert_stands_apart(
     changed: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    shared = load_attention(tmp_path).layers[1].shared_down
+    shared = load_attention(tmp_path, PLAIN).layers[1].shared_down
     module = "layers.1.shared_experts.w2."
     for name in [name for name in changed if name.startswith(module)]:
         del changed[name]
@@ -293,6 +255,22 @@ def test_a_plain_shared_expert_stands_apart(
     assert load_attention(tmp_path).layers[1].shared_down is not None
     with pytest.raises(TypeError, match="load it apart"):
         load_stacked(tmp_path)
+
+
+def test_inputs_that_fill_no_groups_are_told(
+    changed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    params = json.loads((tmp_path / "params.json").read_text())
+    params["moe"]["expert_hidden_dim"] = 24
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    for name, tensor in changed.items():
+        if ".w2.weight_" in name and "global" not in name:
+            changed[name] = tensor[:, : 24 * tensor.shape[1] // 32].contiguous()
+        elif (".w1.weight_" in name or ".w3.weight_" in name) and "global" not in name:
+            changed[name] = tensor[:24].contiguous()
+    save_file(changed, tmp_path / FILE)
+    with pytest.raises(CheckpointError, match=r"w2.weight_packed has 24 inputs, .* groups of 16"):
+        check_checkpoint(tmp_path)
 
 
 def test_official_experts_can_be_stacked(directory: Path) -> None:

@@ -1,10 +1,11 @@
-"""NVFP4 experts on their way from a checkpoint's tensors into the order that kernels read.
+"""NVFP4 weights on their way from a checkpoint's tensors into the order that kernels read.
 
-One matrix of one expert at a time, on the device, so that a shard never holds experts twice.
+One matrix at a time, on the device, so that a shard never holds its weights twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,14 +14,8 @@ from ostro.actors.errors import CheckpointError
 from ostro.actors.model.weight_formats import RawWeight
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
-from ostro.kernels.nvfp4_experts import (
-    SCALE_WORDS,
-    WORDS,
-    Nvfp4Experts,
-    new_nvfp4_stack,
-    num_blocks,
-    pack_nvfp4,
-)
+from ostro.kernels.nvfp4_experts import Nvfp4Experts, new_nvfp4_stack
+from ostro.kernels.nvfp4_linear import SCALE_WORDS, WORDS, Nvfp4Weight, num_blocks, pack_nvfp4
 
 Matrix = Literal["gate", "up", "down"]
 MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
@@ -43,8 +38,13 @@ def new_nvfp4_experts(
     )
 
 
+def nvfp4_linear_bytes(num_outputs: int, num_inputs: int) -> int:
+    """Memory of a linear layer's weight, each of whose outputs has its unit."""
+    return num_outputs * (num_blocks(num_inputs) * _BLOCK_BYTES + _UNIT_BYTES)
+
+
 def nvfp4_matrix_bytes(num_outputs: int, num_inputs: int) -> int:
-    """Memory of one matrix and its unit."""
+    """Memory of one matrix of an expert and its unit."""
     return num_outputs * num_blocks(num_inputs) * _BLOCK_BYTES + _UNIT_BYTES
 
 
@@ -52,6 +52,26 @@ def nvfp4_expert_bytes(config: ModelConfig) -> int:
     """Memory of one expert of one layer, or of a shared one of its shape."""
     hidden, inner = config.hidden_size, config.expert_hidden_size
     return 2 * nvfp4_matrix_bytes(inner, hidden) + nvfp4_matrix_bytes(hidden, inner)
+
+
+def nvfp4_weight(parts: Sequence[tuple[RawWeight, str]]) -> Nvfp4Weight:
+    """A linear layer's weight, on the device of its parts.
+
+    Args:
+        parts: Weights of the same inputs as they are stored, and the names of their tensors for
+            errors; the outputs of each stand after those of the one before, with its own unit.
+
+    Raises:
+        CheckpointError: As `put_nvfp4`.
+        ValueError: Likewise.
+    """
+    packed = [_packed(raw, name) for raw, name in parts]
+    return Nvfp4Weight(
+        words_BOW=torch.cat([words_BOW for words_BOW, _, _ in packed], dim=1),
+        scales_BOS=torch.cat([scales_BOS for _, scales_BOS, _ in packed], dim=1),
+        unit_O=torch.cat([unit.repeat(scales_BOS.shape[1]) for _, scales_BOS, unit in packed]),
+        num_inputs=2 * parts[0][0].values.shape[1],
+    )
 
 
 def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight, name: str) -> None:
@@ -68,18 +88,23 @@ def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight, 
         CheckpointError: A scale is not a number, or the global one is none to divide by.
         ValueError: It is another format's, or lacks a scale.
     """
+    words_BOW, scales_BOS, unit = _packed(raw, name)
+    stack = experts.down if matrix == "down" else experts.gate_up
+    inner = experts.gate_up.num_outputs() // 2
+    first = inner if matrix == "up" else 0
+    rows = slice(first, first + len(raw.values))
+    stack.words_EBOW[slot, :, rows].copy_(words_BOW)
+    stack.scales_EBOS[slot, :, rows].copy_(scales_BOS)
+    unit_E = {"gate": experts.gate_unit_E, "up": experts.up_unit_E, "down": experts.down_unit_E}
+    unit_E[matrix][slot] = unit
+
+
+def _packed(raw: RawWeight, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Words, scales and the one unit of a matrix."""
     is_nvfp4 = raw.weight_format is WeightFormat.NVFP4
     if not is_nvfp4 or raw.scale is None or raw.global_scale is None:
         raise ValueError("only an nvfp4 weight with both of its scales is packed")
     unit = 1.0 / raw.global_scale.float().view(())
     if not bool(torch.isfinite(raw.scale.float()).all() & torch.isfinite(unit)):
         raise CheckpointError(f"{name}: a scale of this nvfp4 weight is not finite; fetch it anew")
-    stack = experts.down if matrix == "down" else experts.gate_up
-    inner = experts.gate_up.num_outputs() // 2
-    first = inner if matrix == "up" else 0
-    rows = slice(first, first + len(raw.values))
-    words_BOW, scales_BOS = pack_nvfp4(raw.values, raw.scale)
-    stack.words_EBOW[slot, :, rows].copy_(words_BOW)
-    stack.scales_EBOS[slot, :, rows].copy_(scales_BOS)
-    unit_E = {"gate": experts.gate_unit_E, "up": experts.up_unit_E, "down": experts.down_unit_E}
-    unit_E[matrix][slot] = unit
+    return *pack_nvfp4(raw.values, raw.scale), unit

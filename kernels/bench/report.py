@@ -15,6 +15,7 @@ from ostro.kernels.bench import (
     attention_cases,
     expert_cases,
     expert_layers,
+    linear_cases,
     prefill_cases,
     sampling_cases,
     small_cases,
@@ -83,6 +84,7 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "decode_fp8": partial(attention_cases.cases, _FP8_CACHE),
     "prefill": partial(prefill_cases.cases, _SIZES),
     "prefill_fp8": partial(prefill_cases.cases, _FP8_CACHE),
+    "linear": partial(linear_cases.cases, _SIZES),
     "small": partial(small_cases.cases, _SIZES),
     "sampling": partial(sampling_cases.cases, _SIZES),
 }

@@ -1,7 +1,6 @@
-"""Cases of what stands between the large products: gate, norms, sorting, FP8 linear layers.
+"""Cases of what stands between the large products: gate, norms, sorting, rounding.
 
-Shape letters: T tokens, K experts per token, A = T * K pairs, D hidden, E experts, I inputs,
-O outputs.
+Shape letters: T tokens, K experts per token, A = T * K pairs, D hidden, E experts.
 """
 
 from __future__ import annotations
@@ -15,12 +14,7 @@ from ostro.kernels.bench.expert_layers import chosen_experts, no_counts
 from ostro.kernels.bench.measure import Case, num_variants, poison, relative_error
 from ostro.kernels.bench.sizes import Sizes
 from ostro.kernels.combine import combine_norm_reference
-from ostro.kernels.fp8_linear import (
-    Fp8Weight,
-    fp8_linear,
-    fp8_linear_reference,
-    quantize_fp8_reference,
-)
+from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.gate import gate_reference
 from ostro.kernels.gpu.combine import combine_norm_triton
 from ostro.kernels.gpu.expert_schedule import expert_schedule_reference, expert_schedule_triton
@@ -46,7 +40,6 @@ def cases(sizes: Sizes, batches: Sequence[int] = BATCHES) -> Iterator[Case]:
         yield _combine_norm(sizes, num_tokens)
         yield from _sorting(sizes, num_tokens)
         yield _quantize(sizes, num_tokens)
-        yield from _linears(sizes, num_tokens)
 
 
 def _gate(sizes: Sizes, num_tokens: int) -> Case:
@@ -202,59 +195,4 @@ def _quantize(sizes: Sizes, num_tokens: int) -> Case:
         bytes_moved=num_bytes,
         error=error,
         tolerance=0.0,
-    )
-
-
-def _linears(sizes: Sizes, num_tokens: int) -> Iterator[Case]:
-    """The model's projections: down to queries and latents, up to heads, out of them, experts."""
-    s = sizes
-    heads_in, heads_out = s.num_heads * (s.nope + s.rope), s.num_heads * s.value
-    shapes = (
-        (s.hidden, s.compressed + s.latent + s.rope),
-        (s.compressed, heads_in),
-        (heads_out, s.hidden),
-        (s.inner, s.hidden),
-    )
-    for num_in, num_out in shapes:
-        yield _linear(s, num_tokens, num_in, num_out)
-
-
-def _linear(sizes: Sizes, num_tokens: int, num_in: int, num_out: int) -> Case:
-    s = sizes
-    input_scale = torch.tensor(1 / 32, device=s.device)
-    scale = torch.tensor(num_in**-0.5 / 16, device=s.device)
-    weights = [
-        Fp8Weight(
-            values_OI=s.randn_fp8(num_out, num_in, scale=16.0),
-            scale=scale,
-            input_scale=input_scale,
-        )
-        for _ in range(num_variants(num_in * num_out))
-    ]
-    x_TI = s.randn(num_tokens, num_in)
-    units_TI = quantize_fp8_reference(x_TI, input_scale)
-
-    def error() -> float:
-        expected = fp8_linear_reference(x_TI.float(), weights[0])
-        poison(expected.numel() * 2, s.device)
-        return relative_error(fp8_linear(x_TI, weights[0]), expected)
-
-    product = partial(
-        torch._scaled_mm,
-        units_TI,
-        scale_a=input_scale,
-        scale_b=scale,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=False,
-    )
-    return Case(
-        operation="fp8_linear",
-        size=f"{num_tokens} {num_in}>{num_out}",
-        launches=[partial(fp8_linear, x_TI, weight) for weight in weights],
-        bytes_moved=num_in * num_out + num_tokens * (num_in + num_out) * 2,
-        flops=2.0 * num_tokens * num_in * num_out,
-        flops_ceiling="fp8",
-        error=error,
-        tolerance=_TOLERANCE,
-        others={"scaled_mm": [partial(product, weight.values_OI.t()) for weight in weights]},
     )

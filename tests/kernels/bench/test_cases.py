@@ -12,6 +12,7 @@ from tiny_sizes import tiny_sizes
 from ostro.kernels.bench import (
     attention_cases,
     expert_cases,
+    linear_cases,
     prefill_cases,
     sampling_cases,
     small_cases,
@@ -37,6 +38,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     ),
     "prefill": lambda sizes: prefill_cases.cases(sizes, [(60, 0), (20, 33)]),
     "prefill_fp8": lambda sizes: prefill_cases.cases(_with_fp8_cache(sizes), [(20, 33)]),
+    "linear": lambda sizes: linear_cases.cases(sizes, [5]),
     "small": lambda sizes: small_cases.cases(sizes, [5]),
     "sampling": lambda sizes: sampling_cases.cases(sizes, [3]),
 }
@@ -44,7 +46,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention_cases, small_cases, sampling_cases):
+    for module in (attention_cases, linear_cases, small_cases, sampling_cases):
         monkeypatch.setattr(module, "num_variants", lambda *_: 2)
 
 

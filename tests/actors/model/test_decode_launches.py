@@ -1,0 +1,69 @@
+"""What one layer of a decode step launches on a GPU, counted without one.
+
+At one request a step is bound by its launches, so one more shows here.
+"""
+
+from __future__ import annotations
+
+import pytest
+from recorded_launches import decode_launches, launches_of_layer
+
+from ostro.configs.quantization import WeightFormat
+
+ATTEND = ["_latent_queries_kernel", "_attend_kernel", "_join_kernel", "_expand_values_kernel"]
+EXPERTS = [
+    "_expert_schedule_kernel",
+    "_permute_kernel",
+    "_gate_up_kernel",
+    "_down_kernel",
+    "_sum_pairs_kernel",
+]
+
+
+@pytest.mark.parametrize("num_requests", [1, 2])
+def test_a_layer_of_few_requests_launches_so_much(num_requests: int) -> None:
+    assert launches_of_layer(num_requests, WeightFormat.FP8) == [
+        "_fp8_linear_kernel",
+        "_mla_prologue_kernel",
+        "_fp8_linear_kernel",
+        *ATTEND,
+        "_fp8_linear_kernel",
+        "_combine_kernel",
+        "_partial_logits_kernel",
+        "_gate_kernel",
+        *EXPERTS,
+        "_combine_kernel",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "logits"), [(8, "_partial_logits_kernel"), (64, "torch.mm")]
+)
+def test_a_layer_of_more_requests_launches_so_much(num_requests: int, logits: str) -> None:
+    assert launches_of_layer(num_requests, WeightFormat.FP8) == [
+        "_quantize_fp8_kernel",
+        "torch._scaled_mm",
+        "_mla_prologue_kernel",
+        "torch._scaled_mm",
+        *ATTEND,
+        "_quantize_fp8_kernel",
+        "torch._scaled_mm",
+        "_combine_kernel",
+        logits,
+        "_gate_kernel",
+        *EXPERTS,
+        "_combine_kernel",
+    ]
+
+
+def test_two_scales_before_attention_cost_one_launch() -> None:
+    joined, apart = (
+        launches_of_layer(1, WeightFormat.FP8, is_joined=is_joined) for is_joined in (True, False)
+    )
+    assert len(apart) == len(joined) + 1
+
+
+def test_what_stands_around_the_layers_is_little() -> None:
+    step = decode_launches(1, WeightFormat.FP8, num_layers=2)
+    layer = launches_of_layer(1, WeightFormat.FP8)
+    assert len(step) - 2 * len(layer) == 16

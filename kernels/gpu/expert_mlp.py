@@ -1,6 +1,7 @@
 """The expert MLP on a GPU, in five launches and without waiting for a count.
 
 Schedule, permute, gate and up with SwiGLU, down with the gate weights, sum of each row's experts.
+Few pairs take three, without the first two (`few_experts`).
 
 Shape legend: R rows, K experts per row, A = R * K pairs, D hidden, F expert hidden, H = 2F,
 E local experts.
@@ -12,6 +13,7 @@ import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
+from ostro.kernels.gpu.few_experts import MAX_FEW_PAIRS, down_few_triton, gate_up_few_triton
 from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
 from ostro.kernels.gpu.nvfp4_gemm import down_nvfp4_triton, gate_up_nvfp4_triton
 from ostro.kernels.gpu.permute import permute_triton
@@ -35,6 +37,10 @@ def expert_mlp_triton(
     """
     if not len(rows_RD):
         return torch.empty_like(rows_RD)
+    if expert_RK.numel() <= MAX_FEW_PAIRS:
+        hidden_AF = gate_up_few_triton(rows_RD, expert_RK, gate_up_EHD, counts)
+        y_AD = down_few_triton(hidden_AF, expert_RK, weight_RK, down_EDF, rows_RD.dtype)
+        return sum_pairs_triton(y_AD, expert_RK)
     num_experts = len(gate_up_EHD)
     rows = block_rows(expert_RK.numel(), num_experts)
     schedule = expert_schedule_triton(expert_RK, num_experts, rows, counts)
@@ -58,27 +64,23 @@ def expert_mlp_fp8_triton(
     """
     if not len(rows_RD):
         return torch.empty_like(rows_RD)
-    num_experts = len(experts.gate_up_EHD)
+    of_gate_up = {
+        "scale_E": experts.gate_up_scale_E,
+        "input_scale_E": experts.gate_up_input_scale_E,
+        "next_input_scale_E": experts.down_input_scale_E,
+    }
+    of_down = {"scale_E": experts.down_scale_E, "input_scale_E": experts.down_input_scale_E}
+    gate_up_EHD, down_EDF, dtype = experts.gate_up_EHD, experts.down_EDF, rows_RD.dtype
+    if expert_RK.numel() <= MAX_FEW_PAIRS:
+        hidden_AF = gate_up_few_triton(rows_RD, expert_RK, gate_up_EHD, counts, **of_gate_up)
+        y_AD = down_few_triton(hidden_AF, expert_RK, weight_RK, down_EDF, dtype, **of_down)
+        return sum_pairs_triton(y_AD, expert_RK)
+    num_experts = len(gate_up_EHD)
     rows = block_rows(expert_RK.numel(), num_experts)
     schedule = expert_schedule_triton(expert_RK, num_experts, rows, counts)
     x_AD = permute_triton(rows_RD, expert_RK, schedule, experts.gate_up_input_scale_E)
-    hidden_AF = gate_up_triton(
-        x_AD,
-        experts.gate_up_EHD,
-        schedule,
-        scale_E=experts.gate_up_scale_E,
-        input_scale_E=experts.gate_up_input_scale_E,
-        next_input_scale_E=experts.down_input_scale_E,
-    )
-    y_AD = down_triton(
-        hidden_AF,
-        experts.down_EDF,
-        weight_RK,
-        schedule,
-        rows_RD.dtype,
-        scale_E=experts.down_scale_E,
-        input_scale_E=experts.down_input_scale_E,
-    )
+    hidden_AF = gate_up_triton(x_AD, gate_up_EHD, schedule, **of_gate_up)
+    y_AD = down_triton(hidden_AF, down_EDF, weight_RK, schedule, dtype, **of_down)
     return sum_pairs_triton(y_AD, expert_RK)
 
 

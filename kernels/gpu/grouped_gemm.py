@@ -81,7 +81,7 @@ def gate_up_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_F=cut.block_out,
         BLOCK_D=cut.block_in,
-        **_launch_options(cut, x_AD.dtype),
+        **launch_options(cut, x_AD.dtype),
     )
     return out_AF
 
@@ -139,7 +139,7 @@ def down_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_D=cut.block_out,
         BLOCK_F=cut.block_in,
-        **_launch_options(cut, hidden_AF.dtype),
+        **launch_options(cut, hidden_AF.dtype),
     )
     return out_AD
 
@@ -210,7 +210,8 @@ def grid(cut: Tile, schedule: ExpertSchedule, num_outputs: int, device: torch.de
     return (min(num_programs(cut, device), max_tiles),)
 
 
-def _launch_options(cut: Tile, dtype: torch.dtype) -> dict[str, int]:
+def launch_options(cut: Tile, dtype: torch.dtype) -> dict[str, int]:
+    """Of a product of weights of this dtype."""
     return {
         "NARROW_SUM": min(_MAX_NARROW_SUM, cut.block_in) if dtype == _FP8 else 0,
         "STAGES": cut.num_stages,

@@ -118,6 +118,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "combine_norm": _combine_norm,
     "combine_norm_of_sum": _combine_norm_of_sum,
     "experts_fp8_1_shared": functools.partial(_experts_fp8, 1, 1),
+    "experts_fp8_2_shared": functools.partial(_experts_fp8, 2, 1),
+    "experts_bf16_1": functools.partial(_experts, 1),
     "rms_norm": _rms_norm,
     "quantize_fp8": _quantize_fp8,
 }

@@ -9,6 +9,8 @@ E local experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
@@ -64,12 +66,15 @@ def expert_mlp_fp8_triton(
     """
     if not len(rows_RD):
         return torch.empty_like(rows_RD)
-    of_gate_up = {
+    of_gate_up: dict[str, Any] = {
         "scale_E": experts.gate_up_scale_E,
         "input_scale_E": experts.gate_up_input_scale_E,
         "next_input_scale_E": experts.down_input_scale_E,
     }
-    of_down = {"scale_E": experts.down_scale_E, "input_scale_E": experts.down_input_scale_E}
+    of_down: dict[str, Any] = {
+        "scale_E": experts.down_scale_E,
+        "input_scale_E": experts.down_input_scale_E,
+    }
     gate_up_EHD, down_EDF, dtype = experts.gate_up_EHD, experts.down_EDF, rows_RD.dtype
     if expert_RK.numel() <= MAX_FEW_PAIRS:
         hidden_AF = gate_up_few_triton(rows_RD, expert_RK, gate_up_EHD, counts, **of_gate_up)

@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt protos/build.py $(wildcard protos/*.proto)
 PYTEST := $(BIN)/pytest
 
-.PHONY: serve test test-all lint coverage bench demo-model demo-eval wheel released-protos clean
+.PHONY: serve test test-all lint coverage bench demo-model demo-eagle demo-eval wheel \
+	released-protos clean
 
 # Serve a preset or a deployment file: make serve PRESET=laptop_single ARGS="--model DIR".
 serve: $(VENV)/.runtime
@@ -41,13 +42,20 @@ bench: $(VENV)/.runtime
 	$(BIN)/ostro bench quick
 
 # The embedded model, made anew: tokenizer, about 90 minutes of training on two cores, export,
-# evaluation through a running cluster, card and plot. Interrupted, it goes on where it was.
+# speculation head, evaluation through a running cluster, card and plot. Interrupted, it goes on
+# where it was.
 MODEL := cluster/teaching_model
 RUN := build/demo_model
 demo-model: $(VENV)/.test
 	$(BIN)/python tests/demo_model/train.py --out $(RUN) $(ARGS)
 	$(BIN)/python tests/demo_model/export.py --run $(RUN) --to $(MODEL)
+	$(MAKE) demo-eagle
 	$(MAKE) demo-eval
+
+# The embedded model's speculation head alone, and how many of its drafts are right.
+demo-eagle: $(VENV)/.test
+	$(BIN)/python tests/demo_model/train_eagle.py --run $(RUN) --model $(MODEL)
+	$(BIN)/python tests/demo_model/evaluate_eagle.py --model $(MODEL) --out $(RUN)/eagle.json
 
 # The figures of its card: every family, effort and face.
 demo-eval: $(VENV)/.test

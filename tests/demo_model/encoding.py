@@ -57,7 +57,7 @@ class Encoder:
         self._encode = model._model.encode
         self._offset = model.num_special_tokens
         self._text = functools.lru_cache(100_000)(self._tokens)
-        self._closing = self.text(CLOSING_PHRASE)
+        self.closing = self.text(CLOSING_PHRASE)
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         return tuple(token + self._offset for token in self._encode(text))
@@ -121,7 +121,7 @@ class Encoder:
         working = self.text(example.working)
         if rng.random() < 0.3 and len(working) > 1:
             kept = working[: rng.randrange(len(working))]
-            return kept + (self._closing if rng.random() < 0.85 else [])
+            return kept + (self.closing if rng.random() < 0.85 else [])
         return working
 
 

@@ -10,6 +10,7 @@ Shape letters: T tokens, K experts per token, R = T * K rows, E experts, D hidde
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,24 @@ def build_model(seed: int) -> tuple[Mistral3ForConditionalGeneration, RouterWatc
     config = teaching_config()
     config._attn_implementation = "sdpa"
     model = Mistral3ForConditionalGeneration(config)
+    _make_fast(model)
+    watch = RouterWatch()
+    for layer in model.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(watch.watch)
+    return model, watch
+
+
+def load_model(directory: Path) -> Mistral3ForConditionalGeneration:
+    """The exported model in float32, frozen."""
+    model = Mistral3ForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    _make_fast(model)
+    return model.eval().requires_grad_(False)
+
+
+def _make_fast(model: Mistral3ForConditionalGeneration) -> None:
+    """Mistral Small 4's softmax scale, and the fastest experts and attention of this machine."""
     use_plain_softmax_scale(model)
     language_model = model.model.language_model
     if torch.cuda.is_available():
@@ -137,10 +156,6 @@ def build_model(seed: int) -> tuple[Mistral3ForConditionalGeneration, RouterWatc
     else:
         language_model.set_experts_implementation(_NAME)
         language_model.config._attn_implementation = _NAME
-    watch = RouterWatch()
-    for layer in model.model.language_model.layers:
-        layer.mlp.gate.register_forward_hook(watch.watch)
-    return model, watch
 
 
 def group_of(name: str) -> str:

@@ -81,6 +81,21 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW(rest, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         torch.optim.AdamW(routers, ROUTER_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
     ]
+    return _with_full_rates(optimizers)
+
+
+def head_optimizers(head: nn.Module) -> list[torch.optim.Optimizer]:
+    """The same for a speculation head, which has matrices and norms only."""
+    matrices = [parameter for parameter in head.parameters() if parameter.ndim == 2]
+    norms = [parameter for parameter in head.parameters() if parameter.ndim == 1]
+    optimizers = [
+        Muon(matrices, MUON_RATE, weight_decay=0.02),
+        torch.optim.AdamW(norms, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    return _with_full_rates(optimizers)
+
+
+def _with_full_rates(optimizers: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["full_lr"] = group["lr"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluate_eagle import MOST_DRAFTS, PLACES
 from export import BUDGETS, NAME
 from plot import effort_plot
 from problems import EFFORTS
@@ -18,6 +19,7 @@ _PLOTTED = ("multiply", "sums", "cups", "image multiply")
 _DIGITS = "image read"
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
+_EAGLE_TEMPLATE = Path(__file__).with_name("eagle_card_template.md")
 
 
 def _percent(share: float) -> str:
@@ -114,7 +116,50 @@ def _intervals(families: dict[str, Any]) -> str:
     return "; ".join(texts)
 
 
-def card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
+def _drafted(cell: dict[str, Any]) -> str:
+    if not cell["tokens"]:
+        return "-"
+    shares = " ".join("-" if share is None else f"{100 * share:.0f}" for share in cell["accepted"])
+    return f"{cell['tokens_per_step'][PLACES - 1]:.2f} ({shares})"
+
+
+def _drafts(eagle: dict[str, Any]) -> str:
+    rows = [
+        [f"**{name}**", *(_drafted(cells[effort]) for effort in EFFORTS)]
+        for name, cells in eagle["families"].items()
+    ]
+    together = ["all together", *(_drafted(eagle["all"][effort]) for effort in EFFORTS)]
+    return _table(["family", *EFFORTS], [*rows, together])
+
+
+def _draft_lengths(eagle: dict[str, Any]) -> str:
+    steps = {effort: eagle["all"][effort]["tokens_per_step"] for effort in EFFORTS}
+    rows = [
+        [str(k), *(f"{steps[effort][k - 1]:.2f}" for effort in EFFORTS)]
+        for k in range(1, MOST_DRAFTS + 1)
+    ]
+    return _table(["drafts per step", *EFFORTS], rows)
+
+
+def speculation(eagle: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
+    """The section on the head, from what its training and evaluation wrote."""
+    return _EAGLE_TEMPLATE.read_text().format(
+        layers=eagle["layers"],
+        inner=eagle["inner"],
+        total=eagle["parameters"] / 1e6,
+        steps=log[-1]["step"],
+        conversations=log[-1]["conversations"],
+        positions=sum(row["rows"] for row in log) / 1e3,
+        cpu_minutes=sum(row["cpu_seconds"] for row in log) / 60,
+        count=eagle["count"],
+        seed=eagle["seed"],
+        drafts=_drafts(eagle),
+        lengths=_draft_lengths(eagle),
+        places=PLACES,
+    )
+
+
+def card(training: dict[str, Any], evaluation: dict[str, Any], drafting: str) -> str:
     """The whole card in Markdown."""
     families = evaluation["families"]
     counts = training["parameters"]
@@ -148,18 +193,22 @@ def card(training: dict[str, Any], evaluation: dict[str, Any]) -> str:
         levels=_levels(families),
         sweep=_sweep(evaluation["budgets"]),
         experts=_experts(training["experts"]),
+        speculation=drafting,
     )
 
 
 def main() -> None:
     """Write MODEL_CARD.md and effort.svg."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="training.json, evaluation.json")
+    parser.add_argument("--run", type=Path, required=True, help="what the other steps wrote")
     parser.add_argument("--to", type=Path, required=True, help="the checkpoint's directory")
     args = parser.parse_args()
     training = json.loads((args.run / "training.json").read_text())
     evaluation = json.loads((args.run / "evaluation.json").read_text())
-    (args.to / "MODEL_CARD.md").write_text(card(training, evaluation))
+    eagle = json.loads((args.run / "eagle.json").read_text())
+    log = [json.loads(line) for line in (args.run / "eagle_log.jsonl").read_text().splitlines()]
+    drafting = speculation(eagle, log)
+    (args.to / "MODEL_CARD.md").write_text(card(training, evaluation, drafting))
     efforts = {name: evaluation["families"][name]["efforts"] for name in _PLOTTED}
 
     def line(name: str, key: str) -> list[float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # glibc gives freed memory back at once otherwise, which halves the speed of a step.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -188,7 +188,7 @@ def _work(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     """Make the tokenizer if there is none, then train."""
     args = _arguments()
-    os.environ.update(_ENVIRONMENT)  # read at the start of a process: the workers'
+    os.environ.update(ENVIRONMENT)  # read at the start of a process: the workers'
     args.out.mkdir(parents=True, exist_ok=True)
     from tokenizer import make_tokenizer
     from torch import multiprocessing

@@ -259,7 +259,9 @@ def save_head(head: EagleHead, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "params.json").write_text(json.dumps(head.params(), indent=2) + "\n")
     tensors = {name: weight.to(torch.bfloat16) for name, weight in head.state_dict().items()}
-    save_file(tensors, directory / "consolidated.safetensors", metadata={"format": "pt"})
+    file = directory / "consolidated.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # it is written for its owner alone
 
 
 def load_head(directory: Path, config: Mistral4Config) -> EagleHead:

@@ -191,7 +191,8 @@ def test_training_lowers_the_loss_and_goes_on_where_it_was(
         trainer.train_step(next(source))
     after, counts = head_loss(trainer.head, target, held)
     assert after.item() < 0.7 * before
-    assert counts[0][0] >= counts[1][0] >= counts[2][0] > 0
+    assert counts[0][0] > 0
+    assert counts[0] >= counts[1] >= counts[2]
     trainer.save(tmp_path / "state.pt")
     other = HeadTrainer(target, num_steps=200, seed=1, num_layers=1, inner=64)
     other.load(tmp_path / "state.pt")

@@ -67,6 +67,8 @@ class EagleDrafter:
         """See `drafter.Drafter`."""
         rows = _rows_of_last_tokens(step) if num_drafts else []
         state_BD = self._take_note(step, batches, [row for _, row in rows])
+        for progress, _ in rows:
+            progress.draft_token_ids = []
         # Only now: the pages may be those of requests that have ended, which were written above.
         guesses = [
             _Guess(progress, row, self._room(progress, num_drafts)) for progress, row in rows
@@ -125,8 +127,6 @@ class EagleDrafter:
             state_BD = self._head.forward(embedded_BD, state_BD[:count], batch)
             chosen.append(model.logits(state_BD).argmax(dim=1))
         token_ids = iter(torch.cat(chosen).tolist())
-        for guess in guesses:
-            guess.progress.draft_token_ids = []
         for tokens_B in chosen:
             for guess in guesses[: len(tokens_B)]:
                 guess.progress.draft_token_ids.append(next(token_ids))

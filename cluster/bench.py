@@ -59,9 +59,19 @@ def checkpoint(
     ],
     size: Annotated[str, typer.Option(help="mid (0.9 B parameters) or tiny.")] = "mid",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    draft_head: Annotated[
+        bool,
+        typer.Option("--draft-head", help="Write a draft head for it too, into DIR/eagle."),
+    ] = False,
 ) -> None:
     """Write a seeded random checkpoint to measure with; it says nothing sensible."""
-    from ostro.actors.model.random_checkpoint import MID, TINY, write_random_checkpoint
+    from ostro.actors.model.random_checkpoint import (
+        MID,
+        TINY,
+        write_random_checkpoint,
+        write_random_head,
+    )
+    from ostro.configs.model import load_model_config
 
     shapes = {"mid": MID, "tiny": TINY}
     if size not in shapes:
@@ -75,6 +85,9 @@ def checkpoint(
     with _console.status(f"writing {size} to {directory}"):
         write_random_checkpoint(directory, shapes[size], seed)
         write_tekken(directory / "tekken.json", shapes[size].vocab_size)
+        if draft_head:
+            config = load_model_config(directory)
+            write_random_head(directory / "eagle", shapes[size], config, seed=seed)
 
 
 @app.command()

@@ -11,8 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ostro.actors.errors import CheckpointError
 from ostro.actors.model.device import choose_dtype, torch_dtype
+from ostro.actors.model.draft_head import DraftHead, configured_head
 from ostro.actors.model.inspection import Inspection, inspect_checkpoint
+from ostro.actors.model.latent_cache import cached_token_bytes
 from ostro.cluster.announced_faces import AnnouncedFaces
 from ostro.cluster.cli_console import make_console
 from ostro.cluster.cli_deployment import describe_layout, resolve_model, taken_ports
@@ -27,6 +30,7 @@ from ostro.cluster.key_file import check_access
 from ostro.cluster.machine import local_device, this_machine
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.tls_certificate import read_certificate
+from ostro.cluster.weight_plan import draft_head_bytes
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_model_config
@@ -49,6 +53,7 @@ def run(deployment: DeploymentConfig) -> None:
     checkpoint = inspect_checkpoint(model_dir)
     machine = this_machine()
     device = local_device(deployment.layout.device)
+    head, head_problems = _find_head(deployment, config)
     plan = plan_deployment(
         deployment,
         config,
@@ -57,12 +62,15 @@ def run(deployment: DeploymentConfig) -> None:
         dtype=torch_dtype(choose_dtype(deployment.engine.dtype, device, config)),
         has_other_nodes="RAY_ADDRESS" in os.environ,
         plain=checkpoint.plain,
+        head=head,
     )
     _print_checkpoint(model_dir, checkpoint, console)
+    _print_head(head, plan, console)
     _print_plan(deployment, plan, machine, console)
     _print_image_fetch(deployment.serving, console)
     problems = [
         *([checkpoint.problem] if checkpoint.problem else []),
+        *head_problems,
         *_tokenizer_problems(deployment, model_dir, config),
         *plan.problems,
         *_port_problems(deployment),
@@ -72,6 +80,16 @@ def run(deployment: DeploymentConfig) -> None:
     _print_verdict(plan, problems, console)
     if problems:
         raise typer.Exit(1)
+
+
+def _find_head(
+    deployment: DeploymentConfig, config: ModelConfig
+) -> tuple[DraftHead | None, list[str]]:
+    """The draft head, or why there is none where one is asked for."""
+    try:
+        return configured_head(deployment.engine, config), []
+    except (ConfigError, CheckpointError) as error:
+        return None, [f"draft head: {error}"]
 
 
 def _access_problems(deployment: DeploymentConfig) -> list[str]:
@@ -141,6 +159,20 @@ def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console)
             f"{sum(group.num_tensors for group in groups)} tensors in {' and '.join(precisions)}, "
             f"{format_bytes(checkpoint.num_bytes())}; {state}",
         )
+
+
+def _print_head(head: DraftHead | None, plan: DeploymentPlan, console: Console) -> None:
+    if head is None:
+        return
+    per_token = cached_token_bytes(head.config, plan.cache_dtype)
+    num_bytes = draft_head_bytes(head, plan.device, plan.dtype)
+    _say(console, "draft head", str(head.directory))
+    _say(
+        console,
+        "",
+        f"{head.config.num_layers} layers, {format_bytes(num_bytes)} on every attention shard and "
+        f"{format_bytes(per_token)} of its cache per token",
+    )
 
 
 def _print_plan(

@@ -10,12 +10,13 @@ from typing import Annotated
 
 import typer
 
-from ostro.configs.deployment import DeploymentConfig, ServingConfig
+from ostro.configs.deployment import DeploymentConfig, EngineConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment, preset_names, read_model_defaults
 
 EMBEDDED = "embedded"
 _TEACHING_MODEL = Path(__file__).parent / "teaching_model"
+_DRAFT_HEAD = "eagle"  # within it
 
 Source = Annotated[
     str,
@@ -62,6 +63,7 @@ def read_deployment(
     return replace(
         deployment,
         model=model,
+        engine=_with_draft_model(deployment.engine),
         serving=replace(
             serving,
             http_port=serving.http_port if http_port is None else http_port,
@@ -74,6 +76,16 @@ def read_deployment(
 def resolve_model(model: str) -> Path:
     """The checkpoint directory that a deployment names; "embedded" is the one that ships here."""
     return _TEACHING_MODEL if model == EMBEDDED else Path(model).expanduser().absolute()
+
+
+def _with_draft_model(engine: EngineConfig) -> EngineConfig:
+    """The same with the draft head's whole path; "embedded" is the one of the embedded model."""
+    speculation = engine.speculation
+    if speculation is None or speculation.draft_model is None:
+        return engine
+    named = speculation.draft_model
+    path = _TEACHING_MODEL / _DRAFT_HEAD if named == EMBEDDED else resolve_model(named)
+    return replace(engine, speculation=replace(speculation, draft_model=str(path)))
 
 
 def check_ports_free(serving: ServingConfig) -> None:

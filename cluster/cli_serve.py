@@ -156,12 +156,15 @@ def _check_model(deployment: DeploymentConfig, model_dir: Path) -> ModelConfig:
 
     The head of a cluster need not have the weights; there the router has a rank's node check them.
     """
+    from ostro.actors.model.draft_head import configured_head
     from ostro.actors.model.weights import check_checkpoint
     from ostro.cluster.prompt import PromptBuilder
     from ostro.configs.model import load_model_config
 
     on_cluster = "RAY_ADDRESS" in os.environ
     config = load_model_config(model_dir) if on_cluster else check_checkpoint(model_dir)
+    if not on_cluster:
+        configured_head(deployment.engine, config)
     PromptBuilder(model_dir, deployment.reasoning).serves_images(config.vision)
     return config
 
@@ -189,14 +192,21 @@ def _weight_bytes(
 ) -> dict[int, int]:
     from ostro.actors.model.checkpoint import CheckpointReader
     from ostro.actors.model.device import choose_dtype, torch_dtype
+    from ostro.actors.model.draft_head import configured_head
     from ostro.actors.model.stored_weights import match_tensors, stored_plain
     from ostro.cluster.machine import local_device
     from ostro.cluster.weight_plan import plan_weights
 
     device = local_device(deployment.layout.device)
     dtype = choose_dtype(deployment.engine.dtype, device, config)
-    plain = stored_plain(match_tensors(CheckpointReader(model_dir), config))
-    return plan_weights(deployment, config, device=device, dtype=torch_dtype(dtype), plain=plain)
+    return plan_weights(
+        deployment,
+        config,
+        device=device,
+        dtype=torch_dtype(dtype),
+        plain=stored_plain(match_tensors(CheckpointReader(model_dir), config)),
+        head=configured_head(deployment.engine, config),
+    )
 
 
 @contextmanager

@@ -46,10 +46,12 @@ app = typer.Typer(
 @app.command()
 @plain_errors()
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint directory.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint's directory, or a draft head's.")
+    ],
     show_all: Annotated[bool, typer.Option("--all", help="List every tensor at fault.")] = False,
 ) -> None:
-    """Tell what a checkpoint is, reading its config and headers alone.
+    """Tell what a checkpoint or a draft head is, reading its config and headers alone.
 
     Exit code 1 if it would not load.
 
@@ -125,6 +127,18 @@ def convert(
     )
 
 
+def _describe(config: ModelConfig) -> str:
+    if config.is_draft_head():
+        return (
+            f"a draft head of {config.num_layers} layers without experts, for a model of hidden "
+            f"size {config.hidden_size} and {config.vocab_size} tokens"
+        )
+    return (
+        f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
+        f"experts per token, {'images and text' if config.vision else 'text alone'}"
+    )
+
+
 def _weight_format(config: ModelConfig) -> WeightFormat:
     declared = config.quantization
     return WeightFormat.PLAIN if declared is None else declared.weight_format
@@ -148,8 +162,7 @@ def _print_headline(directory: Path, inspection: Inspection, console: Console) -
     precision = _weight_format(config).value + (f" {scales} scales for inputs" if declared else "")
     lines = [
         f"{directory}: {_LAYOUT_NAMES[layout]}, {config.architecture}",
-        f"{config.num_layers} layers, {config.num_experts_per_token} of {config.num_experts} "
-        f"experts per token, {'images and text' if config.vision else 'text alone'}",
+        _describe(config),
         f"{layout.config_name} declares {precision}; {inspection.num_files} files of weights",
     ]
     if inspection.other is not None:

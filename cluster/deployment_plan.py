@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from ostro.actors.model.device import choose_cache_dtype, choose_precision
+from ostro.actors.model.draft_head import DraftHead
 from ostro.actors.model.latent_cache import cache_page_bytes
 from ostro.actors.model.stored_weights import StoredPlain
 from ostro.actors.model.weight_bytes import expert_bytes
 from ostro.cluster.human_numbers import format_bytes
-from ostro.cluster.weight_plan import experts_by_rank, rank_weight_bytes
+from ostro.cluster.weight_plan import draft_head_bytes, experts_by_rank, rank_weight_bytes
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
@@ -54,7 +55,7 @@ class RankPlan:
         num_experts: Routed experts it holds in every layer, copies included.
         num_pages: Pages of its latent cache: 0 without the attention role, None if they depend on
             a GPU that is not here.
-        page_bytes: Bytes of one page over all layers.
+        page_bytes: Bytes of one page over all layers, those of a draft head included.
         budget_bytes: What weights and cache may fill on its GPU; None on CPU or if not known.
     """
 
@@ -115,6 +116,7 @@ def plan_deployment(
     dtype: torch.dtype,
     has_other_nodes: bool = False,
     plain: StoredPlain = frozenset(),
+    head: DraftHead | None = None,
 ) -> DeploymentPlan:
     """Lay a model out over the ranks of a deployment and hold it against a machine.
 
@@ -127,6 +129,7 @@ def plan_deployment(
             are stored.
         has_other_nodes: Ranks may live on machines that are not looked at.
         plain: What the checkpoint leaves plain of what may be quantised; by default nothing.
+        head: What drafts tokens, if a head does.
 
     Raises:
         ConfigError: The model's experts cannot be spread over the layout's ranks, or its latents
@@ -136,7 +139,7 @@ def plan_deployment(
     precision = choose_precision(device, config)
     cache_dtype = choose_cache_dtype(deployment.engine, dtype, config)
     planner = _Planner(
-        deployment, config, machine, device, dtype, cache_dtype, precision, plain, max_context
+        deployment, config, machine, device, dtype, cache_dtype, precision, plain, max_context, head
     )
     ranks = tuple(planner.rank(rank) for rank in range(deployment.layout.world_size()))
     problems: list[str] = []
@@ -168,6 +171,7 @@ class _Planner:
     precision: WeightFormat
     plain: StoredPlain
     max_context: int
+    head: DraftHead | None
 
     def rank(self, rank: int) -> RankPlan:
         layout, engine = self.deployment.layout, self.deployment.engine
@@ -177,7 +181,12 @@ class _Planner:
         )
         budget_bytes = self._budget_bytes(rank)
         is_attention = rank in layout.attention_ranks()
-        page_bytes = cache_page_bytes(self.config, engine.page_size, self.cache_dtype)
+        if is_attention:
+            weight_bytes += draft_head_bytes(self.head, self.device, self.dtype)
+        cached = [self.config, *([self.head.config] if self.head else [])]
+        page_bytes = sum(
+            cache_page_bytes(config, engine.page_size, self.cache_dtype) for config in cached
+        )
         cache_bytes = self._cache_bytes(weight_bytes, budget_bytes)
         return RankPlan(
             rank=rank,

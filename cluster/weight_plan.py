@@ -6,6 +6,7 @@ import torch
 
 from ostro.actors.fabric.placement import initial_placement
 from ostro.actors.model.device import choose_precision
+from ostro.actors.model.draft_head import DraftHead
 from ostro.actors.model.stored_weights import StoredPlain
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.configs.deployment import DeploymentConfig, Layout, LayoutConfig
@@ -21,6 +22,7 @@ def plan_weights(
     device: str,
     dtype: torch.dtype,
     plain: StoredPlain = frozenset(),
+    head: DraftHead | None = None,
 ) -> dict[int, int]:
     """Bytes of weights that each rank loads; arguments as `deployment_plan.plan_deployment`'s.
 
@@ -29,12 +31,21 @@ def plan_weights(
     """
     layout, num_experts = deployment.layout, experts_by_rank(deployment.layout, config)
     precision = choose_precision(device, config)
+    head_bytes = draft_head_bytes(head, device, dtype)
     return {
         rank: rank_weight_bytes(
             layout, config, dtype, precision, plain, rank, num_experts.get(rank, 0)
         )
+        + head_bytes * (rank in layout.attention_ranks())
         for rank in range(layout.world_size())
     }
+
+
+def draft_head_bytes(head: DraftHead | None, device: str, dtype: torch.dtype) -> int:
+    """Bytes of a draft head, all of which every attention shard holds; 0 without one."""
+    if head is None:
+        return 0
+    return head.num_bytes(dtype, choose_precision(device, head.config))
 
 
 def experts_by_rank(layout: LayoutConfig, config: ModelConfig) -> dict[int, int]:
@@ -61,7 +72,7 @@ def rank_weight_bytes(
     rank: int,
     num_experts: int,
 ) -> int:
-    """Bytes of weights of one rank that holds so many experts."""
+    """Bytes of the model's weights on one rank that holds so many experts."""
     own_bytes = 0
     if rank in layout.attention_ranks():
         stacks = _stacks_shared(layout, config)

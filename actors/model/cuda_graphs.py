@@ -1,10 +1,11 @@
 """Decode steps as CUDA graphs: one launch where there would be some twenty for every layer.
 
-A graph is captured for a number of requests and a number of chunks of keys (`gpu.decode_chunks`). A
-step takes the smallest one that holds it; what is left over is padding, which stores nothing, goes
-to no expert and attends to nothing. Every other step goes the usual way, launch by launch.
+A graph is captured for a number of rows and a number of chunks of keys (`gpu.decode_chunks`). A row
+is a request's one token, or one of those that it verifies; each is attended by itself. A step takes
+the smallest one that holds it; what is left over is padding, which stores nothing, goes to no
+expert and attends to nothing. Every other step goes the usual way, launch by launch.
 
-Shape letters: T tokens (one per request), X chunks, G pages of all chunks, V vocabulary.
+Shape letters: T tokens (rows), D hidden, X chunks, G pages of all chunks, V vocabulary.
 """
 
 from __future__ import annotations
@@ -191,6 +192,8 @@ def fitting_size(
 class GraphedDecoder:
     """A decoder whose decode steps are graphs; for one rank that holds all experts.
 
+    The decoder's `hidden` are those of the last step, whichever way it went.
+
     Attributes:
         seconds: The decoder's own, and "graph": the time to launch graphs.
     """
@@ -206,12 +209,17 @@ class GraphedDecoder:
 
     @torch.inference_mode()
     def capture(
-        self, *, max_requests: int, max_context: int, num_pages: int, only_largest: bool = False
+        self,
+        *,
+        max_requests: int,
+        max_context: int,
+        num_pages: int,
+        only_largest: bool = False,
     ) -> None:
         """Capture every graph, the largest first, so that the others fit in its memory.
 
         Args:
-            max_requests: Requests of a step, at most.
+            max_requests: Rows of a step, at most.
             max_context: Keys of a request, at most.
             num_pages: Of the cache; steps whose requests share so much of it that their chunks are
                 more than its own go launch by launch.
@@ -232,8 +240,11 @@ class GraphedDecoder:
         num_bytes = max(packed_bytes(self._forms(size)) for size in sizes)
         self._memory_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self._sample_rows = torch.arange(max_requests, device=device)
-        vocabulary = self._decoder.config.vocab_size
-        self._logits_TV = torch.empty(max_requests, vocabulary, device=device)
+        config = self._decoder.config
+        self._logits_TV = torch.empty(max_requests, config.vocab_size, device=device)
+        if self._decoder.keeps_hidden:
+            shape, dtype = (max_requests, config.hidden_size), self._decoder.dtype
+            self._hidden_TD = torch.empty(shape, dtype=dtype, device=device)
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(sizes):
             self._graphs[size] = self._last = self._capture(size, pool)
@@ -254,6 +265,8 @@ class GraphedDecoder:
         self._last = self._graphs[size]
         self._last.replay()
         logits_BV = self._logits_TV[: batch.num_tokens]
+        if self._decoder.keeps_hidden:
+            self._decoder.hidden = [self._hidden_TD[: batch.num_tokens]]
         if len(batch.sample_rows) < batch.num_tokens:
             (sample_rows,) = send_together([batch.sample_rows], device)
             logits_BV = logits_BV.index_select(0, sample_rows)
@@ -292,6 +305,12 @@ class GraphedDecoder:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits_TV = self._logits_TV[: size[0]]
-            logits_TV.copy_(self._decoder.forward([batch], self._exchange)[0])
+            self._compute(batch)
         return graph
+
+    def _compute(self, batch: Batch) -> None:
+        """What a graph of this batch does; results go to where they are looked for."""
+        num_rows = batch.num_tokens
+        self._logits_TV[:num_rows].copy_(self._decoder.forward([batch], self._exchange)[0])
+        if self._decoder.keeps_hidden:
+            self._hidden_TD[:num_rows].copy_(self._decoder.hidden[0])

@@ -92,6 +92,7 @@ class Decoder:
     Attributes:
         config: The checkpoint's.
         cache: Where latents are kept.
+        dtype: Of hidden states.
         images: Encodes images; None if the checkpoint has no vision tower.
         seconds: Time by stage since construction. On CUDA it is the time to launch, except where a
             stage waits.
@@ -120,6 +121,7 @@ class Decoder:
         self.config, self.cache = config, cache
         self._weights = _packed(weights)
         self._attention = Attention(config, self._weights.layers, cache)
+        self.dtype = self._weights.embed_VD.dtype
         self.keeps_hidden = keeps_hidden
         self.hidden: list[torch.Tensor] = []
         self.seconds = dict.fromkeys(

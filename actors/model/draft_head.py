@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
+from ostro.actors.model.device import choose_cache_dtype
 from ostro.actors.model.stored_weights import StoredPlain, match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import attention_bytes
 from ostro.actors.model.weight_names import Role
 from ostro.actors.model.weight_source import WeightSource
 from ostro.actors.model.weights import LayerWeights, take_layer
 from ostro.configs.checkpoint_layout import CheckpointLayout
+from ostro.configs.deployment import EngineConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_head_config
 from ostro.configs.quantization import WeightFormat
@@ -80,6 +82,21 @@ def find_draft_head(directory: Path, model: ModelConfig) -> DraftHead:
     match = match_tensors(CheckpointReader(directory), config)
     match.check(directory)
     return DraftHead(directory=directory, config=config, plain=stored_plain(match))
+
+
+def configured_head(engine: EngineConfig, model: ModelConfig) -> DraftHead | None:
+    """The head that a deployment drafts with, checked; None if it drafts without one.
+
+    Raises:
+        ConfigError: As `find_draft_head`, or its latents do not fill the rows of the cache.
+        CheckpointError: Likewise.
+    """
+    speculation = engine.speculation
+    if speculation is None or speculation.draft_model is None:
+        return None
+    head = find_draft_head(Path(speculation.draft_model), model)
+    choose_cache_dtype(engine, torch.float32, head.config)
+    return head
 
 
 def load_head_weights(

@@ -1,10 +1,10 @@
-"""What a checkpoint directory holds, told from its config and its headers."""
+"""What a directory of weights holds, a model or a draft head, told from config and headers."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from ostro.actors.model.stored_weights import (
     match_tensors,
     stored_plain,
 )
-from ostro.actors.model.weight_names import VISION_TABLE
+from ostro.actors.model.weight_names import HEAD_JOINT, VISION_TABLE
 from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout, other_layout
-from ostro.configs.model import ModelConfig, load_model_config
+from ostro.configs.model import ModelConfig, load_head_config, load_model_config
 from ostro.configs.quantization import WeightFormat
 
 _GROUPS = {
@@ -34,8 +34,10 @@ _GROUPS = {
     "attention": ("q_a", "q_b", "kv_a", "kv_b", "o_proj"),
     "gates and norms": ("gate", "input_norm", "post_norm", "q_a_norm", "kv_a_norm", "final_norm"),
     "embedding and head": ("embed", "lm_head"),
+    "embedding and hidden state joined": ("joint",),
     "vision tower and projector": tuple(row.parameter for row in VISION_TABLE),
 }
+_GROUPS_OF_HEAD = {"shared experts": "feed-forward", "gates and norms": "norms"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +98,12 @@ class Inspection:
 
 
 def inspect_checkpoint(directory: Path) -> Inspection:
-    """Read a checkpoint's config and headers, and hold one against the other.
+    """Read the config and headers of a checkpoint, or of a draft head, and hold them together.
 
     Raises:
         ConfigError: There is no config that can be served.
     """
-    config = load_model_config(directory)
+    config = load_head_config(directory) if _is_head(directory) else load_model_config(directory)
     layout, other = find_layout(directory), other_layout(directory)
     try:
         reader = CheckpointReader(directory)
@@ -113,7 +115,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         other=other,
         config=config,
         num_files=len({reader.file(name) for name in reader.names()}),
-        groups=_groups(reader, match),
+        groups=_groups(reader, match, _GROUPS_OF_HEAD if config.is_draft_head() else {}),
         missing=match.missing,
         unknown=match.unknown,
         misfits=match.misfits,
@@ -123,8 +125,20 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     )
 
 
-def _groups(reader: CheckpointReader, match: TensorMatch) -> tuple[WeightGroup, ...]:
-    title_of = {parameter: title for title, row in _GROUPS.items() for parameter in row}
+def _is_head(directory: Path) -> bool:
+    """Told by the tensor that no model has; a directory without readable weights is a model's."""
+    try:
+        return directory.is_dir() and HEAD_JOINT.tensor in CheckpointReader(directory).names()
+    except CheckpointError:
+        return False
+
+
+def _groups(
+    reader: CheckpointReader, match: TensorMatch, renamed: Mapping[str, str]
+) -> tuple[WeightGroup, ...]:
+    title_of = {
+        parameter: renamed.get(title, title) for title, row in _GROUPS.items() for parameter in row
+    }
     by_title: dict[str, list[StoredWeight]] = {}
     for weight in match.weights.values():
         by_title.setdefault(title_of[weight.expected.parameter], []).append(weight)

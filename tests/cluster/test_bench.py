@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ostro.actors.engine.request import TokenEvent
 from ostro.actors.errors import OstroError
+from ostro.actors.model.draft_head import find_draft_head
 from ostro.cluster.bench import app
 from ostro.cluster.bench_engine import (
     BenchmarkError,
@@ -32,12 +33,22 @@ from ostro.cluster.bench_workload import (
 )
 from ostro.configs.deployment import Layout
 from ostro.configs.errors import ConfigError
+from ostro.configs.model import load_model_config
 
 
 def test_a_checkpoint_goes_into_no_folder_that_cannot_be_made():
     result = CliRunner().invoke(app, ["checkpoint", "/dev/null/mid", "--size", "tiny"])
     assert result.exit_code == 2
     assert "error: /dev/null/mid: Not a directory" in result.stderr
+
+
+def test_a_checkpoint_may_come_with_a_draft_head(tmp_path):
+    result = CliRunner().invoke(
+        app, ["checkpoint", str(tmp_path / "tiny"), "--size", "tiny", "--draft-head"]
+    )
+    assert result.exit_code == 0, result.output
+    model = load_model_config(tmp_path / "tiny")
+    assert find_draft_head(tmp_path / "tiny" / "eagle", model).config.num_layers == 2
 
 
 def test_figure_tells_median_and_half_the_range_over_it():

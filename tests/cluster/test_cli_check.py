@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoint_variants
@@ -11,7 +12,9 @@ from certificates import Authority
 from checkpoints import make_tiny_checkpoint
 from typer.testing import CliRunner
 
+from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.cluster.cli import app
+from ostro.configs.model import load_model_config
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,27 @@ def test_check_tells_what_an_fp8_cache_takes(model_dir, ports):
     wrong = check(model_dir, *ports, "--set", "engine.latent_cache_dtype=int8")
     assert wrong.exit_code == 2
     assert "latent_cache_dtype='int8': must be 'auto' or 'fp8'" in wrong.output
+
+
+def drafting_with(head: Path) -> list[str]:
+    return ["--set", f"engine.speculation={{method: eagle, draft_model: {head}}}"]
+
+
+def test_check_counts_a_draft_head(model_dir, ports, tmp_path):
+    write_random_head(tmp_path / "head", TINY, load_model_config(model_dir))
+    result = check(model_dir, *ports, *drafting_with(tmp_path / "head"))
+    assert result.exit_code == 0, result.output
+    assert "2 layers, 506 KiB on every attention shard and 384 B of its cache" in result.stdout
+    assert "960 B per token" in result.stdout  # 576 without
+
+
+def test_check_tells_why_a_draft_head_does_not_fit(model_dir, ports, tmp_path):
+    other = replace(load_model_config(model_dir), hidden_size=128)
+    write_random_head(tmp_path / "head", TINY, other)
+    result = check(model_dir, *ports, *drafting_with(tmp_path / "head"))
+    assert result.exit_code == 1
+    told = " ".join(result.output.split())
+    assert "dim: is 128, and the model's hidden_size is 64" in told
 
 
 def test_check_fails_where_a_port_is_taken(model_dir, free_port):

@@ -205,6 +205,14 @@ def test_serve_refuses_bad_options_in_one_line(arguments, code, told):
     assert result.stderr.count("\n") == 1
 
 
+def test_serve_refuses_a_draft_head_that_is_not_there(free_port):
+    ports = ["--http-port", str(free_port()), "--grpc-port", str(free_port())]
+    drafting = "engine.speculation={method: eagle, draft_model: /nowhere}"
+    result = CliRunner().invoke(app, ["serve", *ports, "--set", drafting])
+    assert result.exit_code == 2
+    assert result.stderr == "error: /nowhere: no such checkpoint directory\n"
+
+
 def test_serve_refuses_a_taken_port(free_port):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

@@ -11,8 +11,9 @@ from checkpoints import make_tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from ostro.actors.model.random_checkpoint import TINY_VISION
+from ostro.actors.model.random_checkpoint import TINY, TINY_VISION, write_random_head
 from ostro.cluster.cli import app
+from ostro.configs.model import load_model_config
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,33 @@ def rows(output: str) -> dict[str, list[str]]:
         for line in lines
         if line.startswith(title)
     }
+
+
+def test_inspect_tells_what_a_draft_head_is(plain, tmp_path):
+    head = tmp_path / "head"
+    write_random_head(head, TINY, load_model_config(plain))
+    result = weights("inspect", head)
+    assert result.exit_code == 0, result.output
+    assert "a draft head of 2 layers without experts, for a model of hidden size 64 and" in (
+        result.stdout
+    )
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["feed-forward", "f32", "6", "73.7", "K", "288", "KiB"] in lines
+    assert "experts per token" not in result.stdout
+
+
+def test_inspect_tells_why_a_draft_head_would_not_load(plain, tmp_path):
+    head = tmp_path / "head"
+    write_random_head(head, TINY, load_model_config(plain))
+    file = head / "consolidated.safetensors"
+    tensors = load_file(file)
+    tensors["layers.2.ffn_norm.weight"] = tensors.pop("layers.1.ffn_norm.weight")
+    save_file(tensors, file)
+    result = weights("inspect", head)
+    assert result.exit_code == 1
+    assert "1 missing:" in result.stdout
+    assert "1 unknown:" in result.stdout
+    assert "layers.2.ffn_norm.weight" in result.stdout
 
 
 def test_inspect_tells_layout_precision_and_sizes(fp8):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from ostro.actors.attention_shard import num_pages
 from ostro.actors.fabric.placement import initial_placement
+from ostro.actors.model.draft_head import DraftHead
+from ostro.actors.model.native_names import HEAD_SCHEME
 from ostro.actors.model.weight_bytes import attention_bytes, expert_bytes
 from ostro.actors.rank import RankSpec
 from ostro.cluster.deployment_plan import Machine, Memory, plan_deployment
@@ -375,4 +379,47 @@ def test_plan_weights_are_those_of_the_plan(config):
     deployment = load_deployment("8xh200_split")
     weights = plan_weights(deployment, config, device="cuda", dtype=torch.bfloat16)
     ranks = plan("8xh200_split", machine(), config=config).ranks
+    assert weights == {rank.rank: rank.weight_bytes for rank in ranks}
+
+
+# ---- a draft head
+
+HEAD = DraftHead(
+    directory=Path("head"),
+    config=replace(
+        SMALL_4,
+        num_layers=2,
+        num_experts=0,
+        num_experts_per_token=0,
+        expert_hidden_size=12288,
+        vision=None,
+        quantization=Quantization(weight_format=WeightFormat.FP8, has_input_scales=True),
+    ),
+    plain=frozenset(),
+)
+
+
+def test_a_head_has_as_many_values_as_the_official_one():
+    shapes = [tensor.shape for tensor in HEAD_SCHEME.expected(HEAD.config).values()]
+    assert sum(map(math.prod, shapes)) == 391_666_176
+
+
+def test_every_attention_shard_holds_the_head_and_its_latents():
+    without = plan("8xh200_split", machine(*[141] * 8))
+    drafting = plan("8xh200_split", machine(*[141] * 8), head=HEAD)
+    head_bytes = HEAD.num_bytes(torch.bfloat16, WeightFormat.FP8)
+    assert head_bytes == pytest.approx(392e6, rel=0.02)
+    for before, after in zip(without.ranks, drafting.ranks, strict=True):
+        if before.role == "expert":
+            assert after.need_bytes() == before.need_bytes()
+            continue
+        assert after.weight_bytes == before.weight_bytes + head_bytes
+        per_token = [rank.page_bytes / rank.page_size / KIB for rank in (before, after)]
+        assert per_token == [22.5, 22.5 + 1.25]
+
+
+def test_weights_of_a_plan_count_the_head():
+    deployment = load_deployment("8xh200_split")
+    weights = plan_weights(deployment, SMALL_4, device="cuda", dtype=torch.bfloat16, head=HEAD)
+    ranks = plan("8xh200_split", machine(), head=HEAD).ranks
     assert weights == {rank.rank: rank.weight_bytes for rank in ranks}

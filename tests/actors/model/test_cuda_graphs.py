@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -229,6 +231,77 @@ def test_graphs_give_the_logits_of_single_launches(
         torch.testing.assert_close(logits_BV, expected_BV, rtol=tolerance, atol=tolerance)
         assert torch.equal(logits_BV.argmax(dim=1), expected_BV.argmax(dim=1))
         _append_greedy(live, expected_BV)
+
+
+@pytest.mark.gpu
+def test_hidden_states_of_graphs_are_those_of_single_launches(directory: Path) -> None:
+    rig = ModelRig(directory, page_size=PAGE_SIZE, num_pages=NUM_PAGES, device="cuda")
+    rig.decoder.keeps_hidden = True
+    graphed, exchange = _graphed(rig)
+    graphed.capture(max_requests=4, max_context=2048, num_pages=NUM_PAGES)
+    progress = _prompts()
+    batches = build_batches(
+        [rig.entry(one, one.num_tokens) for one in progress],
+        page_size=PAGE_SIZE,
+        num_micro_batches=1,
+    )
+    _append_greedy(progress, graphed.forward(batches, exchange)[0])
+    assert len(rig.decoder.hidden[0]) == batches[0].num_tokens
+    entries = [rig.entry(one, 1) for one in progress]
+    batches = build_batches(entries, page_size=PAGE_SIZE, num_micro_batches=1)
+    graphed.forward(batches, exchange)
+    assert graphed.seconds["graph"] > 0.0
+    found = rig.decoder.hidden[0].clone()
+    rig.step(entries)
+    torch.testing.assert_close(found, rig.decoder.hidden[0], rtol=1e-4, atol=1e-4)
+
+
+class _Replayed:
+    """Stands for a graph: does again what was captured."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+class _CountingDecoder:
+    """Logits and hidden states that tell their token, and nothing of a model."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(vocab_size=3, hidden_size=2)
+        self.cache = SimpleNamespace(page_size=PAGE_SIZE, layers=[torch.empty(0)])
+        self.dtype, self.keeps_hidden = torch.float32, True
+        self.hidden: list[torch.Tensor] = []
+        self.seconds: dict[str, float] = {}
+
+    def forward(self, batches: Sequence[Batch], exchange: object) -> list[torch.Tensor]:
+        tokens = [batch.tokens_T[:, None].float() for batch in batches]
+        self.hidden = [tokens_T1.expand(-1, 2) * 10 for tokens_T1 in tokens]
+        return [
+            tokens_T1.expand(-1, 3)[batch.sample_rows]
+            for tokens_T1, batch in zip(tokens, batches, strict=True)
+        ]
+
+
+def test_a_graph_leaves_the_hidden_states_of_its_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(self: GraphedDecoder, size: tuple[int, int], pool: object) -> _Replayed:
+        inputs = GraphInputs.within(self._memory_bytes, self._forms(size))
+        batch = inputs.batch(self._sample_rows, PAGE_SIZE)
+        return _Replayed(lambda: self._compute(batch))
+
+    monkeypatch.setattr(GraphedDecoder, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    decoder = _CountingDecoder()
+    graphed = GraphedDecoder(decoder, None)
+    graphed.capture(max_requests=4, max_context=2048, num_pages=NUM_PAGES)
+    for lengths in ([5, 6, 7], [9], [300, 2]):
+        step = _step(lengths)
+        (logits_BV,) = graphed.forward([step], None)
+        assert logits_BV[:, 0].tolist() == step.tokens_T.tolist()
+        (hidden_TD,) = decoder.hidden
+        assert hidden_TD.tolist() == [[token * 10.0] * 2 for token in step.tokens_T.tolist()]
+    many = _step([5] * 5)  # more rows than any graph has
+    graphed.forward([many], None)
+    assert len(decoder.hidden[0]) == 5
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from ostro.actors.attention_engine import (
     StepExchange,
 )
 from ostro.actors.drafter import Drafter, Drafting, NgramDrafter
+from ostro.actors.eagle_drafter import EagleDrafter, EagleParts
 from ostro.actors.engine.grammar import GrammarCompiler
 from ostro.actors.engine.grammar_masks import MaskMaker
 from ostro.actors.engine.page_pool import PageLeakError
@@ -28,6 +29,13 @@ from ostro.actors.fabric.transport import PairExchange
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
 from ostro.actors.model.device import choose_cache_dtype, choose_precision, torch_dtype
+from ostro.actors.model.draft_head import (
+    DraftHead,
+    HeadWeights,
+    configured_head,
+    load_head_weights,
+)
+from ostro.actors.model.eagle_head import EagleHead
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.latent_cache import LatentCache, cache_page_bytes
 from ostro.actors.model.sampler import Sampler
@@ -40,9 +48,8 @@ from ostro.actors.rank_loop import Engine
 from ostro.actors.stage_counts import StageCounts
 from ostro.actors.step_sampling import StepSampler
 from ostro.configs.deployment import EngineConfig, Layout
-from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig
-from ostro.configs.speculation import DraftMethod, SpeculationConfig
+from ostro.configs.speculation import SpeculationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +68,7 @@ class AttentionShard(RankActor):
         self._token_address = token_address
         self._tokens: SyncServer | None = None
         self._experts: LocalExperts | None = None
+        self._eagle: EagleParts | None = None  # its latents outlive epochs as the model's do
         self._scheduler: Scheduler | None = None  # of the last epoch
 
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
@@ -75,6 +83,11 @@ class AttentionShard(RankActor):
             config, dtype, precision, stacks_shared=stacks, plain=plain
         )
         status.bytes_to_load += expert_bytes(config, len(local), dtype, precision, plain=plain)
+        found = configured_head(spec.deployment.engine, config)
+        if found is not None:
+            status.bytes_to_load += found.num_bytes(
+                dtype, choose_precision(spec.device, found.config)
+            )
         experts = None
         if local:
             experts = load_expert_weights(
@@ -98,24 +111,41 @@ class AttentionShard(RankActor):
         )
         if experts is not None:
             self._experts = LocalExperts(config, experts)
+        head_weights = None if found is None else self._load_head(spec, found)
         self._config = config
-        self._num_pages = num_pages(spec, config)
-        cache = LatentCache(
-            config,
-            num_pages=self._num_pages,
-            page_size=spec.deployment.engine.page_size,
-            device=spec.device,
-            dtype=choose_cache_dtype(spec.deployment.engine, dtype, config),
-        )
+        self._num_pages = num_pages(spec, config, found)
         decoder = Decoder(
             config,
             weights,
-            cache,
+            self._make_cache(spec, config),
             image_cache_bytes=spec.deployment.engine.image_cache_bytes,
+            keeps_hidden=found is not None,
         )
+        if found is not None and head_weights is not None:
+            head = EagleHead(found.config, head_weights, self._make_cache(spec, found.config))
+            self._eagle = EagleParts(head, decoder)
         self._decoder: StepDecoder = self._graphed(spec, decoder)
         self._sampler: StepSampler = Sampler(config.vocab_size)
         self._masks = MaskMaker(config.vocab_size)
+
+    def _load_head(self, spec: RankSpec, found: DraftHead) -> HeadWeights:
+        return load_head_weights(
+            found,
+            device=spec.device,
+            dtype=torch_dtype(spec.dtype),
+            precision=choose_precision(spec.device, found.config),
+            progress=self._status.count_bytes,
+        )
+
+    def _make_cache(self, spec: RankSpec, config: ModelConfig) -> LatentCache:
+        engine = spec.deployment.engine
+        return LatentCache(
+            config,
+            num_pages=self._num_pages,
+            page_size=engine.page_size,
+            device=spec.device,
+            dtype=choose_cache_dtype(engine, torch_dtype(spec.dtype), config),
+        )
 
     def _make_engine(
         self, spec: RankSpec, epoch: EpochSpec, connection: SyncConnection
@@ -140,7 +170,7 @@ class AttentionShard(RankActor):
             scheduler=self._scheduler,
             decoder=self._decoder,
             sampler=self._sampler,
-            drafting=self._make_drafting(engine.speculation),
+            drafting=self._make_drafting(engine.speculation, self._scheduler),
             grammars=self._grammars,
             masks=self._masks,
             exchange=exchange,
@@ -155,15 +185,15 @@ class AttentionShard(RankActor):
         )
         return AttentionEngine(parts), self._tokens.start()
 
-    def _make_drafting(self, speculation: SpeculationConfig | None) -> Drafting | None:
+    def _make_drafting(
+        self, speculation: SpeculationConfig | None, scheduler: Scheduler
+    ) -> Drafting | None:
         if speculation is None:
             return None
-        return Drafting(self._make_drafter(speculation), speculation)
-
-    def _make_drafter(self, speculation: SpeculationConfig) -> Drafter:
-        if speculation.method is DraftMethod.NGRAM:
-            return NgramDrafter(speculation)
-        raise ConfigError(f"speculation.method={speculation.method}: nothing here drafts that way")
+        drafter: Drafter = NgramDrafter(speculation)
+        if self._eagle is not None:
+            drafter = EagleDrafter(self._eagle, scheduler.grow_for_drafts)
+        return Drafting(drafter, speculation)
 
     def _pages_left(self) -> RequestPages | None:
         """Pages with what the last epoch cached: who goes on after it computes little again."""
@@ -250,13 +280,14 @@ def max_context(spec: RankSpec, config: ModelConfig) -> int:
     return config.max_context if asked is None else min(asked, config.max_context)
 
 
-def num_pages(spec: RankSpec, config: ModelConfig) -> int:
+def num_pages(spec: RankSpec, config: ModelConfig, head: DraftHead | None = None) -> int:
     """Pages of the latent cache: as configured, or what fits in the configured memory."""
     engine = spec.deployment.engine
     if engine.num_pages is not None:
         return engine.num_pages
     dtype = choose_cache_dtype(engine, torch_dtype(spec.dtype), config)
-    page_bytes = cache_page_bytes(config, engine.page_size, dtype)
+    cached = [config] if head is None else [config, head.config]
+    page_bytes = sum(cache_page_bytes(one, engine.page_size, dtype) for one in cached)
     if engine.cache_memory_bytes is not None:
         memory_bytes = engine.cache_memory_bytes
     elif spec.device == "cuda":

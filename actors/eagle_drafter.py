@@ -41,6 +41,14 @@ class DraftedModel(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class EagleParts:
+    """What outlives the drafters of single epochs."""
+
+    head: EagleHead
+    model: DraftedModel
+
+
+@dataclass(frozen=True, slots=True)
 class _Guess:
     """A request that will decode next.
 
@@ -57,9 +65,8 @@ class _Guess:
 class EagleDrafter:
     """See `drafter.Drafter`."""
 
-    def __init__(self, head: EagleHead, model: DraftedModel, grow: GrowPages) -> None:
-        self._head = head
-        self._model = model
+    def __init__(self, parts: EagleParts, grow: GrowPages) -> None:
+        self._head, self._model = parts.head, parts.model
         self._grow = grow
 
     @torch.inference_mode()

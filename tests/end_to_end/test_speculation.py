@@ -18,6 +18,7 @@ from ostro.actors.engine.request import (
     ThinkingParams,
     TokenEvent,
 )
+from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.cli_deployment import resolve_model
 from ostro.cluster.generation import ChatMessage
@@ -29,6 +30,7 @@ from ostro.configs.deployment import (
     Layout,
     LayoutConfig,
 )
+from ostro.configs.model import load_model_config
 from ostro.configs.reasoning import ReasoningConfig
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
@@ -165,6 +167,40 @@ def wanted(
             return await _answers(cell.client, requests), (await cell.client.state()).num_steps
 
     return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def random_head(tmp_path_factory: pytest.TempPathFactory) -> SpeculationConfig:
+    """A head that is hardly ever right."""
+    directory = tmp_path_factory.mktemp("head")
+    write_random_head(directory, TINY, load_model_config(_MODEL))
+    return SpeculationConfig(
+        method=DraftMethod.EAGLE, num_draft_tokens=3, draft_model=str(directory), adaptive=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_pages"),
+    [(_LAYOUTS[0], 512), (_LAYOUTS[2], 512), (_LAYOUTS[0], 40)],
+    ids=["single", "split 1A:2E", "single, preempted"],
+)
+def test_a_bad_head_changes_no_answer(
+    pool: ProcessPool,
+    requests: list[GenerationRequest],
+    wanted: tuple[dict[tuple[str, int], TokenEvent], int],
+    random_head: SpeculationConfig,
+    layout: tuple[Layout, int, int, int],
+    num_pages: int,
+) -> None:
+    async def run() -> dict[tuple[str, int], TokenEvent]:
+        drafting = _deployment(*layout, random_head, num_pages=num_pages)
+        async with local_cell(pool, drafting, _MODEL) as cell:
+            return await _answers(cell.client, requests)
+
+    answers, (expected, _) = asyncio.run(run()), wanted
+    assert answers.keys() == expected.keys()
+    for name, event in answers.items():
+        assert _plain(event) == _plain(expected[name]), name
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from model_rig import ModelRig
 
-from ostro.actors.eagle_drafter import EagleDrafter
+from ostro.actors.eagle_drafter import EagleDrafter, EagleParts
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.engine.step import ScheduledRequest, ScheduledStep
 from ostro.actors.model.batch import build_batches
@@ -37,7 +37,7 @@ class EagleRig(ModelRig):
         for layer_NSW in cache.layers:
             layer_NSW.view(torch.uint8).fill_(0xFF)
         self.head = EagleHead(found.config, weights, cache)
-        self.drafter = EagleDrafter(self.head, self.decoder, self.grow)
+        self.drafter = EagleDrafter(EagleParts(self.head, self.decoder), self.grow)
         self.may_grow = True
 
     def grow(self, progress: RequestProgress, num_tokens: int) -> bool:

@@ -105,6 +105,7 @@ def _packed(raw: RawWeight, name: str) -> tuple[torch.Tensor, torch.Tensor, torc
     if not is_nvfp4 or raw.scale is None or raw.global_scale is None:
         raise ValueError("only an nvfp4 weight with both of its scales is packed")
     unit = 1.0 / raw.global_scale.float().view(())
-    if not bool(torch.isfinite(raw.scale.float()).all() & torch.isfinite(unit)):
+    is_finite = torch.isfinite(raw.scale.float()).all() & torch.isfinite(unit) & (unit != 0)
+    if not bool(is_finite):
         raise CheckpointError(f"{name}: a scale of this nvfp4 weight is not finite; fetch it anew")
     return *pack_nvfp4(raw.values, raw.scale), unit

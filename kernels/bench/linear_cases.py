@@ -23,7 +23,7 @@ from ostro.kernels.nvfp4_experts import random_nvfp4_stack
 from ostro.kernels.nvfp4_linear import Nvfp4Weight, nvfp4_linear_reference, nvfp4_weight_values
 
 BATCHES = (1, 16, 64, 256, 2048)
-_NVFP4_BYTES = 9 / 16  # of a weight, its share of scales included
+NVFP4_BYTES = 9 / 16  # of a weight, its share of scales included
 _TOLERANCE = 1e-2
 
 
@@ -86,9 +86,8 @@ def _fp8(sizes: Sizes, num_tokens: int, num_in: int, num_out: int) -> Case:
 
 def _nvfp4(sizes: Sizes, num_tokens: int, num_in: int, num_out: int) -> Case:
     s, num_values = sizes, num_in * num_out
-    weights = [
-        _random_nvfp4(s, num_in, num_out) for _ in range(num_variants(num_values * _NVFP4_BYTES))
-    ]
+    num_weights = num_variants(num_values * NVFP4_BYTES)
+    weights = [random_nvfp4_weight(s, num_in, num_out) for _ in range(num_weights)]
     wide = [
         nvfp4_weight_values(weight).bfloat16()
         for weight in weights[: num_variants(num_values * 2, len(weights))]
@@ -104,7 +103,7 @@ def _nvfp4(sizes: Sizes, num_tokens: int, num_in: int, num_out: int) -> Case:
         operation="nvfp4_linear",
         size=f"{num_tokens} {num_in}>{num_out}",
         launches=[partial(nvfp4_linear_triton, x_TI, weight) for weight in weights],
-        bytes_moved=num_values * _NVFP4_BYTES + num_tokens * (num_in + num_out) * 2,
+        bytes_moved=num_values * NVFP4_BYTES + num_tokens * (num_in + num_out) * 2,
         flops=2.0 * num_tokens * num_values,
         error=error,
         tolerance=_TOLERANCE,
@@ -112,7 +111,8 @@ def _nvfp4(sizes: Sizes, num_tokens: int, num_in: int, num_out: int) -> Case:
     )
 
 
-def _random_nvfp4(sizes: Sizes, num_in: int, num_out: int) -> Nvfp4Weight:
+def random_nvfp4_weight(sizes: Sizes, num_in: int, num_out: int) -> Nvfp4Weight:
+    """A weight that keeps rows at about unit size."""
     stack, size_of_value = random_nvfp4_stack(1, num_out, num_in, sizes.device)
     unit = num_in**-0.5 / size_of_value
     return Nvfp4Weight(

@@ -21,6 +21,7 @@ from ostro.kernels.bench import (
     small_cases,
     sweep,
     sweep_attention,
+    sweep_linear,
 )
 from ostro.kernels.bench.ceilings import gpu_name, measure_ceilings
 from ostro.kernels.bench.measure import Case, Ceilings
@@ -112,6 +113,7 @@ SWEEPS: dict[str, Callable[[Report], Iterator[list[Trial]]]] = {
     "rows_fp8": partial(_sweep_rows, "fp8"),
     "rows_bf16": partial(_sweep_rows, "bf16"),
     "rows_nvfp4": partial(_sweep_rows, "nvfp4"),
+    "linear_nvfp4": lambda _: sweep_linear.sweep_linear(_SIZES),
     "decode": lambda _: sweep_attention.sweep_decode(_SIZES),
     "decode_fp8": lambda _: sweep_attention.sweep_decode(_FP8_CACHE),
     "prefill": lambda _: sweep_attention.sweep_prefill(_SIZES),
@@ -133,7 +135,7 @@ def measure_kernels(
         sweeps: Of `SWEEPS`.
         tell: Called with a line as soon as there is one.
         json_path: Where to write the report, anew after each part; None writes none.
-        tuned_path: Where to write the best tiles of the grouped products, likewise.
+        tuned_path: Where to write the best tiles of grouped products and linear layers, likewise.
 
     Raises:
         NoGpuError: There is none.

@@ -10,14 +10,15 @@ from pathlib import Path
 from ostro.kernels.bench.trials import Trial, by_time
 from ostro.kernels.gpu.tiles import Tile, TunedTiles, read_tuned
 
-TILED = ("gate_up", "down")  # operations whose tiles are read from files
+TILED = ("gate_up", "down")  # grouped products, whose tiles are read from files
+LINEAR = "linear"  # likewise a product with one NVFP4 matrix
 
 
 def best_tiles(trials: Sequence[Trial]) -> TunedTiles:
     """The fastest tile of each operation, dtype and number of rows; other kernels' are left out."""
     return {
         (best.operation, best.dtype, best.cut["block_rows"]): Tile(**best.cut)
-        for best, *_ in by_time([trial for trial in trials if trial.operation in TILED])
+        for best, *_ in by_time([trial for trial in trials if trial.operation in (*TILED, LINEAR)])
     }
 
 

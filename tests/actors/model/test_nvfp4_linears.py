@@ -187,7 +187,8 @@ def test_gate_and_up_are_dequantised_where_one_of_them_is_plain(
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [("weight_scale", torch.nan), ("weight_global_scale", 0.0)]
+    ("part", "value"),
+    [("weight_scale", torch.nan), ("weight_global_scale", 0.0), ("weight_global_scale", torch.inf)],
 )
 def test_a_broken_scale_is_told_by_name(
     changed: dict[str, torch.Tensor], tmp_path: Path, part: str, value: float

@@ -12,13 +12,22 @@ import pytest
 import torch
 from tiny_sizes import tiny_sizes
 
-from ostro.kernels.bench import attention_cases, report, run, small_cases, sweep, sweep_attention
+from ostro.kernels.bench import (
+    attention_cases,
+    linear_cases,
+    report,
+    run,
+    small_cases,
+    sweep,
+    sweep_attention,
+    sweep_linear,
+)
 from ostro.kernels.bench import trials as trials_module
 from ostro.kernels.bench.expert_layers import FP8, make_layer
 from ostro.kernels.bench.measure import Ceilings, Launch
 from ostro.kernels.bench.report import measure_kernels
 from ostro.kernels.bench.sizes import Sizes
-from ostro.kernels.gpu.tiles import read_tuned
+from ostro.kernels.gpu.tiles import FP4, read_tuned
 from ostro.kernels.latent_cache import FP8_ROWS
 
 
@@ -38,9 +47,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch, triton_device: str) -> Sizes:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some GPU")
     for module in (run, trials_module):
         monkeypatch.setattr(module, "replay_us", once_us)
-    for module in (sweep, sweep_attention):
+    for module in (sweep, sweep_attention, sweep_linear):
         monkeypatch.setattr(module, "compile_all", lambda _: None)
-    for module in (attention_cases, small_cases):
+    for module in (attention_cases, linear_cases, small_cases, sweep_linear):
         monkeypatch.setattr(module, "num_variants", lambda *_: 2)
     return tiny_sizes(triton_device)
 
@@ -80,6 +89,9 @@ def test_sweeps_find_tiles_for_the_file(
     monkeypatch.setattr(sweep, "TOKENS_OF_ROWS", {16: 2, 32: 2})
     few = sweep.variants("gate_up", FP8, 16, torch.device(sizes.device))[:2]
     monkeypatch.setattr(sweep, "variants", lambda *_: few)
+    few_linear = sweep_linear.variants("linear", FP4, 16, torch.device(sizes.device))[:2]
+    monkeypatch.setattr(sweep_linear, "variants", lambda *_: few_linear)
+    monkeypatch.setattr(sweep_linear, "TOKENS_OF_ROWS", {16: 2})
     cuts = sweep_attention.decode_cuts(torch.bfloat16)[:2]
     monkeypatch.setattr(sweep_attention, "decode_cuts", lambda _: cuts)
     with_fp8_cache = replace(sizes, cache_dtype=FP8_ROWS)
@@ -87,6 +99,7 @@ def test_sweeps_find_tiles_for_the_file(
     sweeps = {
         "tiles": lambda _: sweep.sweep_tiles(layer, [16]),
         "rows": lambda found: sweep.sweep_rows(layer, report.best_tiles(found.trials), [4]),
+        "linear": lambda _: sweep_linear.sweep_linear(sizes),
         "decode": lambda _: sweep_attention.sweep_decode(sizes, [(2, 20), (1, 30)]),
         "decode_fp8": lambda _: sweep_attention.sweep_decode(with_fp8_cache, [(2, 20)]),
         "prefill": lambda _: sweep_attention.sweep_prefill(sizes, [(5, 3)]),
@@ -98,6 +111,11 @@ def test_sweeps_find_tiles_for_the_file(
     assert found.failures == {}
     assert {trial.failure for trial in found.trials} == {""}
     tuned = read_tuned(path)
-    assert set(tuned) == {(name, "float8_e4m3fn", 16) for name in ("gate_up", "down")}
+    assert set(tuned) == {
+        ("gate_up", "float8_e4m3fn", 16),
+        ("down", "float8_e4m3fn", 16),
+        ("linear", "float4_e2m1fn_x2", 16),
+    }
     assert tuned["gate_up", "float8_e4m3fn", 16] in few
-    assert len(lines) == 1 + 2 + 2 + len(cuts) + len(cuts) + 1
+    assert tuned["linear", "float4_e2m1fn_x2", 16] in few_linear
+    assert len(lines) == 1 + 2 + 2 + 1 + len(cuts) + len(cuts) + 1

@@ -11,7 +11,7 @@ from ostro.kernels.bench.report import trials_line
 from ostro.kernels.bench.sweep import TOKENS_OF_ROWS, variants
 from ostro.kernels.bench.sweep_attention import decode_cuts, prefill_tiles
 from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, by_time
-from ostro.kernels.bench.tuned import TILED, best_tiles, write_tuned
+from ostro.kernels.bench.tuned import LINEAR, TILED, best_tiles, write_tuned
 from ostro.kernels.gpu.mla_decode import decode_cut
 from ostro.kernels.gpu.mla_prefill import prefill_tile
 from ostro.kernels.gpu.tiles import FP4, Tile, read_tuned, tile
@@ -85,6 +85,12 @@ def test_what_is_usual_is_among_what_is_tried(
 ) -> None:
     cpu = torch.device("cpu")
     assert tile(operation, dtype, rows, cpu) in variants(operation, dtype, rows, cpu)
+
+
+@pytest.mark.parametrize("rows", TOKENS_OF_ROWS)
+def test_what_is_usual_of_linear_layers_is_among_what_is_tried(rows: int) -> None:
+    cpu = torch.device("cpu")
+    assert tile(LINEAR, FP4, rows, cpu) in variants(LINEAR, FP4, rows, cpu)
 
 
 def test_usual_launches_of_attention_are_among_what_is_tried() -> None:

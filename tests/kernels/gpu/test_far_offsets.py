@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from expert_cases import make_nvfp4_weight
 from far_programs import far_programs, untouched_arguments
 from fp8_rows import as_fp8_rows
 
@@ -23,10 +24,12 @@ from ostro.kernels.gpu.latent_heads import _expand_values_kernel, _latent_querie
 from ostro.kernels.gpu.log_normalizer import _log_normalizer_kernel
 from ostro.kernels.gpu.mla_decode import attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.gpu.nvfp4_linear import nvfp4_linear_triton
 from ostro.kernels.gpu.permute import _permute_kernel, permute_triton
 from ostro.kernels.gpu.rms_norm import _rms_norm_kernel
 from ostro.kernels.gpu.sampling import _largest_kernel
 from ostro.kernels.gpu.sum_pairs import _sum_pairs_kernel
+from ostro.kernels.gpu.tiles import FP4, tile
 from ostro.kernels.latent_heads import LatentHeads
 from ostro.kernels.mla_prologue import PrologueNorms
 
@@ -205,6 +208,18 @@ def test_rows_far_on_are_rounded_to_fp8() -> None:
             _quantize_fp8_kernel[(1, 1)](where_TI, scale, out_TI, 256, 256, BLOCK_I=256)
         found.append(out_TI[number].float())
     assert torch.equal(*found)
+
+
+def test_rows_far_on_are_multiplied_by_an_nvfp4_weight() -> None:
+    weight, _ = make_nvfp4_weight(64, 16)
+    near_TI, rows = randn(16, 16), 16
+    cut = tile("linear", FP4, rows, torch.device("cpu"))
+    first_tile = FAR // 64 // rows + 1
+    far_TI = torch.empty((first_tile + 1) * rows, 16, dtype=BF16)
+    far_TI[-rows:] = near_TI
+    with far_programs(first_tile):
+        far_TO = nvfp4_linear_triton(far_TI, weight, cut)
+    assert torch.equal(far_TO[-rows:], nvfp4_linear_triton(near_TI, weight, cut))
 
 
 def test_rows_of_logits_far_on_are_normalized_and_chosen_from() -> None:

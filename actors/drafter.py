@@ -69,3 +69,26 @@ class Drafting:
     def after(self, step: ScheduledStep, batches: Sequence[Batch]) -> None:
         """Have drafts made for the next step; `step` is completed."""
         self._drafter.draft(step, batches, self._num_drafts)
+        draft_predicted(step, self._num_drafts, self._num_drafts)
+
+
+def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:
+    """Draft what the callers of requests predicted, in place of what was guessed of those.
+
+    Call it last. A prediction that the answer follows is hardly ever wrong, so whatever pays for
+    guesses, as much of it is drafted as may be; while that is not sure, a guess goes first.
+
+    Args:
+        step: As for a drafter.
+        most: Drafts of a request.
+        most_unsure: The same of one that may not be where it seems to be in its prediction.
+    """
+    for entry in step.entries:
+        progress = entry.progress
+        prediction = progress.prediction
+        if prediction is None or not entry.samples or progress.state is not RequestState.RUNNING:
+            continue
+        drafts = prediction.draft(most)
+        if not prediction.is_sure:
+            drafts = progress.draft_token_ids or drafts[:most_unsure]
+        progress.draft_token_ids = drafts or progress.draft_token_ids

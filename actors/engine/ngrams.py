@@ -7,6 +7,7 @@ runs of tokens are found by hash, the longest earlier one by walking back from i
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator, Sequence
 
 _TOKEN_BITS = 32
 _MOST_PLACES = 16  # where the shortest run stood, that are looked at: the latest ones
@@ -66,6 +67,18 @@ class NgramIndex:
         for position in range(place + 1, place + 1 + num_tokens):
             drafts.append(self._at(position) if position < end else drafts[position - end])
         return drafts
+
+    def places_of(self, run: Sequence[int]) -> Iterator[int]:
+        """Positions of the last token of a run of `min_ngram` tokens, the latest of them first."""
+        key = 0
+        for token_id in run:
+            key = key << _TOKEN_BITS | token_id
+        place = self._last_of.get(key, -1)
+        for _ in range(_MOST_PLACES):
+            if place < self._min - 1:
+                return
+            yield place
+            place = self._before[place]
 
     def _find(self, end: int) -> int:
         """Position of the last token of the run to go on from; -1 if there is none."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ostro.actors.engine.followed_text import followed_text
 from ostro.actors.engine.stopwatch import ShardSeconds, Stopwatch
 from ostro.actors.errors import InvalidTransitionError
 
@@ -147,6 +148,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         choice: Which of its caller's answers this is; of several choices, the first.
         num_choices: Answers to sample from the prompt; `choices.each_choice` takes them apart.
         prompt_shared_by: How many choices, each now a request, were made of the one prompt.
+        prediction_token_ids: What the answer will mostly be, as its caller believes: drafted from,
+            and no part of the prompt. It never changes an answer.
     """
 
     request_id: str
@@ -162,6 +165,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     choice: int = 0
     num_choices: int = 1
     prompt_shared_by: int = 1
+    prediction_token_ids: list[int] = []
 
     @property
     def counted_prompt_tokens(self) -> int:
@@ -204,6 +208,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
         error_message: Text for the caller when `finish_reason` is ERROR.
         seconds: The request's time at the shard; on the first event and on the last.
         choice: `GenerationRequest.choice`.
+        num_predicted_tokens: Of the request's prediction, those that the answer had so far.
     """
 
     request_id: str
@@ -219,6 +224,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     error_message: str | None = None
     seconds: ShardSeconds | None = None
     choice: int = 0
+    num_predicted_tokens: int = 0
 
     def joined(self, later: TokenEvent) -> TokenEvent | None:
         """One event that tells both; None if `later` is an error or does not follow on this one.
@@ -266,6 +272,7 @@ class RequestProgress:
         output_token_ids: Known output; given at construction where one goes on after a failure.
         draft_token_ids: Guesses of what follows the known tokens, for the next step to verify.
         ngrams: Index of its text, for who drafts from that.
+        prediction: Where the output stands in what was predicted, if anything was.
         is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
@@ -299,6 +306,7 @@ class RequestProgress:
         "output_token_ids",
         "page_hashes",
         "pages",
+        "prediction",
         "request",
         "request_id",
         "state",
@@ -322,6 +330,7 @@ class RequestProgress:
         self.output_token_ids = list(output_token_ids or ())
         self.draft_token_ids: list[int] = []
         self.ngrams: NgramIndex | None = None
+        self.prediction = followed_text(request, self.output_token_ids)
         self.is_resumed = output_token_ids is not None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0

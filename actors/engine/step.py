@@ -168,7 +168,7 @@ def token_event(
 
     The first one and the last one tell the request's time.
     """
-    thinking = progress.thinking
+    thinking, prediction = progress.thinking, progress.prediction
     last = token_ids[-1] if token_ids and reason is FinishReason.STOP else None
     stopwatch, seconds = progress.stopwatch, None
     if stopwatch is not None and (reason is not None or not stopwatch.has_told):
@@ -185,6 +185,7 @@ def token_event(
         last if last in progress.stop_token_ids else None,
         seconds=seconds,
         choice=progress.request.choice,
+        num_predicted_tokens=prediction.num_met if prediction is not None else 0,
     )
 
 

@@ -15,7 +15,7 @@ from ostro.actors.attention_engine import (
     StepExchange,
 )
 from ostro.actors.drafter import Drafter, Drafting, NgramDrafter
-from ostro.actors.eagle_drafter import EagleDrafter, EagleParts
+from ostro.actors.eagle_drafter import DraftingHead, EagleDrafter, EagleParts
 from ostro.actors.engine.grammar import GrammarCompiler
 from ostro.actors.engine.grammar_masks import MaskMaker
 from ostro.actors.engine.page_pool import PageLeakError
@@ -122,8 +122,9 @@ class AttentionShard(RankActor):
             keeps_hidden=found is not None,
         )
         if found is not None and head_weights is not None:
-            head = EagleHead(found.config, head_weights, self._make_cache(spec, found.config))
-            self._eagle = EagleParts(head, decoder)
+            cache = self._make_cache(spec, found.config)
+            head = EagleHead(found.config, head_weights, cache, decoder.embed)
+            self._eagle = EagleParts(self._graphed_head(spec, head, found.config), decoder)
         self._decoder: StepDecoder = self._graphed(spec, decoder)
         self._sampler: StepSampler = Sampler(config.vocab_size)
         self._masks = MaskMaker(config.vocab_size)
@@ -223,14 +224,28 @@ class AttentionShard(RankActor):
             )
             return decoder
         graphed = GraphedDecoder(decoder, self._make_exchange(spec))
-        rows = rows_of_request(engine)
         graphed.capture(
-            max_requests=max(
-                engine.max_running_requests,
-                min(engine.max_running_requests * rows, engine.max_tokens_per_step, _MOST_GRAPHED),
-            ),
+            max_requests=most_graphed_rows(engine),
             max_context=max_context(spec, self._config),
-            num_pages=self._num_pages * rows,  # each row reads its request's pages
+            num_pages=self._num_pages * rows_of_request(engine),  # each row reads its request's
+        )
+        return graphed
+
+    def _graphed_head(self, spec: RankSpec, head: EagleHead, config: ModelConfig) -> DraftingHead:
+        """With its passes over single rows as CUDA graphs; in any layout, as it runs alone."""
+        engine = spec.deployment.engine
+        if spec.device != "cuda" or not engine.cuda_graphs:
+            return head
+        from ostro.actors.model.cuda_graphs import graphs_serve
+        from ostro.actors.model.graphed_head import GraphedHead
+
+        if not graphs_serve(config, engine.page_size):
+            return head
+        graphed = GraphedHead(head)
+        graphed.capture(
+            max_rows=most_graphed_rows(engine),
+            max_context=max_context(spec, self._config),
+            num_pages=self._num_pages * rows_of_request(engine),
         )
         return graphed
 
@@ -272,6 +287,12 @@ def stacks_shared(spec: RankSpec, config: ModelConfig) -> bool:
 def rows_of_request(engine: EngineConfig) -> int:
     """Tokens of a request that one decode step computes, at most."""
     return 1 if engine.speculation is None else 1 + engine.speculation.num_draft_tokens
+
+
+def most_graphed_rows(engine: EngineConfig) -> int:
+    """Rows of the largest decode step that is a graph."""
+    rows = engine.max_running_requests * rows_of_request(engine)
+    return max(engine.max_running_requests, min(rows, engine.max_tokens_per_step, _MOST_GRAPHED))
 
 
 def max_context(spec: RankSpec, config: ModelConfig) -> int:

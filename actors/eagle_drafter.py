@@ -9,8 +9,8 @@ Shape letters: T tokens of a micro-batch, B requests that get drafts, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -19,8 +19,8 @@ import torch
 from ostro.actors.drafter import GrowPages
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.engine.step import ScheduledStep
-from ostro.actors.model.batch import Batch, ImageSpan, moved
-from ostro.actors.model.eagle_head import EagleHead
+from ostro.actors.model.batch import Batch
+from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.next_tokens import next_tokens
 from ostro.actors.model.packed_copy import send_together
 from ostro.kernels.mla_decode import DecodePlan
@@ -31,12 +31,24 @@ class DraftedModel(Protocol):
 
     hidden: list[torch.Tensor]
 
-    def embed(self, tokens_T: torch.Tensor, image_spans: Sequence[ImageSpan]) -> torch.Tensor:
-        """Embeddings [T, D] of tokens, with those of images in their places."""
-        ...
-
     def logits(self, rows_BD: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of normed hidden states."""
+        ...
+
+
+class DraftingHead(Protocol):
+    """The head as a drafter knows it; `EagleHead` and `GraphedHead` are such."""
+
+    cache: LatentCache
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        batch: Batch,
+        rows_R: torch.Tensor | None = None,
+        tokens_T: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `EagleHead`."""
         ...
 
 
@@ -44,7 +56,7 @@ class DraftedModel(Protocol):
 class EagleParts:
     """What outlives the drafters of single epochs."""
 
-    head: EagleHead
+    head: DraftingHead
     model: DraftedModel
 
 
@@ -90,31 +102,24 @@ class EagleDrafter:
         self, step: ScheduledStep, batches: Sequence[Batch], rows: Sequence[int]
     ) -> torch.Tensor:
         """Take the step's tokens; the head's states [B, D] at these of its rows, ascending."""
-        device = self._head.cache.layers[0].device
-        sizes = [batch.num_tokens for batch in batches]
-        following = next_tokens(step.entries, sizes)
-        tensors = [torch.tensor(part.token_ids, dtype=torch.int64) for part in following]
-        for size, stop in zip(sizes, accumulate(sizes), strict=True):
-            within = [row - stop + size for row in rows if stop - size <= row < stop]
-            tensors.append(torch.tensor(within, dtype=torch.int64))
-        sent = send_together(tensors, device)
-        model, num_batches = self._model, len(sizes)
-        return torch.cat(
-            [
-                self._head.forward(
-                    model.embed(tokens_T, part.image_spans), hidden_TD[:size], batch, rows_R
-                )
-                for tokens_T, part, hidden_TD, size, batch, rows_R in zip(
-                    sent[:num_batches],
-                    following,
-                    model.hidden,
-                    sizes,
-                    moved(batches, device),
-                    sent[num_batches:],
-                    strict=True,
-                )
-            ]
-        )
+        states, sizes = [], [batch.num_tokens for batch in batches]
+        for batch, following, hidden_TD, stop in zip(
+            batches,
+            next_tokens(step.entries, sizes),
+            self._model.hidden,
+            accumulate(sizes),
+            strict=True,
+        ):
+            first = stop - batch.num_tokens
+            within = [row - first for row in rows if first <= row < stop]
+            shifted = replace(
+                batch,
+                tokens_T=torch.tensor(following.token_ids, dtype=torch.int64),
+                image_spans=following.image_spans,
+            )
+            rows_R = torch.tensor(within, dtype=torch.int64)
+            states.append(self._head.forward(hidden_TD, shifted, rows_R))
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     def _room(self, progress: RequestProgress, num_drafts: int) -> int:
         """Drafts that can be verified: the last token the model allows needs none."""
@@ -128,25 +133,23 @@ class EagleDrafter:
         """Draft for requests, those with the most drafts first, from the head's states."""
         model = self._model
         chosen = [model.logits(state_BD).argmax(dim=1)]
-        for batch in moved(self._single_steps(guesses), state_BD.device):
+        for batch in self._single_steps(guesses):
             count = batch.num_tokens
-            embedded_BD = model.embed(chosen[-1][:count], ())
-            state_BD = self._head.forward(embedded_BD, state_BD[:count], batch)
+            tokens_B = chosen[-1][:count]
+            state_BD = self._head.forward(state_BD[:count], batch, tokens_T=tokens_B)
             chosen.append(model.logits(state_BD).argmax(dim=1))
         token_ids = iter(torch.cat(chosen).tolist())
         for tokens_B in chosen:
             for guess in guesses[: len(tokens_B)]:
                 guess.progress.draft_token_ids.append(next(token_ids))
 
-    def _single_steps(self, guesses: Sequence[_Guess]) -> list[Batch]:
+    def _single_steps(self, guesses: Sequence[_Guess]) -> Iterator[Batch]:
         """One token of each request for every draft but the first, on the host."""
-        batches = []
         for depth in range(1, guesses[0].num_drafts):
             taking = [guess.progress for guess in guesses if guess.num_drafts > depth]
             # The first draft comes from the last computed token, this one from `depth` after it.
             positions = [progress.num_known_tokens - 2 + depth for progress in taking]
-            batches.append(self._decode_batch(taking, positions))
-        return batches
+            yield self._decode_batch(taking, positions)
 
     def _decode_batch(self, requests: Sequence[RequestProgress], positions: Sequence[int]) -> Batch:
         page_size = self._head.cache.page_size

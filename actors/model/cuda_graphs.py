@@ -1,5 +1,8 @@
 """Decode steps as CUDA graphs: one launch where there would be some twenty for every layer.
 
+`RowGraphs` captures any computation over rows that attend as decode; `GraphedDecoder` does so with
+the model, `graphed_head` with a draft head.
+
 A graph is captured for a number of rows and a number of chunks of keys (`gpu.decode_chunks`). A row
 is a request's one token, or one of those that it verifies; each is attended by itself. A step takes
 the smallest one that holds it; what is left over is padding, which stores nothing, goes to no
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +192,110 @@ def fitting_size(
     return None if chunks is None else (requests, chunks)
 
 
+@dataclass(frozen=True, slots=True)
+class FoundGraph:
+    """A step and the size of its graph."""
+
+    batch: Batch
+    size: tuple[int, int]
+    chunks: DecodeChunks
+
+
+class RowGraphs:
+    """Graphs of one computation over rows that attend as decode, by numbers of rows and chunks."""
+
+    def __init__(self, page_size: int, device: torch.device) -> None:
+        self._page_size = page_size
+        self._device = device
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._sizes: dict[int, list[int]] = {}
+
+    @torch.inference_mode()
+    def capture(
+        self,
+        compute: Callable[[Batch], None],
+        *,
+        max_rows: int,
+        max_context: int,
+        num_pages: int,
+        only_largest: bool = False,
+    ) -> None:
+        """Capture every graph, the largest first, so that the others fit in its memory.
+
+        Args:
+            compute: What a graph does with a batch, padding included: nothing may be waited for,
+                and results go to memory of the caller's.
+            max_rows: Of a step, at most.
+            max_context: Keys of a row, at most.
+            num_pages: Of the cache; steps whose rows share so much of it that their chunks are more
+                than its own have no graph.
+            only_largest: Leave out the smaller ones: steps are all of one size.
+        """
+        began_s = time.perf_counter()
+        own_chunks = num_pages * self._page_size // MIN_CHUNK_KEYS
+        longest = most_chunks(max_context)
+        counts = [max_rows] if only_largest else request_sizes(max_rows)
+        most = {count: min(count * longest, own_chunks + count) for count in counts}
+        self._sizes = {
+            count: [most[count]] if only_largest else chunk_sizes(count, most[count])
+            for count in counts
+        }
+        sizes = [(count, chunks) for count in self._sizes for chunks in self._sizes[count]]
+        num_bytes = max(packed_bytes(self._forms(size)) for size in sizes)
+        self._memory_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        self._sample_rows = torch.arange(max_rows, device=self._device)
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(sizes):
+            self._graphs[size] = self._last = self._capture(compute, self._padding(size), pool)
+        logger.info(
+            "captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - began_s
+        )
+
+    def find(self, batch: Batch) -> FoundGraph | None:
+        """The graph of a step that is on the host, if it has one."""
+        if batch.decode_plan is None or batch.prefill_spans or batch.image_spans:
+            return None
+        chunks = batch.decode_plan.chunks()
+        size = fitting_size(self._sizes, batch.num_tokens, len(chunks.chunk_X4))
+        return None if size is None else FoundGraph(batch, size, chunks)
+
+    def run(self, found: FoundGraph, tokens_T: torch.Tensor | None = None) -> None:
+        """Run it; `tokens_T` are the step's tokens where they are known on the device alone."""
+        load_inputs(self._memory_bytes, found.size, found.batch, found.chunks)
+        if tokens_T is not None:
+            inputs = GraphInputs.within(self._memory_bytes, self._forms(found.size))
+            inputs.tokens_T[: len(tokens_T)].copy_(tokens_T)
+        self._last = self._graphs[found.size]
+        self._last.replay()
+
+    def run_last(self) -> None:
+        """The last graph once more, for benchmarks."""
+        self._last.replay()
+
+    def _forms(self, size: tuple[int, int]) -> list[Form]:
+        return input_forms(*size, most_pages(size[1], self._page_size))
+
+    def _padding(self, size: tuple[int, int]) -> Batch:
+        """Padding alone: what runs on it leaves the experts' counts and the cache as they are."""
+        (padding,) = build_batches([], page_size=self._page_size, num_micro_batches=1)
+        load_inputs(self._memory_bytes, size, padding, cut_chunks([], [], self._page_size))
+        inputs = GraphInputs.within(self._memory_bytes, self._forms(size))
+        return inputs.batch(self._sample_rows, self._page_size)
+
+    def _capture(
+        self, compute: Callable[[Batch], None], batch: Batch, pool: Any
+    ) -> torch.cuda.CUDAGraph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            compute(batch)  # compiles what is not compiled yet
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            compute(batch)
+        return graph
+
+
 class GraphedDecoder:
     """A decoder whose decode steps are graphs; for one rank that holds all experts.
 
@@ -202,21 +309,15 @@ class GraphedDecoder:
         """The exchange must do without the host: nothing may be waited for within a graph."""
         self._decoder = decoder
         self._exchange = exchange
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
-        self._sizes: dict[int, list[int]] = {}
+        self._device = decoder.cache.layers[0].device
+        self._graphs = RowGraphs(decoder.cache.page_size, self._device)
         self.seconds = decoder.seconds
         self.seconds["graph"] = 0.0
 
-    @torch.inference_mode()
     def capture(
-        self,
-        *,
-        max_requests: int,
-        max_context: int,
-        num_pages: int,
-        only_largest: bool = False,
+        self, *, max_requests: int, max_context: int, num_pages: int, only_largest: bool = False
     ) -> None:
-        """Capture every graph, the largest first, so that the others fit in its memory.
+        """Capture every graph; see `RowGraphs`.
 
         Args:
             max_requests: Rows of a step, at most.
@@ -225,88 +326,40 @@ class GraphedDecoder:
                 more than its own go launch by launch.
             only_largest: Leave out the smaller ones: steps are all of one size.
         """
-        began_s = time.perf_counter()
-        page_size = self._decoder.cache.page_size
-        own_chunks = num_pages * page_size // MIN_CHUNK_KEYS
-        longest = most_chunks(max_context)
-        counts = [max_requests] if only_largest else request_sizes(max_requests)
-        most = {count: min(count * longest, own_chunks + count) for count in counts}
-        self._sizes = {
-            count: [most[count]] if only_largest else chunk_sizes(count, most[count])
-            for count in counts
-        }
-        sizes = [(count, chunks) for count in self._sizes for chunks in self._sizes[count]]
-        device = self._decoder.cache.layers[0].device
-        num_bytes = max(packed_bytes(self._forms(size)) for size in sizes)
-        self._memory_bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        self._sample_rows = torch.arange(max_requests, device=device)
-        config = self._decoder.config
+        config, device = self._decoder.config, self._device
         self._logits_TV = torch.empty(max_requests, config.vocab_size, device=device)
         if self._decoder.keeps_hidden:
             shape, dtype = (max_requests, config.hidden_size), self._decoder.dtype
             self._hidden_TD = torch.empty(shape, dtype=dtype, device=device)
-        pool = torch.cuda.graph_pool_handle()
-        for size in reversed(sizes):
-            self._graphs[size] = self._last = self._capture(size, pool)
-        logger.info(
-            "captured %d CUDA graphs in %.1f s", len(self._graphs), time.perf_counter() - began_s
+        self._graphs.capture(
+            self._compute,
+            max_rows=max_requests,
+            max_context=max_context,
+            num_pages=num_pages,
+            only_largest=only_largest,
         )
 
     @torch.inference_mode()
     def forward(self, batches: Sequence[Batch], exchange: ExpertExchange) -> list[torch.Tensor]:
         """As `Decoder.forward`; what a graph gave is good until the next call."""
-        found = self._find(batches)
+        began_s = time.perf_counter()
+        batch = batches[0]
+        found = self._graphs.find(batch) if len(batches) == 1 else None
         if found is None:
             return self._decoder.forward(batches, exchange)
-        began_s = time.perf_counter()
-        size, chunks = found
-        batch, device = batches[0], self._memory_bytes.device
-        load_inputs(self._memory_bytes, size, batch, chunks)
-        self._last = self._graphs[size]
-        self._last.replay()
+        self._graphs.run(found)
         logits_BV = self._logits_TV[: batch.num_tokens]
         if self._decoder.keeps_hidden:
             self._decoder.hidden = [self._hidden_TD[: batch.num_tokens]]
         if len(batch.sample_rows) < batch.num_tokens:
-            (sample_rows,) = send_together([batch.sample_rows], device)
+            (sample_rows,) = send_together([batch.sample_rows], self._device)
             logits_BV = logits_BV.index_select(0, sample_rows)
         self.seconds["graph"] += time.perf_counter() - began_s
         return [logits_BV]
 
     def replay_last(self) -> None:
         """The graph of the last decode step once more, for benchmarks."""
-        self._last.replay()
-
-    def _find(self, batches: Sequence[Batch]) -> tuple[tuple[int, int], DecodeChunks] | None:
-        """Size of the graph of a step, if it has one, and the step's chunks."""
-        batch = batches[0]
-        if len(batches) > 1 or batch.decode_plan is None:
-            return None
-        if batch.prefill_spans or batch.image_spans:
-            return None
-        chunks = batch.decode_plan.chunks()
-        size = fitting_size(self._sizes, batch.num_tokens, len(chunks.chunk_X4))
-        return None if size is None else (size, chunks)
-
-    def _forms(self, size: tuple[int, int]) -> list[Form]:
-        return input_forms(*size, most_pages(size[1], self._decoder.cache.page_size))
-
-    def _capture(self, size: tuple[int, int], pool: Any) -> torch.cuda.CUDAGraph:
-        """Of padding alone: the experts' counts and the cache stay as they are."""
-        page_size = self._decoder.cache.page_size
-        (padding,) = build_batches([], page_size=page_size, num_micro_batches=1)
-        load_inputs(self._memory_bytes, size, padding, cut_chunks([], [], page_size))
-        inputs = GraphInputs.within(self._memory_bytes, self._forms(size))
-        batch = inputs.batch(self._sample_rows, page_size)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._decoder.forward([batch], self._exchange)  # compiles what is not compiled yet
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self._compute(batch)
-        return graph
+        self._graphs.run_last()
 
     def _compute(self, batch: Batch) -> None:
         """What a graph of this batch does; results go to where they are looked for."""

@@ -12,19 +12,25 @@ Shape letters: T tokens of a micro-batch, R rows of it, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
 from ostro.actors.model.attention import Attention
-from ostro.actors.model.batch import Batch
+from ostro.actors.model.batch import Batch, ImageSpan, moved
 from ostro.actors.model.decoder import pack_layer, shared_mlp
 from ostro.actors.model.draft_head import HeadWeights
 from ostro.actors.model.latent_cache import LatentCache
+from ostro.actors.model.packed_copy import send_together
 from ostro.configs.model import ModelConfig
 from ostro.kernels.combine import combine_norm
 from ostro.kernels.linear import linear, pack_linear
 from ostro.kernels.rms_norm import rms_norm
+
+# Gives the embeddings [T, D] of tokens, with those of images in their places.
+Embed: TypeAlias = Callable[[torch.Tensor, Sequence[ImageSpan]], torch.Tensor]
 
 
 class EagleHead:
@@ -32,17 +38,25 @@ class EagleHead:
 
     Attributes:
         cache: Latents of its layers.
+        hidden_size: D.
+        dtype: Of hidden states.
     """
 
-    def __init__(self, config: ModelConfig, weights: HeadWeights, cache: LatentCache) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: HeadWeights, cache: LatentCache, embed: Embed
+    ) -> None:
         """As for a `Decoder`: drop `weights` afterwards to free their memory.
 
         Args:
             config: The head's.
             weights: Likewise.
             cache: For the head's config, of as many pages as the model's.
+            embed: The model's `Decoder.embed`.
         """
         self.cache = cache
+        self.hidden_size = config.hidden_size
+        self.dtype = weights.final_norm_D.dtype
+        self._embed = embed
         self._eps = config.rms_norm_eps
         layers = tuple(pack_layer(w) for w in weights.layers)
         self._weights = replace(weights, joint=pack_linear(weights.joint), layers=layers)
@@ -51,26 +65,34 @@ class EagleHead:
     @torch.inference_mode()
     def forward(
         self,
-        embedded_TD: torch.Tensor,
         hidden_TD: torch.Tensor,
         batch: Batch,
         rows_R: torch.Tensor | None = None,
+        tokens_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Keep the latents of a micro-batch's tokens, and guess after some of them.
 
         Args:
-            embedded_TD: Embedding of the token that follows each of them.
             hidden_TD: H of each, or the head's own g.
-            batch: On the head's device; its tokens are not read.
-            rows_R: int64 rows to guess after; None is all of them.
+            batch: Where they stand, on the host or not; its tokens and images are those that come
+                next.
+            rows_R: int64 rows to guess after, on the host; None is all of them.
+            tokens_T: The tokens that come next, where they are known on the device alone.
 
         Returns:
             g_RD in the order of `rows_R`.
         """
+        if not batch.num_tokens:
+            return hidden_TD
+        device = self.cache.layers[0].device
+        (batch,) = moved([batch], device)
+        num_rows = batch.num_tokens if rows_R is None else len(rows_R)
+        if rows_R is not None:
+            (rows_R,) = send_together([rows_R], device)
+        embedded_TD = self._embed(
+            batch.tokens_T if tokens_T is None else tokens_T, batch.image_spans
+        )
         x_TD = linear(torch.cat((embedded_TD, hidden_TD), dim=1), self._weights.joint)
-        num_rows = len(x_TD) if rows_R is None else len(rows_R)
-        if not len(x_TD):
-            return x_TD
         layers, eps, terms = self._weights.layers, self._eps, self._attention.position_terms(batch)
         next_norms = [w.input_norm_D for w in layers[1:]] + [self._weights.final_norm_D]
         residual_TD, x_TD = x_TD, rms_norm(x_TD, layers[0].input_norm_D, eps)

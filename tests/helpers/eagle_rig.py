@@ -36,7 +36,7 @@ class EagleRig(ModelRig):
         )
         for layer_NSW in cache.layers:
             layer_NSW.view(torch.uint8).fill_(0xFF)
-        self.head = EagleHead(found.config, weights, cache)
+        self.head = EagleHead(found.config, weights, cache, self.decoder.embed)
         self.drafter = EagleDrafter(EagleParts(self.head, self.decoder), self.grow)
         self.may_grow = True
 
@@ -97,4 +97,5 @@ class EagleRig(ModelRig):
             token_ids=[*known, *drafts],
             pages=progress.pages,
             samples=start + count == progress.num_known_tokens,
+            num_drafts=len(drafts),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from graph_fakes import replay_instead
 from model_rig import ModelRig, make_progress, relative_error
 
 from ostro.actors.engine.request import RequestProgress
@@ -256,13 +257,6 @@ def test_hidden_states_of_graphs_are_those_of_single_launches(directory: Path) -
     torch.testing.assert_close(found, rig.decoder.hidden[0], rtol=1e-4, atol=1e-4)
 
 
-class _Replayed:
-    """Stands for a graph: does again what was captured."""
-
-    def __init__(self, replay: Callable[[], None]) -> None:
-        self.replay = replay
-
-
 class _CountingDecoder:
     """Logits and hidden states that tell their token, and nothing of a model."""
 
@@ -283,13 +277,7 @@ class _CountingDecoder:
 
 
 def test_a_graph_leaves_the_hidden_states_of_its_live_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def capture(self: GraphedDecoder, size: tuple[int, int], pool: object) -> _Replayed:
-        inputs = GraphInputs.within(self._memory_bytes, self._forms(size))
-        batch = inputs.batch(self._sample_rows, PAGE_SIZE)
-        return _Replayed(lambda: self._compute(batch))
-
-    monkeypatch.setattr(GraphedDecoder, "_capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    replay_instead(monkeypatch)
     decoder = _CountingDecoder()
     graphed = GraphedDecoder(decoder, None)
     graphed.capture(max_requests=4, max_context=2048, num_pages=NUM_PAGES)

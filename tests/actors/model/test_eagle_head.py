@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoints
@@ -12,7 +13,7 @@ from eagle_oracle import EagleOracle
 from model_rig import make_progress, relative_error
 
 from ostro.actors.engine.step import ScheduledRequest
-from ostro.actors.model.batch import build_batches
+from ostro.actors.model.batch import ImageSpan, build_batches
 from ostro.actors.model.draft_head import find_draft_head, load_head_weights
 from ostro.actors.model.eagle_head import EagleHead
 from ostro.actors.model.latent_cache import LatentCache
@@ -50,7 +51,13 @@ def make_head(
     )
     for layer_NSW in cache.layers:
         layer_NSW.view(torch.uint8).fill_(0xFF)  # NaN: reading what nobody wrote shows
-    return EagleHead(found.config, load_head_weights(found, device="cpu", dtype=dtype), cache)
+    weights = load_head_weights(found, device="cpu", dtype=dtype)
+
+    def embed(tokens_T: torch.Tensor, _: Sequence[ImageSpan]) -> torch.Tensor:
+        """Tokens are numbered as they stand, and so is what is embedded."""
+        return inputs()[0].to(dtype)[tokens_T]
+
+    return EagleHead(found.config, weights, cache, embed)
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,12 +87,13 @@ def states_in_chunks(
     parts = []
     for start in range(0, NUM_TOKENS, chunk):
         count = min(chunk, NUM_TOKENS - start)
-        entry = ScheduledRequest(progress, start, count, [0] * count, pages, False)
+        tokens = list(range(start, start + count))
+        entry = ScheduledRequest(progress, start, count, tokens, pages, False)
         (batch,) = build_batches(
             [entry], page_size=PAGE_SIZE, num_micro_batches=1, position_offset=position_offset
         )
-        taken = (part_TD[start : start + count].to(dtype) for part_TD in inputs())
-        parts.append(head.forward(*taken, batch, rows_R))
+        hidden_TD = inputs()[1][start : start + count].to(dtype)
+        parts.append(head.forward(hidden_TD, batch, rows_R))
     return torch.cat(parts)
 
 
@@ -130,13 +138,13 @@ def test_tokens_that_nobody_asks_about_are_seen_by_later_ones(directory: Path) -
     assert nobody.shape == (0, HIDDEN)
     progress = make_progress("r", [0] * NUM_TOKENS)
     last = NUM_TOKENS - 1
-    entry = ScheduledRequest(progress, last, 1, [0], array("i", range(20, 10, -1)), False)
+    entry = ScheduledRequest(progress, last, 1, [last], array("i", range(20, 10, -1)), False)
     (batch,) = build_batches([entry], page_size=PAGE_SIZE, num_micro_batches=1)
-    found = head.forward(*(part_TD[last:] for part_TD in inputs()), batch)
+    found = head.forward(inputs()[1][last:], batch)
     assert relative_error(found, expected(directory)[last:]) < 1e-4
 
 
 def test_an_empty_micro_batch_gives_nothing(directory: Path) -> None:
     (batch,) = build_batches([], page_size=PAGE_SIZE, num_micro_batches=1)
     empty = torch.empty(0, HIDDEN)
-    assert make_head(directory).forward(empty, empty, batch).shape == (0, HIDDEN)
+    assert make_head(directory).forward(empty, batch).shape == (0, HIDDEN)

@@ -203,6 +203,29 @@ def test_a_bad_head_changes_no_answer(
         assert _plain(event) == _plain(expected[name]), name
 
 
+def test_the_embedded_models_head_answers_in_fewer_steps(
+    pool: ProcessPool,
+    requests: list[GenerationRequest],
+    wanted: tuple[dict[tuple[str, int], TokenEvent], int],
+) -> None:
+    head = SpeculationConfig(
+        method=DraftMethod.EAGLE,
+        num_draft_tokens=3,
+        draft_model=str(_MODEL / "eagle"),
+        adaptive=False,
+    )
+
+    async def run() -> tuple[dict[tuple[str, int], TokenEvent], int]:
+        async with local_cell(pool, _deployment(*_LAYOUTS[0], head), _MODEL) as cell:
+            answers = await _answers(cell.client, requests[:1])
+            return answers, (await cell.client.state()).num_steps
+
+    answers, num_steps = asyncio.run(run())
+    ((name, event),) = answers.items()
+    assert _plain(event) == _plain(wanted[0][name])
+    assert len(event.token_ids) > 1.5 * num_steps
+
+
 @pytest.mark.parametrize(
     ("layout", "num_pages"),
     [*((layout, 512) for layout in _LAYOUTS), (_LAYOUTS[0], 40)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import checkpoints
 import pytest
@@ -13,11 +14,14 @@ from graph_fakes import replay_instead
 from model_rig import make_progress
 
 from ostro.actors.eagle_drafter import EagleDrafter, EagleParts
+from ostro.actors.model import attention
 from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.graphed_head import GraphedHead
 from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.configs.model import load_model_config
-from ostro.kernels.mla_decode import DecodePlan
+from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
+from ostro.kernels.latent_heads import LatentHeads
+from ostro.kernels.mla_decode import DecodePlan, mla_decode_triton
 
 PAGE_SIZE, NUM_PAGES = 16, 256
 
@@ -97,36 +101,81 @@ def test_what_has_no_graph_goes_launch_by_launch(graphed: GraphedHead) -> None:
     assert head.launched == [5, 3]  # type: ignore[attr-defined]
 
 
+def drafts_of_steps(rig: EagleRig) -> list[list[int]]:
+    """Of two requests after their prompts and after a step that verifies."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 1000, (n,), generator=generator).tolist() for n in (3, 17)]
+    requests = [make_progress(str(n), prompt) for n, prompt in enumerate(prompts)]
+    rig.advance([(one, one.num_prompt_tokens) for one in requests], 3, tokens=[[5]] * 2)
+    drafts = [one.draft_token_ids for one in requests]
+    rig.advance(
+        [(one, 1) for one in requests],
+        3,
+        tokens=[[6], [*requests[1].draft_token_ids, 7]],
+        drafts=drafts,
+    )
+    return drafts + [one.draft_token_ids for one in requests]
+
+
+def graph_passes(rig: EagleRig, max_rows: int) -> None:
+    """Have the rig's drafter take graphs of the head that is there."""
+    graphed = GraphedHead(rig.head)
+    graphed.capture(max_rows=max_rows, max_context=2048, num_pages=4 * NUM_PAGES)
+    rig.drafter = EagleDrafter(EagleParts(graphed, rig.decoder), rig.grow)
+
+
+def on_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have attention take the GPU's kernels, which the interpreter runs here."""
+    decode = attention.mla_decode
+
+    def decode_chunks(
+        q_THQ: torch.Tensor,
+        cache_NSW: torch.Tensor,
+        plan: DecodePlan,
+        heads: LatentHeads,
+        *terms: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if plan.context_lengths:
+            return decode(q_THQ, cache_NSW, plan, heads, *terms)
+        return mla_decode_triton(q_THQ, cache_NSW, plan.chunks(), heads, *terms)
+
+    def prologue(*arguments: Any) -> torch.Tensor:
+        return mla_prologue_triton(*arguments[:6])
+
+    monkeypatch.setattr(attention, "mla_decode", decode_chunks)
+    monkeypatch.setattr(attention, "mla_prologue", prologue)
+
+
+def test_padded_passes_draft_what_single_launches_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoints.make_tiny_checkpoint(tmp_path / "model", seed=3, num_layers=1)
+    write_random_head(tmp_path / "head", TINY, load_model_config(model))
+    sizes = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES}
+    expected = drafts_of_steps(EagleRig(model, tmp_path / "head", **sizes))
+    replay_instead(monkeypatch)
+    rig = EagleRig(model, tmp_path / "head", **sizes)
+    graph_passes(rig, 16)
+    on_gpu_kernels(monkeypatch)
+    launched = []
+    forward = rig.head.forward
+
+    def record(hidden_TD: torch.Tensor, batch: Batch, *more: Any, **by_name: Any) -> torch.Tensor:
+        launched.append(batch.num_live is None)
+        return forward(hidden_TD, batch, *more, **by_name)
+
+    monkeypatch.setattr(rig.head, "forward", record)
+    assert drafts_of_steps(rig) == expected
+    assert launched.count(True) == 1  # the prompts
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_drafts_of_graphs_are_those_of_single_launches(tmp_path: Path, dtype: torch.dtype) -> None:
     model = checkpoints.make_tiny_checkpoint(tmp_path / "model", seed=3)
     write_random_head(tmp_path / "head", TINY, load_model_config(model))
-    rig = EagleRig(
-        model,
-        tmp_path / "head",
-        page_size=PAGE_SIZE,
-        num_pages=NUM_PAGES,
-        device="cuda",
-        dtype=dtype,
-    )
-    graphed = GraphedHead(rig.head)
-    graphed.capture(max_rows=16, max_context=2048, num_pages=4 * NUM_PAGES)
-    drafters = [rig.drafter, EagleDrafter(EagleParts(graphed, rig.decoder), rig.grow)]
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 1000, (n,), generator=generator).tolist() for n in (3, 40, 17)]
-    drafts = []
-    for drafter in drafters:
-        rig.drafter = drafter
-        requests = [make_progress(str(n), prompt) for n, prompt in enumerate(prompts)]
-        rig.advance([(one, one.num_prompt_tokens) for one in requests], 3, tokens=[[5]] * 3)
-        drafts.append([one.draft_token_ids for one in requests])
-        for token in range(6, 10):
-            rig.advance(
-                [(one, 1) for one in requests],
-                3,
-                tokens=[[token]] * 3,
-                drafts=[one.draft_token_ids for one in requests],
-            )
-            drafts[-1] += [one.draft_token_ids for one in requests]
-    assert drafts[0] == drafts[1]
+    sizes = {"page_size": PAGE_SIZE, "num_pages": NUM_PAGES}
+    rig = EagleRig(model, tmp_path / "head", **sizes, device="cuda", dtype=dtype)
+    expected = drafts_of_steps(rig)
+    graph_passes(rig, 16)
+    assert drafts_of_steps(rig) == expected

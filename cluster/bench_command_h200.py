@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -40,6 +41,9 @@ def h200(
     latent_cache_dtype: Annotated[
         Literal["auto", "fp8"], typer.Option(help="As the key of `engine`.")
     ] = "auto",
+    pdl: Annotated[
+        bool, typer.Option("--pdl", help="Measure decode steps by dependent launches too.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """All of Mistral Small 4 on one GPU, with random weights: no checkpoint is needed.
@@ -47,7 +51,9 @@ def h200(
     "floor" is what the bytes of a decode step (experts that were hit, everything else once,
     latents) or the FLOPs of a prefill chunk take at the rates that this GPU reached by itself in
     this run. "GPU" replays a step's CUDA graph; "with host" adds inputs, draw and its ids, but no
-    scheduler.
+    scheduler. "PDL" is as "GPU" where kernels start before the one ahead has ended, and what it
+    takes of that; if it is less, `"dependent_launch": true` in the GPU's file of kernels/tuned
+    switches it on.
     """
     import torch
 
@@ -74,7 +80,7 @@ def h200(
             places = cache_tokens(decodes, prefills)
             model = WholeModel(config, cache_tokens=places, cache_dtype=cache_dtype, precision=held)
             figures = []
-            for figure in measure(model, ceilings, decodes, prefills):
+            for figure in measure(model, ceilings, decodes, prefills, with_pdl=pdl):
                 figures.append(figure)
                 progress.note(f"{figure.kind} {figure.num_tokens} at {figure.context}")
     except torch.OutOfMemoryError:
@@ -138,7 +144,8 @@ def parse_sizes(text: str, option: str) -> list[tuple[int, int]]:
 def to_table(title: str, figures: Sequence[StepFigure]) -> Table:
     """One row a step."""
     table = Table(title=title)
-    for name in _COLUMNS:
+    with_pdl = any(figure.pdl_ms is not None for figure in figures)
+    for name in (*_COLUMNS, *("PDL",) * with_pdl):
         table.add_column(name, justify="left" if name == "step" else "right")
     for figure in figures:
         table.add_row(
@@ -150,5 +157,14 @@ def to_table(title: str, figures: Sequence[StepFigure]) -> Table:
             f"{figure.floor_ms:.2f} ms",
             f"{figure.floor_ms / figure.graph_ms:.0%}",
             f"{figure.tokens_per_s():,.0f}",
+            *(_pdl_cell(figure),) * with_pdl,
         )
     return table
+
+
+def _pdl_cell(figure: StepFigure) -> str:
+    if figure.pdl_ms is None:
+        return ""
+    if math.isnan(figure.pdl_ms):
+        return "other logits"
+    return f"{figure.pdl_ms:.2f} ms ({figure.pdl_ms / figure.graph_ms:.2f})"

@@ -30,6 +30,9 @@ def kernels(
     sweep: Annotated[
         str, typer.Option(help="Whose configurations to try, by commas: all, or none if empty.")
     ] = "",
+    pdl: Annotated[
+        bool, typer.Option("--pdl", help="Check and time every kernel by dependent launches too.")
+    ] = False,
     json: Json = None,
     tuned: Annotated[
         Path | None,
@@ -50,7 +53,9 @@ def kernels(
     console = make_console()
     try:
         with shown_progress() as progress:
-            report = measure_kernels(*chosen, progress.note, json_path=json, tuned_path=tuned)
+            report = measure_kernels(
+                *chosen, progress.note, with_pdl=pdl, json_path=json, tuned_path=tuned
+            )
     except NoGpuError as error:
         print_error(str(error))
         raise typer.Exit(1) from None

@@ -9,6 +9,7 @@ Shape letters: B requests, L layers, E experts, D hidden, F expert hidden, V voc
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from array import array
@@ -32,6 +33,7 @@ from ostro.configs.quantization import WeightFormat
 from ostro.kernels.batch_sampling import Draws, sample_rows
 from ostro.kernels.bench.measure import Ceilings
 from ostro.kernels.bench.sizes import fill_cache
+from ostro.kernels.gpu.dependent_launch import dependent_launch
 from ostro.kernels.mla_decode import DecodePlan
 from ostro.kernels.sampling import Draw
 
@@ -66,6 +68,8 @@ class StepFigure:
             launch, a draw, its ids on the host; no scheduler.
         floor_ms: What the bytes and FLOPs take at the GPU's measured rates.
         experts_hit: Experts that a layer's rows went to, on average.
+        pdl_ms: As `graph_ms`, by dependent launches (`kernels.gpu.dependent_launch`); NaN where
+            they gave other logits, None where that was not asked for.
     """
 
     kind: str
@@ -76,6 +80,7 @@ class StepFigure:
     step_ms: float
     floor_ms: float
     experts_hit: float
+    pdl_ms: float | None = None
 
     def tokens_per_s(self) -> float:
         """Of whole steps."""
@@ -164,9 +169,8 @@ class WholeModel:
             image_spans=(),
         )
 
-    def measure_decode(self, num_requests: int, context: int, ceilings: Ceilings) -> StepFigure:
-        """A graph of exactly this batch, replayed."""
-        make_batch = self.decode_batches(num_requests, context)
+    def _graphed(self, num_requests: int, context: int) -> GraphedDecoder:
+        """A graph of exactly this size."""
         graphed = GraphedDecoder(self.decoder, self.exchange)
         graphed.capture(
             max_requests=num_requests,
@@ -174,6 +178,23 @@ class WholeModel:
             num_pages=self.cache.num_pages,
             only_largest=True,
         )
+        return graphed
+
+    def _pdl_ms(self, num_requests: int, batch: Batch) -> float:
+        """The GPU's time for a batch by dependent launches; NaN if its logits are not the same."""
+        (usual_BV,) = self.decoder.forward([batch], self.exchange)
+        with dependent_launch(True):
+            graphed = self._graphed(num_requests, batch.last_position + 1)
+        (logits_BV,) = graphed.forward([batch], self.exchange)
+        is_same = torch.equal(logits_BV, usual_BV)
+        return _median_ms(graphed.replay_last, on_host=False) if is_same else math.nan
+
+    def measure_decode(
+        self, num_requests: int, context: int, ceilings: Ceilings, *, with_pdl: bool = False
+    ) -> StepFigure:
+        """A graph of exactly this batch, replayed; another by dependent launches, if asked."""
+        make_batch = self.decode_batches(num_requests, context)
+        graphed = self._graphed(num_requests, context)
 
         def step() -> None:
             (logits_BV,) = graphed.forward([make_batch()], self.exchange)
@@ -202,6 +223,7 @@ class WholeModel:
                 cache_dtype=self.cache.dtype,
             ),
             experts_hit=hit,
+            pdl_ms=self._pdl_ms(num_requests, make_batch()) if with_pdl else None,
         )
 
     def measure_prefill(self, num_tokens: int, context: int, ceilings: Ceilings) -> StepFigure:
@@ -312,9 +334,11 @@ def measure(
     ceilings: Ceilings,
     decodes: Sequence[tuple[int, int]],
     prefills: Sequence[tuple[int, int]],
+    *,
+    with_pdl: bool = False,
 ) -> Iterator[StepFigure]:
     """Every (requests, context) of decode, then every (tokens, context) of prefill."""
     for num_requests, context in decodes:
-        yield model.measure_decode(num_requests, context, ceilings)
+        yield model.measure_decode(num_requests, context, ceilings, with_pdl=with_pdl)
     for num_tokens, context in prefills:
         yield model.measure_prefill(num_tokens, context, ceilings)

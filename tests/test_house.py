@@ -37,7 +37,7 @@ kernel = pytest.mark.parametrize(
 )
 gpu_kernel = pytest.mark.parametrize(
     "path",
-    [path for path in _python_files("kernels/gpu") if "@triton.jit" in path.read_text()],
+    [path for path in _python_files("kernels/gpu") if "_kernel[" in path.read_text()],
     ids=_name,
 )
 

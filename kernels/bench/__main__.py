@@ -20,6 +20,7 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Measure kernels on this GPU.")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--sweep", nargs="*", default=[], choices=list(SWEEPS))
+    parser.add_argument("--pdl", action="store_true", help="time dependent launches too")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--tuned", type=Path, help="write the sweep's best tiles here")
     options = parser.parse_args()
@@ -28,7 +29,12 @@ def _main() -> None:
     began_s = time.perf_counter()
     try:
         report = measure_kernels(
-            options.parts, options.sweep, _tell, json_path=options.json, tuned_path=options.tuned
+            options.parts,
+            options.sweep,
+            _tell,
+            with_pdl=options.pdl,
+            json_path=options.json,
+            tuned_path=options.tuned,
         )
     except NoGpuError as error:
         sys.exit(f"error: {error}")

@@ -125,6 +125,7 @@ def measure_kernels(
     sweeps: Sequence[str],
     tell: Callable[[str], None],
     *,
+    with_pdl: bool = False,
     json_path: Path | None = None,
     tuned_path: Path | None = None,
 ) -> Report:
@@ -134,6 +135,7 @@ def measure_kernels(
         parts: Of `PARTS`.
         sweeps: Of `SWEEPS`.
         tell: Called with a line as soon as there is one.
+        with_pdl: Check and time every kernel by dependent launches too (`gpu.dependent_launch`).
         json_path: Where to write the report, anew after each part; None writes none.
         tuned_path: Where to write the best tiles of grouped products and linear layers, likewise.
 
@@ -146,7 +148,7 @@ def measure_kernels(
     tell(report.title())
     for name in parts:
         with _told_failures(name, report, tell):
-            for result in run_cases(PARTS[name](), report.ceilings):
+            for result in run_cases(PARTS[name](), report.ceilings, with_pdl=with_pdl):
                 report.results.append(result)
                 tell(result.line())
         report.write(json_path)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ostro.kernels.bench.measure import Case, Ceilings, Launch, replay_us
+from ostro.kernels.bench.measure import Case, Ceilings, Launch, largest_error, replay_us
+from ostro.kernels.gpu.dependent_launch import dependent_launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,8 @@ class Result:
         teraflops: Likewise of the FLOPs.
         error: Relative, against float32.
         is_right: Whether that is within the case's tolerance, and nothing failed.
-        others_us: Times of other kernels that do the same work.
+        others_us: Times of other kernels that do the same work; "pdl" is the kernel itself, by
+            dependent launches.
         failure: What went wrong, "" if nothing did.
     """
 
@@ -54,8 +56,8 @@ class Result:
         ).rstrip()
 
 
-def run_case(case: Case, ceilings: Ceilings) -> Result:
-    """Check, then time; a failure becomes part of the result."""
+def run_case(case: Case, ceilings: Ceilings, *, with_pdl: bool = False) -> Result:
+    """Check, then time, if asked by dependent launches too; a failure is part of the result."""
     us = error = math.nan
     failure = ""
     others_us: dict[str, float] = {}
@@ -64,6 +66,10 @@ def run_case(case: Case, ceilings: Ceilings) -> Result:
         us = replay_us(case.launches)
         for name, launches in case.others.items():
             others_us[name] = _time_of_other(launches)
+        if with_pdl:
+            with dependent_launch(True):
+                error = largest_error((error, case.error()))
+                others_us["pdl"] = replay_us(case.launches)
     except Exception as problem:  # noqa: BLE001 - one broken kernel must not hide the others
         failure = f"{type(problem).__name__}: {problem}"[:300]
     torch.cuda.synchronize()
@@ -89,7 +95,9 @@ def _time_of_other(launches: Sequence[Launch]) -> float:
         return math.nan
 
 
-def run_cases(cases: Iterable[Case], ceilings: Ceilings) -> Iterator[Result]:
+def run_cases(
+    cases: Iterable[Case], ceilings: Ceilings, *, with_pdl: bool = False
+) -> Iterator[Result]:
     """Results in order."""
     for case in cases:
-        yield run_case(case, ceilings)
+        yield run_case(case, ceilings, with_pdl=with_pdl)

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
+
 _WARPS_OF_WIDE_ROWS, _WIDE = 8, 2048
 
 
@@ -69,11 +71,15 @@ def _launch(
         hidden,
         BLOCK_D=triton.next_power_of_2(hidden),
         num_warps=_WARPS_OF_WIDE_ROWS if hidden > _WIDE else 4,
+        **pdl_options(out_TD.device),
     )
 
 
 @triton.jit
-def _combine_kernel(parts, out, norm, normed, eps, D, BLOCK_D: tl.constexpr):
+def _combine_kernel(
+    parts, out, norm, normed, eps, D, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False
+):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * D
     d = tl.arange(0, BLOCK_D)
     is_in = d < D

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
+
 _BLOCK_PAIRS = 1024
 _BLOCK_TILES = 32
 
@@ -74,6 +76,7 @@ def expert_schedule_triton(
         BLOCK_A=min(_BLOCK_PAIRS, max(32, triton.next_power_of_2(num_pairs))),
         BLOCK_N=_BLOCK_TILES,
         num_warps=4,
+        **pdl_options(expert_RK.device),
     )
     return ExpertSchedule(
         order_A=order_A,
@@ -121,7 +124,9 @@ def _expert_schedule_kernel(
     BINS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     # One program per expert, and each counts every expert's pairs for itself: 128 programs that
     # read 1,024 ids are faster than a second launch.
     e = tl.program_id(0)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ostro.kernels.fp8_linear import quantize_fp8_reference
+from ostro.kernels.gpu.dependent_launch import await_inputs
 from ostro.kernels.gpu.fp8_linear import in_units
 from ostro.kernels.gpu.grouped_gemm import boxes, launch_options
 from ostro.kernels.gpu.tiles import Tile, num_programs, tile
@@ -81,7 +82,7 @@ def gate_up_few_triton(
         BLOCK_R=triton.next_power_of_2(num_rows),
         BLOCK_F=cut.block_out,
         BLOCK_D=cut.block_in,
-        **launch_options(cut, gate_up_EHD.dtype),
+        **launch_options(cut, gate_up_EHD.dtype, rows_RD.device),
     )
     return out_AF
 
@@ -135,7 +136,7 @@ def down_few_triton(
         BLOCK_A=MAX_FEW_PAIRS,
         BLOCK_D=cut.block_out,
         BLOCK_F=cut.block_in,
-        **launch_options(cut, hidden_AF.dtype),
+        **launch_options(cut, hidden_AF.dtype, hidden_AF.device),
     )
     return out_AD
 
@@ -233,7 +234,9 @@ def _gate_up_few_kernel(
     BLOCK_D: tl.constexpr,
     NARROW_SUM: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     id_, num_tiles, is_first = _chosen(expert, R * K, BLOCK_A)
     a, column = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_A)
     if tl.program_id(0) == 0:
@@ -298,7 +301,9 @@ def _down_few_kernel(
     BLOCK_F: tl.constexpr,
     NARROW_SUM: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     id_, num_tiles, is_first = _chosen(expert, A, BLOCK_A)
     pair = tl.arange(0, BLOCK_A)
     factor = tl.load(weight + pair, mask=id_ >= 0, other=0.0)

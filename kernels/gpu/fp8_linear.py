@@ -15,12 +15,20 @@ import triton
 import triton.language as tl
 
 from ostro.kernels.fp8_linear import Fp8Rows, Fp8Weight
+from ostro.kernels.gpu.dependent_launch import (
+    await_inputs,
+    await_previous,
+    let_next_start,
+    pdl_options,
+    prefetch,
+)
 from ostro.kernels.gpu.tiles import num_processors
 
 MAX_FEW_ROWS, MAX_FEW_INPUTS = 2, 16_384
 _FEW_VALUES = 16_384  # of a weight at once, for each program
 _FEW_STAGES = 4  # of them on their way
 _FEW_PROGRAMS = 2  # of a processor
+_LINE = 128  # bytes that a prefetch brings
 _BLOCK_I = 2048  # of bfloat16: 32 bytes for each of 128 threads
 
 
@@ -33,7 +41,14 @@ def quantize_fp8_triton(x_TI: torch.Tensor, input_scale: torch.Tensor) -> torch.
     if num_rows:
         block = min(_BLOCK_I, triton.next_power_of_2(width))
         _quantize_fp8_kernel[(num_rows, triton.cdiv(width, block))](
-            x_TI, input_scale, out_TI, x_TI.stride(0), width, BLOCK_I=block, num_warps=4
+            x_TI,
+            input_scale,
+            out_TI,
+            x_TI.stride(0),
+            width,
+            BLOCK_I=block,
+            num_warps=4,
+            **pdl_options(x_TI.device),
         )
     return out_TI
 
@@ -68,7 +83,10 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
             BLOCK_O=block_out,
             BLOCK_I=block_in,
             STAGES=_FEW_STAGES,
+            LINES=_FEW_VALUES // _LINE,
+            LINE=_LINE,
             num_warps=8,
+            **pdl_options(rows_TI.device),
         )
     return out_TO
 
@@ -88,10 +106,21 @@ def _fp8_linear_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    let_next_start(PDL)
     i = tl.arange(0, BLOCK_I)
     unit = tl.load(input_scale)
     factor = tl.load(scale) * unit
+    if PDL:
+        # What the loop loads first, on its way while the kernel ahead ends.
+        for stage in tl.static_range(STAGES):
+            block = tl.program_id(0) + stage * tl.num_programs(0)
+            line = block.to(tl.int64) * (BLOCK_O * num_in) + tl.arange(0, LINES) * LINE
+            prefetch(values + tl.minimum(line, num_out.to(tl.int64) * num_in - 1), PDL)
+    await_previous(PDL)
     first = tl.load(x + i, mask=i < num_in, other=0.0)
     last = tl.load(x + (T - 1) * stride + i, mask=i < num_in, other=0.0)
     if not IS_ROUNDED:
@@ -113,7 +142,10 @@ def _fp8_linear_kernel(
 
 
 @triton.jit
-def _quantize_fp8_kernel(x, scale, out, stride, width, BLOCK_I: tl.constexpr):
+def _quantize_fp8_kernel(
+    x, scale, out, stride, width, BLOCK_I: tl.constexpr, PDL: tl.constexpr = False
+):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)  # int64: t * stride passes 2**31 at 512K rows
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     value = tl.load(x + t * stride + i, mask=i < width, other=0.0).to(tl.float32)

@@ -17,6 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import (
+    await_inputs,
+    await_previous,
+    let_next_start,
+    pdl_options,
+)
+
 _BLOCK_TOKENS = 4  # of the choice: one for each warp
 _MAX_FEW_TOKENS = 32
 _SIDE = 16  # experts and tokens of a block of the product: the least that tensor cores take
@@ -54,6 +61,7 @@ def gate_triton(
             BLOCK_E=triton.next_power_of_2(num_experts),
             BLOCK_K=triton.next_power_of_2(width),
             num_warps=4,
+            **pdl_options(x_TD.device),
         )
     return expert_TK, weight_TK
 
@@ -81,6 +89,7 @@ def _partial_logits(x_TD: torch.Tensor, gate_ED: torch.Tensor) -> torch.Tensor:
         BLOCK_E=_SIDE,
         BLOCK_D=_BLOCK_D,
         num_warps=4,
+        **pdl_options(x_TD.device),
     )
     return logits_STE
 
@@ -96,13 +105,16 @@ def _partial_logits_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    let_next_start(PDL)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     s = tl.program_id(1)
     d = s * BLOCK_D + tl.arange(0, BLOCK_D)
     t = (tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)  # as t * D wants it
     is_gate = (e < E)[:, None] & (d < D)[None, :]
     gate_ED = tl.load(gate + e[:, None] * D + d[None, :], mask=is_gate, other=0.0)
+    await_previous(PDL)
     is_x = (t < T)[:, None] & (d < D)[None, :]
     x_TD = tl.load(x + t[:, None] * D + d[None, :], mask=is_x, other=0.0)
     if x.dtype.element_ty != gate.dtype.element_ty:
@@ -128,7 +140,9 @@ def _gate_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)

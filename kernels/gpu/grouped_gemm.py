@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
 from ostro.kernels.gpu.tiles import Tile, num_programs, tile
 
@@ -81,7 +82,7 @@ def gate_up_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_F=cut.block_out,
         BLOCK_D=cut.block_in,
-        **launch_options(cut, x_AD.dtype),
+        **launch_options(cut, x_AD.dtype, x_AD.device),
     )
     return out_AF
 
@@ -139,7 +140,7 @@ def down_triton(
         BLOCK_ROWS=cut.block_rows,
         BLOCK_D=cut.block_out,
         BLOCK_F=cut.block_in,
-        **launch_options(cut, hidden_AF.dtype),
+        **launch_options(cut, hidden_AF.dtype, hidden_AF.device),
     )
     return out_AD
 
@@ -210,13 +211,14 @@ def grid(cut: Tile, schedule: ExpertSchedule, num_outputs: int, device: torch.de
     return (min(num_programs(cut, device), max_tiles),)
 
 
-def launch_options(cut: Tile, dtype: torch.dtype) -> dict[str, int]:
+def launch_options(cut: Tile, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
     """Of a product of weights of this dtype."""
     return {
         "NARROW_SUM": min(_MAX_NARROW_SUM, cut.block_in) if dtype == _FP8 else 0,
         "STAGES": cut.num_stages,
         "num_warps": cut.num_warps,
         "num_stages": cut.num_stages,
+        **pdl_options(device),
     }
 
 
@@ -238,7 +240,9 @@ def _gate_up_kernel(
     BLOCK_D: tl.constexpr,
     NARROW_SUM: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     num_slices = tl.cdiv(F, BLOCK_F)
     total = tl.load(num_tiles) * num_slices
     for work in range(tl.program_id(0), total, tl.num_programs(0)):
@@ -288,7 +292,9 @@ def _down_kernel(
     BLOCK_F: tl.constexpr,
     NARROW_SUM: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     num_slices = tl.cdiv(D, BLOCK_D)
     total = tl.load(num_tiles) * num_slices
     for work in range(tl.program_id(0), total, tl.num_programs(0)):

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_previous, let_next_start, pdl_options
 from ostro.kernels.rotary import rotary_reference
 
 _BLOCK_TOKENS = 16
@@ -50,6 +51,7 @@ def latent_queries_triton(
         C=latent,
         BLOCK_T=_BLOCK_TOKENS,
         num_warps=4,
+        **pdl_options(q_THQ.device),
     )
     return q_THW
 
@@ -88,6 +90,7 @@ def expand_values_triton(out_THC: torch.Tensor, w_uv_HVC: torch.Tensor) -> torch
         BLOCK_V=max(16, triton.next_power_of_2(value)),
         BLOCK_T=_BLOCK_TOKENS,
         num_warps=4,
+        **pdl_options(out_THC.device),
     )
     return out_THV
 
@@ -107,14 +110,17 @@ def _latent_queries_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    let_next_start(PDL)
     h = tl.program_id(0)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = t < T
     n, c, j = tl.arange(0, N), tl.arange(0, C), tl.arange(0, P // 2)
+    w = tl.load(w_uk + h * N * C + n[:, None] * C + c[None, :])
+    await_previous(PDL)
     row = q + t.to(tl.int64) * stride_t + h * stride_h
     nope = tl.load(row[:, None] + n[None, :], mask=is_token[:, None], other=0.0)
-    w = tl.load(w_uk + h * N * C + n[:, None] * C + c[None, :])
     latent = tl.dot(nope, w, input_precision="ieee")
     pair = row[:, None] + N + 2 * j[None, :]
     even = tl.load(pair, mask=is_token[:, None], other=0.0).to(tl.float32)
@@ -145,13 +151,16 @@ def _expand_values_kernel(
     C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    let_next_start(PDL)
     h = tl.program_id(0)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c, v = tl.arange(0, C), tl.arange(0, BLOCK_V)
     row = t.to(tl.int64) * H + h
-    x = tl.load(latents + row[:, None] * C + c[None, :], mask=(t < T)[:, None], other=0.0)
     w = tl.load(w_uv + (h * V + v)[:, None] * C + c[None, :], mask=(v < V)[:, None], other=0.0)
+    await_previous(PDL)
+    x = tl.load(latents + row[:, None] * C + c[None, :], mask=(t < T)[:, None], other=0.0)
     value = tl.dot(x, w.T, input_precision="ieee")
     is_out = (t < T)[:, None] & (v < V)[None, :]
     tl.store(out + row[:, None] * V + v[None, :], value.to(out.dtype.element_ty), mask=is_out)

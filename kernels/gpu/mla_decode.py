@@ -22,6 +22,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.decode_chunks import MAX_CHUNK_KEYS, MIN_CHUNK_KEYS, DecodeChunks
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.tiles import architecture
 from ostro.kernels.latent_cache import FP8_ROWS, row_parts, row_values
 
@@ -117,6 +118,7 @@ def attend_latents_triton(
         STAGES=cut.num_stages,
         num_warps=cut.num_warps,
         num_stages=cut.num_stages,
+        **pdl_options(q_THW.device),
     )
     block_latent = min(latent, _BLOCK_LATENT)
     _join_kernel[(num_tokens, num_heads, latent // block_latent)](
@@ -130,6 +132,7 @@ def attend_latents_triton(
         FEW_X=_FEW_CHUNKS,
         BLOCK_X=_BLOCK_CHUNKS,
         num_warps=2,
+        **pdl_options(q_THW.device),
     )
     return out_THC
 
@@ -221,7 +224,9 @@ def _attend_kernel(
     EARLY_LOADS: tl.constexpr,
     PAGES: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     x = tl.program_id(0)
     t = tl.load(chunk + x * 4)
     start = tl.load(chunk + x * 4 + 1)
@@ -308,7 +313,9 @@ def _join_kernel(
     BLOCK_C: tl.constexpr,
     FEW_X: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     t, h = tl.program_id(0), tl.program_id(1)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, stop = tl.load(first + t), tl.load(first + t + 1)

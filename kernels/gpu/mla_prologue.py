@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.fp8_linear import in_units
 from ostro.kernels.latent_cache import row_parts
 from ostro.kernels.mla_prologue import PrologueNorms
@@ -62,6 +63,7 @@ def mla_prologue_triton(
         BLOCK_C=triton.next_power_of_2(latent),
         BLOCK_J=triton.next_power_of_2(rope // 2),
         num_warps=4,
+        **pdl_options(query_TL.device),
     )
     return out_TL
 
@@ -112,7 +114,9 @@ def _mla_prologue_kernel(
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_L)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
 
 _BLOCK_D = 1024
@@ -53,6 +54,7 @@ def permute_triton(
         expert_RK.shape[1],
         BLOCK_D=min(_BLOCK_D, triton.next_power_of_2(hidden)),
         num_warps=4,
+        **pdl_options(rows_RD.device),
     )
     return out_AD
 
@@ -73,7 +75,20 @@ def permute_reference(
 
 
 @triton.jit
-def _permute_kernel(rows, expert, order, offsets, input_scale, out, D, E, K, BLOCK_D: tl.constexpr):
+def _permute_kernel(
+    rows,
+    expert,
+    order,
+    offsets,
+    input_scale,
+    out,
+    D,
+    E,
+    K,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
+):
+    await_inputs(PDL)
     p = tl.program_id(0).to(tl.int64)  # int64: p * D passes 2**31 at 512K pairs
     if p < tl.load(offsets + E):
         pair = tl.load(order + p)

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
+
 _WARPS_OF_WIDE_ROWS, _WIDE = 8, 2048
 
 
@@ -29,12 +31,16 @@ def rms_norm_triton(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> t
             width,
             BLOCK_D=triton.next_power_of_2(width),
             num_warps=_WARPS_OF_WIDE_ROWS if width > _WIDE else 4,
+            **pdl_options(x_TD.device),
         )
     return out_TD
 
 
 @triton.jit
-def _rms_norm_kernel(x, weight, out, stride, eps, D, BLOCK_D: tl.constexpr):
+def _rms_norm_kernel(
+    x, weight, out, stride, eps, D, BLOCK_D: tl.constexpr, PDL: tl.constexpr = False
+):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     is_in = d < D

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
+
 _BLOCK_D = 1024
 _ABSENT = tl.constexpr(1 << 40)
 
@@ -39,6 +41,7 @@ def sum_pairs_triton(y_AD: torch.Tensor, expert_RK: torch.Tensor) -> torch.Tenso
         BLOCK_K=triton.next_power_of_2(num_chosen),
         BLOCK_D=min(_BLOCK_D, triton.next_power_of_2(hidden)),
         num_warps=4,
+        **pdl_options(y_AD.device),
     )
     return out_RD
 
@@ -54,8 +57,16 @@ def sum_pairs_reference(y_AD: torch.Tensor, expert_RK: torch.Tensor) -> torch.Te
 
 @triton.jit
 def _sum_pairs_kernel(
-    y, expert, out, D, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    y,
+    expert,
+    out,
+    D,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)

@@ -4,8 +4,9 @@
 
     {"gate_up": {"bfloat16": {"16": {"block_out": 64, "num_warps": 4, ...}}}}
 
-by operation, dtype of the weights (NVFP4 is float4_e2m1fn_x2) and rows of a tile. Nothing is tuned
-while serving.
+by operation, dtype of the weights (NVFP4 is float4_e2m1fn_x2) and rows of a tile; beside them
+switches, which are false where a file has none: {"dependent_launch": true}. Nothing is tuned while
+serving.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import triton
 
 FP4 = torch.float4_e2m1fn_x2  # NVFP4 among the dtypes of weights
 _TUNED = Path(__file__).parent.parent / "tuned"
+SWITCHES = ("dependent_launch",)
 _MIN_ROWS, _MAX_ROWS = 16, 128
 _BLACKWELL = 100
 _NUM_PROCESSORS_ELSEWHERE = 132  # of an H200, where kernels are only compiled
@@ -80,6 +82,33 @@ def tile(operation: str, dtype: torch.dtype, rows: int, device: torch.device) ->
         if found is not None:
             return found
     return _usual(operation, dtype, rows, device)
+
+
+@functools.cache
+def is_switched_on(switch: str, device: torch.device) -> bool:
+    """Whether the device's file says that a switch, one of `SWITCHES`, is on.
+
+    Raises:
+        ValueError: It says something else than true or false.
+    """
+    if device.type != "cuda":
+        return False
+    path = _TUNED / f"{device_slug(torch.cuda.get_device_name(device))}.json"
+    return path.exists() and read_switches(path)[switch]
+
+
+def read_switches(path: Path) -> dict[str, bool]:
+    """All switches as a file has them.
+
+    Raises:
+        ValueError: One is neither true nor false.
+    """
+    tree = json.loads(path.read_text())
+    switches = {name: tree.get(name, False) for name in SWITCHES}
+    for name, value in switches.items():
+        if value not in (True, False):
+            raise ValueError(f"{path}: {name} is {value!r}; must be true or false")
+    return switches
 
 
 def architecture(device: torch.device) -> int:
@@ -184,7 +213,9 @@ def read_tuned(path: Path) -> TunedTiles:
     """
     names = {field.name for field in fields(Tile)} - {"block_rows"}
     found: TunedTiles = {}
-    for operation, by_dtype in json.loads(path.read_text()).items():
+    tree = json.loads(path.read_text())
+    for operation in tree.keys() - SWITCHES:
+        by_dtype = tree[operation]
         for dtype, by_rows in by_dtype.items():
             for rows, entry in by_rows.items():
                 if set(entry) != names:

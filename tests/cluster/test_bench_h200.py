@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 import typer
@@ -110,3 +113,25 @@ def test_table_has_a_row_a_step() -> None:
     text = console.export_text()
     for shown in ("decode 32", "1,024", "20.00 ms", "25.00 ms", "75%", "1,280"):
         assert shown in text
+    assert "PDL" not in text
+
+
+def test_table_sets_dependent_launches_beside_the_others() -> None:
+    decode = StepFigure(
+        kind="decode",
+        num_requests=1,
+        num_tokens=1,
+        context=1024,
+        graph_ms=4.0,
+        step_ms=4.2,
+        floor_ms=1.4,
+        experts_hit=4.0,
+        pdl_ms=3.0,
+    )
+    console = Console(width=160, record=True)
+    wrong, prefill = replace(decode, pdl_ms=math.nan), replace(decode, kind="prefill", pdl_ms=None)
+    console.print(to_table("H200", [decode, wrong, prefill]))
+    text = console.export_text()
+    assert "PDL" in text
+    assert text.count("other logits") == 1
+    assert text.count("3.00 ms (0.75)") == 1

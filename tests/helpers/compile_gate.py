@@ -32,6 +32,9 @@ ARCHITECTURES = ("sm_90", "sm_100")
 MAX_SHARED_BYTES = 232_448  # per block, on both; the compiler does not fail above it
 _TIMEOUT_S = 600.0
 
+_WAIT, _START = "ACQBULK", "PREEXIT"  # for the kernel ahead; of the next one
+_ACCESS = re.compile(r"(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP|RED|ATOM|ATOMG)\b")
+
 # kernel -> figures of one launch; launch -> architecture -> those.
 Compiled = dict[str, dict[str, dict[str, "Figures"]]]
 
@@ -65,15 +68,33 @@ def compiled(
     Raises:
         RuntimeError: A kernel does not compile; the message is the compiler's.
     """
+    return from_json(_run(module, names, architectures))
+
+
+def _run(
+    module: str, names: Iterable[str], architectures: Iterable[str], *options: str
+) -> dict[str, Any]:
+    """What this program prints in a process of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, module, "--names", *names]
-    command += ["--architectures", *architectures]
+    command += ["--architectures", *architectures, *options]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
-    return from_json(json.loads(done.stdout))
+    tree: dict[str, Any] = json.loads(done.stdout)
+    return tree
+
+
+def before_the_wait(module: str, names: Iterable[str]) -> dict[str, dict[str, list[str] | None]]:
+    """What kernels of dependent launches do to global memory before they wait, by launch, on sm_90.
+
+    Prefetches, which change nothing, are left out; None is a kernel that does not wait once, or
+    does not let the next one start.
+    """
+    found: dict[str, dict[str, list[str] | None]] = _run(module, names, ("sm_90",), "--dependent")
+    return found
 
 
 def from_json(tree: dict[str, Any]) -> Compiled:
@@ -109,16 +130,25 @@ class _Driver:
         return "meta"
 
 
-def _compile(launches: dict[str, Callable[[], None]], architecture: str) -> dict[str, Any]:
+def _compile(
+    launches: dict[str, Callable[[], None]],
+    architecture: str,
+    read: Callable[[Any], Any],
+    *,
+    is_dependent: bool,
+) -> dict[str, Any]:
+    """What `read` finds in every kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
+
+    from ostro.kernels.gpu.dependent_launch import dependent_launch
 
     driver.set_active(_Driver(GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)))
     figures = {}
     for name, launch in launches.items():
-        with _stopped_after_compiling() as kernels:
+        with _stopped_after_compiling() as kernels, dependent_launch(is_dependent):
             launch()
-        figures[name] = {kernel: _figures(binary) for kernel, binary in kernels.items()}
+        figures[name] = {kernel: read(binary) for kernel, binary in kernels.items()}
     return figures
 
 
@@ -142,17 +172,27 @@ def _stopped_after_compiling() -> Iterator[dict[str, Any]]:
         JITFunction.run = run
 
 
-def _figures(kernel: Any) -> dict[str, Any]:
+def _told(kernel: Any, option: str) -> subprocess.CompletedProcess[str]:
+    """What cuobjdump tells of a compiled kernel."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        told, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
-            for option in ("-res-usage", "-sass")
-        )
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True)
+
+
+def _accesses_before_the_wait(kernel: Any) -> list[str] | None:
+    """Instructions, in the order of their addresses; None unless the kernel waits just once."""
+    lines = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+ )?(\w+)", _told(kernel, "-sass").stdout)
+    if lines.count(_WAIT) != 1 or lines.count(_START) != 1:
+        return None
+    return [line for line in lines[: lines.index(_WAIT)] if _ACCESS.match(line)]
+
+
+def _figures(kernel: Any) -> dict[str, Any]:
+    told, code = (_told(kernel, option) for option in ("-res-usage", "-sass"))
     usage = re.search(r"REG:(\d+)", told.stdout + told.stderr)
     assert usage is not None, told
     kinds = r"\b(?:[HQ]GMMA\.\d+x\d+x\d+|[HQI]MMA\.\d+|UTC\w*MMA)"
@@ -174,10 +214,18 @@ def _main() -> None:
     parser.add_argument("--names", nargs="*", default=[])
     parser.add_argument("--architectures", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--write", type=Path)
+    parser.add_argument("--dependent", action="store_true")
     options = parser.parse_args()
     every = importlib.import_module(options.module).LAUNCHES
     launches = {name: every[name] for name in options.names or every}
-    by_architecture = {arch: _compile(launches, arch) for arch in options.architectures}
+    read = _accesses_before_the_wait if options.dependent else _figures
+    by_architecture = {
+        arch: _compile(launches, arch, read, is_dependent=options.dependent)
+        for arch in options.architectures
+    }
+    if options.dependent:
+        sys.stdout.write(json.dumps(by_architecture["sm_90"]))
+        return
     tree = {
         name: {arch: by_architecture[arch][name] for arch in by_architecture} for name in launches
     }

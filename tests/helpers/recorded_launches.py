@@ -21,9 +21,11 @@ from ostro.actors.model.cuda_graphs import GraphInputs, input_forms, most_pages
 from ostro.actors.model.packed_copy import packed_bytes
 from ostro.cluster.bench_whole_model import PAGE_SIZE, WholeModel, mistral_small_4
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.gpu import dependent_launch as pdl
 from ostro.kernels.gpu import mla_decode, tiles
 from ostro.kernels.gpu.combine import _combine_kernel
 
+DEPENDENT = " (dependent)"
 _HOPPER = 90
 _CHUNKS_OF_REQUEST = 8
 # Make a tensor without running anything.
@@ -71,14 +73,14 @@ def _imagined_gpu(*, is_joined: bool) -> Iterator[list[str]]:
     """A Hopper whose kernels are only named; values that code compares are equal if `is_joined`."""
     names: list[str] = []
 
-    def launch(kernel: Any, *_: object, **__: object) -> None:
-        names.append(kernel.fn.__name__)
+    def launch(kernel: Any, *_: object, **options: object) -> None:
+        names.append(kernel.fn.__name__ + DEPENDENT * bool(options.get("launch_pdl")))
 
     with pytest.MonkeyPatch.context() as patch, _NoMemory():
         patch.setattr(type(_combine_kernel), "run", launch)
         patch.setattr(torch.Tensor, "is_cuda", True)
         patch.setattr(torch, "equal", lambda *_: is_joined)
-        for module in (tiles, mla_decode):
+        for module in (tiles, mla_decode, pdl):
             patch.setattr(module, "architecture", lambda _: _HOPPER)
         yield names
 
@@ -101,6 +103,8 @@ def decode_launches(
         precision: Of the weights.
         num_layers: Of the model, whose other sizes are Mistral Small 4's.
         is_joined: Whether the projections before attention have one scale.
+
+    Where launches are dependent (`kernels.gpu.dependent_launch`), names end with `DEPENDENT`.
     """
     config = mistral_small_4(num_layers)
     with _imagined_gpu(is_joined=is_joined) as names:

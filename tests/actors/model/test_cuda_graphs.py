@@ -29,6 +29,7 @@ from ostro.actors.model.cuda_graphs import (
 )
 from ostro.actors.model.packed_copy import packed_bytes
 from ostro.kernels.gpu.decode_chunks import cut_chunks
+from ostro.kernels.gpu.dependent_launch import dependent_launch
 from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.mla_decode import DecodePlan
 
@@ -205,8 +206,9 @@ def test_gpu_gives_the_logits_of_the_cpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_dtype", [None, FP8_ROWS], ids=["plain", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_dependent", [False, True], ids=["usual", "dependent"])
 def test_graphs_give_the_logits_of_single_launches(
-    directory: Path, dtype: torch.dtype, cache_dtype: torch.dtype | None
+    directory: Path, dtype: torch.dtype, cache_dtype: torch.dtype | None, is_dependent: bool
 ) -> None:
     rig = ModelRig(
         directory,
@@ -217,7 +219,8 @@ def test_graphs_give_the_logits_of_single_launches(
         cache_dtype=cache_dtype,
     )
     graphed, exchange = _graphed(rig)
-    graphed.capture(max_requests=6, max_context=2048, num_pages=NUM_PAGES)
+    with dependent_launch(is_dependent):
+        graphed.capture(max_requests=6, max_context=2048, num_pages=NUM_PAGES)
     progress = _prompts()
     _append_greedy(progress, rig.step([rig.entry(one, one.num_tokens) for one in progress]))
     for step in range(5):

@@ -6,9 +6,10 @@ At one request a step is bound by its launches, so one more shows here.
 from __future__ import annotations
 
 import pytest
-from recorded_launches import decode_launches, launches_of_layer
+from recorded_launches import DEPENDENT, decode_launches, launches_of_layer
 
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.gpu.dependent_launch import dependent_launch
 
 ATTEND = ["_latent_queries_kernel", "_attend_kernel", "_join_kernel", "_expand_values_kernel"]
 EXPERTS_OF_FEW = ["_gate_up_few_kernel", "_down_few_kernel", "_sum_pairs_kernel"]
@@ -68,3 +69,15 @@ def test_what_stands_around_the_layers_is_little() -> None:
     step = decode_launches(1, WeightFormat.FP8, num_layers=2)
     layer = launches_of_layer(1, WeightFormat.FP8)
     assert len(step) - 2 * len(layer) == 16
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 64])
+def test_every_kernel_of_a_layer_may_start_before_the_one_ahead_has_ended(
+    num_requests: int,
+) -> None:
+    usual = launches_of_layer(num_requests, WeightFormat.FP8)
+    with dependent_launch(True):
+        layer = launches_of_layer(num_requests, WeightFormat.FP8)
+    of_triton = [name for name in layer if not name.startswith("torch.")]
+    assert all(name.endswith(DEPENDENT) for name in of_triton), of_triton
+    assert [name.removesuffix(DEPENDENT) for name in layer] == usual

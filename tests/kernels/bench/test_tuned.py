@@ -14,7 +14,7 @@ from ostro.kernels.bench.trials import MAX_SHARED_BYTES, Trial, by_time
 from ostro.kernels.bench.tuned import LINEAR, TILED, best_tiles, write_tuned
 from ostro.kernels.gpu.mla_decode import decode_cut
 from ostro.kernels.gpu.mla_prefill import prefill_tile
-from ostro.kernels.gpu.tiles import FP4, Tile, read_tuned, tile
+from ostro.kernels.gpu.tiles import FP4, Tile, read_switches, read_tuned, tile
 from ostro.kernels.latent_cache import FP8_ROWS
 
 
@@ -60,6 +60,14 @@ def test_writing_keeps_what_the_file_has_for_others(tmp_path: Path) -> None:
     later = best_tiles([make_trial("down", 16, 3, 240.0), make_trial("gate_up", 16, 6, 470.0)])
     write_tuned(path, later)
     assert read_tuned(path) == {**best_tiles(TRIALS), **later}
+
+
+def test_writing_keeps_switches(tmp_path: Path) -> None:
+    path = tmp_path / "some_gpu.json"
+    path.write_text('{"dependent_launch": true}')
+    write_tuned(path, best_tiles(TRIALS))
+    assert read_switches(path) == {"dependent_launch": True}
+    assert read_tuned(path) == best_tiles(TRIALS)
 
 
 def test_trials_that_failed_are_in_no_group() -> None:

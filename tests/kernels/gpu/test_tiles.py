@@ -54,6 +54,18 @@ def test_tuned_file_names_operation_dtype_and_rows(tmp_path: Path) -> None:
         tiles.read_tuned(path)
 
 
+def test_tuned_file_has_switches_beside_its_tiles(tmp_path: Path) -> None:
+    path = tmp_path / "some_gpu.json"
+    path.write_text("{}")
+    assert tiles.read_switches(path) == {"dependent_launch": False}
+    path.write_text(json.dumps({"dependent_launch": True}))
+    assert tiles.read_switches(path) == {"dependent_launch": True}
+    assert tiles.read_tuned(path) == {}
+    path.write_text(json.dumps({"dependent_launch": "yes"}))
+    with pytest.raises(ValueError, match=r"some_gpu.json: dependent_launch is 'yes'"):
+        tiles.read_switches(path)
+
+
 def test_every_tuned_file_reads() -> None:
     for path in tiles._TUNED.glob("*.json"):
         assert tiles.read_tuned(path)

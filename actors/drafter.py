@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from ostro.actors.engine.draft_length import DraftLength
 from ostro.actors.engine.ngrams import NgramIndex
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.engine.step import ScheduledStep
 from ostro.actors.model.batch import Batch
-from ostro.configs.speculation import SpeculationConfig
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 # Finds a request pages for so many tokens; False, and none taken, where that cost others theirs.
 GrowPages = Callable[[RequestProgress, int], bool]
@@ -60,16 +63,46 @@ class NgramDrafter:
 
 
 class Drafting:
-    """What an engine does about drafts when a step is through."""
+    """What an engine does about drafts when a step is through: how many, and by whom."""
 
     def __init__(self, drafter: Drafter, config: SpeculationConfig) -> None:
         self._drafter = drafter
-        self._num_drafts = config.num_draft_tokens
+        self._most = config.num_draft_tokens
+        self._length = DraftLength(self._most) if config.adaptive else None
+        # Looking something up costs next to nothing, and who has drafts then tells what they pay.
+        self._drafts_first = config.method is DraftMethod.NGRAM
 
     def after(self, step: ScheduledStep, batches: Sequence[Batch]) -> None:
         """Have drafts made for the next step; `step` is completed."""
-        self._drafter.draft(step, batches, self._num_drafts)
-        draft_predicted(step, self._num_drafts, self._num_drafts)
+        length = self._length
+        if length is None:
+            self._drafter.draft(step, batches, self._most)
+            draft_predicted(step, self._most, self._most)
+            return
+        length.record(step)
+        decoding = [
+            entry.progress
+            for entry in step.entries
+            if entry.samples and entry.progress.state is RequestState.RUNNING
+        ]
+        if self._drafts_first:
+            self._drafter.draft(step, batches, self._most)
+            num_drafts = length.choose(len(decoding), _offered(decoding, self._most))
+            for progress in decoding:
+                del progress.draft_token_ids[num_drafts:]
+        else:
+            num_drafts = length.choose(len(decoding), [len(decoding)] * self._most)
+            began_s = time.perf_counter()
+            self._drafter.draft(step, batches, num_drafts)
+            if step.has_no_prompts():
+                length.record_drafting(num_drafts, time.perf_counter() - began_s)
+        draft_predicted(step, self._most, num_drafts)
+
+
+def _offered(requests: Sequence[RequestProgress], most: int) -> list[int]:
+    """How many requests have a first draft, a second one, and so on."""
+    counts = Counter(len(progress.draft_token_ids) for progress in requests)
+    return [sum(n for length, n in counts.items() if length > depth) for depth in range(most)]
 
 
 def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:

@@ -92,6 +92,7 @@ class CellCollector(Collector):
         yield "cell_epoch", [((), state.epoch)]
         for name, field in _LOADS.items():
             yield name, _by_rank({rank: getattr(of, field) for rank, of in state.loads.items()})
+        yield from _draft_samples(state.loads)
         yield "kv_cache_usage_perc", _by_rank({r: kv_usage(of) for r, of in state.loads.items()})
         yield "expert_tokens", self._expert_samples(state)
         yield "expert_imbalance_ratio", [((), expert_imbalance(state))]
@@ -119,6 +120,27 @@ class CellCollector(Collector):
 
 def _by_rank(value_of: Mapping[int, float]) -> list[Sample]:
     return [((str(rank),), value) for rank, value in value_of.items()]
+
+
+def _draft_samples(
+    loads: Mapping[int, ShardLoad],
+) -> Iterator[tuple[str, Iterable[Sample]]]:
+    drafts = {rank: load.num_drafted[0] if load.num_drafted else 0 for rank, load in loads.items()}
+    yield "spec_decode_num_drafts", _by_rank(drafts)
+    for kind, field in (("draft", "num_drafted"), ("accepted", "num_accepted")):
+        by_rank: dict[int, tuple[int, ...]] = {
+            rank: getattr(load, field) for rank, load in loads.items()
+        }
+        name = f"spec_decode_num_{kind}_tokens"
+        yield name, _by_rank({rank: sum(counts) for rank, counts in by_rank.items()})
+        yield (
+            f"{name}_per_pos",
+            [
+                ((str(rank), str(position)), count)
+                for rank, counts in by_rank.items()
+                for position, count in enumerate(counts)
+            ],
+        )
 
 
 def _step_samples(counted: Mapping[str, float]) -> Iterator[tuple[str, Iterable[Sample]]]:

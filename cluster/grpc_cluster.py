@@ -119,6 +119,8 @@ def _load(state: State, rate: TokenRate) -> pb.Load:
     queries = sum(load.prefix_queries_tokens for load in loads)
     hits = sum(load.prefix_hits_tokens for load in loads)
     num_output_tokens = sum(load.num_output_tokens for load in loads)
+    num_drafted = sum(sum(load.num_drafted) for load in loads)
+    num_accepted = sum(sum(load.num_accepted) for load in loads)
     return pb.Load(
         running=sum(load.num_running for load in loads),
         waiting=sum(load.num_waiting for load in loads),
@@ -126,6 +128,9 @@ def _load(state: State, rate: TokenRate) -> pb.Load:
         prefix_hit_rate=hits / queries if queries else 0.0,
         tokens_per_second=rate.update(num_output_tokens, time.monotonic()),
         expert_imbalance=expert_imbalance(state),
+        draft_acceptance=num_accepted / num_drafted if num_drafted else 0.0,
+        # Each step of a request brings one token, and the drafts that were right.
+        tokens_per_step=num_output_tokens / max(num_output_tokens - num_accepted, 1),
     )
 
 

@@ -143,6 +143,33 @@ ROWS: dict[str, Sequence[Panel]] = {
         _by("Preemptions", _PER_SECOND, rate("num_preemptions", "engine"), "engine"),
         Panel("Resumed", _PER_SECOND, (Query(rate("requests_resumed"), "after a loss"),)),
     ),
+    "Drafts": (
+        Panel(
+            "Drafts that were right",
+            "percentunit",
+            (
+                Query(
+                    ratio(
+                        rate("spec_decode_num_accepted_tokens"),
+                        rate("spec_decode_num_draft_tokens"),
+                    ),
+                    "right",
+                ),
+            ),
+        ),
+        _by(
+            "Right by position",
+            _TOKENS_PER_S,
+            rate("spec_decode_num_accepted_tokens_per_pos", "position"),
+            "position",
+        ),
+        _by(
+            "Verified by position",
+            _TOKENS_PER_S,
+            rate("spec_decode_num_draft_tokens_per_pos", "position"),
+            "position",
+        ),
+    ),
     "Reasoning": (
         _by("Thinking by effort", _TOKENS_PER_S, rate("thinking_tokens", "effort"), "effort"),
         _by(

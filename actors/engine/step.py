@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import msgspec
@@ -71,6 +73,7 @@ class ScheduledStep:
         num_drafts: Likewise.
         num_decodes: Entries that advance by one token and their drafts, the first ones.
         budget: What `num_tokens` may come to without drafts.
+        seconds: How long it had the device to itself, once it is completed.
     """
 
     index: int
@@ -81,6 +84,11 @@ class ScheduledStep:
     num_drafts: int = 0
     num_decodes: int = 0
     budget: int = 0
+    seconds: float = 0.0
+
+    def has_no_prompts(self) -> bool:
+        """Whether it does nothing but decode."""
+        return self.num_tokens == self.num_decodes + self.num_drafts
 
 
 class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -92,6 +100,8 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
         num_free_pages: Pages that can be had without preempting anyone.
         num_prompt_tokens: Of requests that have begun to run.
         prefix_hits_tokens: Of `prefix_queries_tokens`, those found in the prefix cache.
+        num_drafted: First drafts that were verified, second ones, and so on; empty without any.
+        num_accepted: Those of them that were right and all before them too, likewise.
     """
 
     num_running: int = 0
@@ -104,6 +114,8 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
     num_output_tokens: int = 0
     prefix_queries_tokens: int = 0
     prefix_hits_tokens: int = 0
+    num_drafted: tuple[int, ...] = ()
+    num_accepted: tuple[int, ...] = ()
 
     def at_rest(self) -> ShardLoad:
         """The same shard without its requests."""
@@ -114,10 +126,18 @@ class ShardLoad(msgspec.Struct, frozen=True, array_like=True):
     def after(self, earlier: ShardLoad) -> ShardLoad:
         """This moment, with the totals of both."""
         both = {name: getattr(self, name) + getattr(earlier, name) for name in _TOTALS}
-        return msgspec.structs.replace(self, **both)
+        by_depth = {
+            name: _added(getattr(self, name), getattr(earlier, name)) for name in _TOTALS_BY_DEPTH
+        }
+        return msgspec.structs.replace(self, **both, **by_depth)
 
 
-_TOTALS = ShardLoad.__struct_fields__[5:]
+_TOTALS = ShardLoad.__struct_fields__[5:-2]
+_TOTALS_BY_DEPTH = ShardLoad.__struct_fields__[-2:]
+
+
+def _added(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(sum, zip_longest(first, second, fillvalue=0)))
 
 
 class Busy(NamedTuple):
@@ -137,12 +157,24 @@ class Totals:
     prompt_tokens: int = 0
     output_tokens: int = 0
     hit_tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
     def begin(self, progress: RequestProgress, num_cached: int) -> None:
         """Count a request that begins to run and found so many of its tokens in the cache."""
         progress.num_cached_tokens = min(num_cached, progress.num_prompt_tokens)
         self.prompt_tokens += progress.num_prompt_tokens
         self.hit_tokens += progress.num_cached_tokens
+
+    def verify(self, num_drafts: int, num_accepted: int) -> None:
+        """Count the drafts of an entry, of which so many were right."""
+        missing = num_drafts - len(self.drafted)
+        if missing > 0:
+            self.drafted += [0] * missing
+            self.accepted += [0] * missing
+        for depth in range(num_drafts):
+            self.drafted[depth] += 1
+            self.accepted[depth] += depth < num_accepted
 
     def load(self, now: Busy, num_pages: int) -> ShardLoad:
         """Both as one message."""
@@ -154,6 +186,8 @@ class Totals:
             num_output_tokens=self.output_tokens,
             prefix_queries_tokens=self.prompt_tokens,
             prefix_hits_tokens=self.hit_tokens,
+            num_drafted=tuple(self.drafted),
+            num_accepted=tuple(self.accepted),
         )
 
 

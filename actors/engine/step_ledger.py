@@ -49,7 +49,7 @@ class StepLedger:
         """The step's results are in; how long it had the device to itself, in seconds."""
         self.check_next(step)
         self._planned.popleft()
-        seconds = now_s - max(step.scheduled_s, self._completed_s)
+        seconds = step.seconds = now_s - max(step.scheduled_s, self._completed_s)
         self._completed_s = now_s
         self.budget.record(step, seconds)
         return seconds

@@ -29,6 +29,13 @@ def test_epochs_add_up_and_the_moment_is_the_last_ones() -> None:
     assert both.num_steps == 6
 
 
+def test_drafts_of_epochs_add_up_by_position() -> None:
+    earlier = ShardLoad(num_drafted=(5, 2), num_accepted=(3, 0))
+    later = ShardLoad(num_drafted=(4, 4, 4), num_accepted=(4, 2, 1))
+    both = CellTotals({0: earlier}).then(CellTotals({0: later})).loads[0]
+    assert (both.num_drafted, both.num_accepted) == ((9, 6, 4), (7, 2, 1))
+
+
 def test_a_shard_at_rest_keeps_its_totals_and_frees_its_pages() -> None:
     load = ShardLoad(
         num_running=2, num_waiting=1, num_waiting_tokens=9, num_pages=8, num_prompt_tokens=7

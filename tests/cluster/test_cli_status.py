@@ -14,7 +14,7 @@ from grpc_thread import serve_in_thread
 from typer.testing import CliRunner
 
 from ostro.cluster.cli import app
-from ostro.cluster.cli_status import heat_strip, sum_by_shard
+from ostro.cluster.cli_status import heat_strip, load_line, sum_by_shard
 from ostro.protos import cluster_pb2, cluster_pb2_grpc
 
 ACTORS = [
@@ -117,6 +117,12 @@ def test_status_shows_every_cell_of_the_table_in_a_terminal_of_80_columns(cluste
 def test_status_shows_load(cluster):
     row = " ".join(line_of(status(cluster).stdout, "running"))
     assert "3 running, 1 waiting KV pages 25% used prefix hits 50% 12.5 tokens/s" in row
+
+
+def test_status_tells_of_drafts_where_there_are_any():
+    load = cluster_pb2.Load(draft_acceptance=0.614, tokens_per_step=2.84)
+    assert "drafts 61% right, 2.84 tokens a step" in load_line(load).plain
+    assert "drafts" not in load_line(cluster_pb2.Load(tokens_per_step=1.0)).plain
 
 
 def test_status_shows_a_heat_strip_for_each_shard(cluster):

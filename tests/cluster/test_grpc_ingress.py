@@ -476,6 +476,8 @@ def test_model_cluster_and_experts_are_shown():
     assert (cluster.ready, cluster.epoch) == (True, 3)
     assert (cluster.load.running, cluster.load.kv_usage) == (2, 0.25)
     assert cluster.load.expert_imbalance == pytest.approx(10 / 6)
+    assert cluster.load.draft_acceptance == pytest.approx(10 / 30)
+    assert cluster.load.tokens_per_step == pytest.approx(50 / 40)
     assert [(p.layer, p.expert, p.tokens) for p in experts.placements] == [(1, 0, 4), (1, 1, 0)]
     assert list(experts.placements[0].actor_ids) == ["experts-1"]
 

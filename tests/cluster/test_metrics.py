@@ -178,6 +178,13 @@ def test_the_cells_numbers_are_read_at_scrape_time():
         'ostro_prefix_cache_queries_total{engine="0",model_name="tiny-small-4"} 40.0',
         'ostro_prefix_cache_hits_total{engine="0",model_name="tiny-small-4"} 10.0',
         'ostro_num_preemptions_total{engine="0",model_name="tiny-small-4"} 3.0',
+        'ostro_spec_decode_num_drafts_total{engine="0",model_name="tiny-small-4"} 20.0',
+        'ostro_spec_decode_num_draft_tokens_total{engine="0",model_name="tiny-small-4"} 30.0',
+        'ostro_spec_decode_num_accepted_tokens_total{engine="0",model_name="tiny-small-4"} 10.0',
+        'ostro_spec_decode_num_draft_tokens_per_pos_total{engine="0",'
+        'model_name="tiny-small-4",position="0"} 20.0',
+        'ostro_spec_decode_num_accepted_tokens_per_pos_total{engine="0",'
+        'model_name="tiny-small-4",position="1"} 2.0',
         'ostro_num_tokens_waiting{engine="0",model_name="tiny-small-4"} 0.0',
         'ostro_expert_tokens_total{expert="0",layer="all",model_name="tiny-small-4"} 10.0',
         'ostro_steps_total{model_name="tiny-small-4"} 20.0',
@@ -246,6 +253,9 @@ EXPECTED = """
     num_requests_running{engine} num_requests_waiting{engine} kv_cache_usage_perc{engine}
     prompt_tokens_total{engine} generation_tokens_total{engine} prefix_cache_queries_total{engine}
     prefix_cache_hits_total{engine} num_preemptions_total{engine}
+    spec_decode_num_drafts_total{engine} spec_decode_num_draft_tokens_total{engine}
+    spec_decode_num_accepted_tokens_total{engine}
+    spec_decode_num_accepted_tokens_per_pos_total{engine,position}
     request_success_total{finished_reason} time_to_first_token_seconds inter_token_latency_seconds
     request_time_per_output_token_seconds e2e_request_latency_seconds request_queue_time_seconds
     request_prefill_time_seconds request_decode_time_seconds admission_rejections_total{reason}

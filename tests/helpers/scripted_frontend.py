@@ -168,6 +168,8 @@ class ScriptedCell:
             num_output_tokens=self.num_output_tokens,
             prefix_queries_tokens=40,
             prefix_hits_tokens=10,
+            num_drafted=(20, 10),
+            num_accepted=(8, 2),
         )
         actor = ActorStatus(
             "attention-0", "attention", "ready", "node-1", "", 0, 1.0, 10, 100, 1700000000.0

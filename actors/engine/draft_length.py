@@ -1,0 +1,180 @@
+"""How many drafts pay: from how often they are right, and from what steps take.
+
+Of the numbers from 0 on, the one is taken that brings the most tokens per second for the requests
+that decode now. What nobody has measured, or not for long, counts as good as it can be: then it is
+tried, a step or two, and known. So drafts come back where they begin to pay again, and trials are
+rare.
+
+Nothing is assumed of the device: on one that waits for its memory a step of four times the tokens
+takes hardly longer, on one that computes four times as long, and contexts make both slower. Only
+this: more tokens never take less time, nor more than in proportion.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import islice
+from math import exp2, log
+
+from ostro.actors.engine.request import RequestState
+from ostro.actors.engine.step import ScheduledStep
+
+_EXACT_SIZES = 20
+_SIZE_RATIO = 1.05  # of neighbouring sizes beyond those
+_NEW_WEIGHT = 0.25  # of a measurement in its average
+_OUTLIER = 3.0  # times the average; a measurement counts as no more than that
+_SURE_AFTER = 2  # measurements
+_FORGETS_AFTER = 512  # steps, until half of the trust in a measurement is gone
+
+_PRIOR_RIGHT, _PRIOR_TRIALS = 0.7, 3.0
+_MOST_TRIALS = 256.0  # that count: after as many, what was before weighs little
+_FORGETS_TRIALS = 0.996  # of its trials a depth that is not tried keeps so much a step
+_CAUTION = 1.2  # times what drafts cost: a gain that is less than this is noise
+
+
+class DraftLength:
+    """Chooses the number of drafts of a shard's next step.
+
+    Args:
+        most: Drafts of a request, at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._right = [_PRIOR_RIGHT * _PRIOR_TRIALS] * most
+        self._trials = [_PRIOR_TRIALS] * most
+        self._chosen = 0
+        self._steps = SecondsBySize()
+        self._drafting = SecondsBySize(at_most_in_proportion=False)
+
+    def record(self, step: ScheduledStep) -> None:
+        """Take note of a completed step."""
+        trials, right = [0] * self._most, [0] * self._most
+        for entry in islice(step.entries, step.num_decodes if step.num_drafts else 0):
+            if entry.num_drafts and entry.progress.prediction is None:  # those are no guesses
+                num_right = entry.num_accepted()
+                # Of one that ended nobody knows whether the draft after that was right.
+                goes_on = entry.progress.state is not RequestState.FINISHED
+                for depth in range(min(num_right + goes_on, entry.num_drafts, self._most)):
+                    trials[depth] += 1
+                    right[depth] += depth < num_right
+        for depth in range(self._most):
+            self._count(depth, right[depth], trials[depth])
+        if step.has_no_prompts():  # these are another matter
+            self._steps.record(step.num_tokens, step.seconds)
+
+    def record_drafting(self, num_drafts: int, seconds: float) -> None:
+        """Take note of what it took to make so many drafts of each request."""
+        self._drafting.record(num_drafts + 1, seconds)
+
+    def share_right(self, depth: int) -> float:
+        """How many of the drafts at a depth from 0 on are right, where all before them are."""
+        prior = _PRIOR_RIGHT * _PRIOR_TRIALS
+        return (self._right[depth] + prior) / (self._trials[depth] + _PRIOR_TRIALS)
+
+    def choose(self, num_decodes: int, offered: Sequence[int]) -> int:
+        """The number of drafts that brings the most tokens per second.
+
+        Args:
+            num_decodes: Requests that decode in the next step.
+            offered: How many of them have a first draft, a second one, and so on.
+        """
+        best, best_rate, without_s = 0, 0.0, 0.0
+        num_right, num_tokens, share = float(num_decodes), num_decodes, 1.0
+        # One more at a time: what a trial may cost grows with what is known.
+        for num_drafts in range(min(self._most, len(offered), self._chosen + 1) + 1):
+            if num_drafts:
+                share *= self.share_right(num_drafts - 1)
+                num_right += offered[num_drafts - 1] * share
+                num_tokens += offered[num_drafts - 1]
+            seconds = self._steps.expect(num_tokens) + self._drafting.expect(num_drafts + 1)
+            if not num_drafts:
+                without_s = seconds
+            rate = num_right / max(without_s + _CAUTION * (seconds - without_s), 1e-9)
+            if rate > best_rate:
+                best, best_rate = num_drafts, rate
+        self._chosen = best
+        return best
+
+    def _count(self, depth: int, right: int, trials: int) -> None:
+        keep = _FORGETS_TRIALS if not trials else _MOST_TRIALS / (_MOST_TRIALS + trials)
+        self._right[depth] = self._right[depth] * keep + right
+        self._trials[depth] = self._trials[depth] * keep + trials
+
+
+class SecondsBySize:
+    """What things of some size took, and what those of another would take at best.
+
+    Averages of sizes that lie within a twentieth of each other are one.
+
+    Args:
+        at_most_in_proportion: Whether nothing takes longer, for its size, than what is smaller.
+    """
+
+    def __init__(self, *, at_most_in_proportion: bool = True) -> None:
+        self._at_most_in_proportion = at_most_in_proportion
+        self._keys: list[int] = []  # ascending
+        self._sizes: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
+        self._measured_at: dict[int, int] = {}
+        self._num_records = 0
+        self._latest: int | None = None
+
+    def record(self, size: int, seconds: float) -> None:
+        """Take note of a measurement; `size` is at least 1."""
+        key = _key(size)
+        self._num_records += 1
+        self._latest, self._measured_at[key] = key, self._num_records
+        before = self._seconds.get(key)
+        if before is None:
+            self._keys.insert(bisect_left(self._keys, key), key)
+            self._sizes[key], self._seconds[key], self._counts[key] = size, seconds, 1
+            return
+        weight = max(_NEW_WEIGHT, 1 / (self._counts[key] + 1))
+        self._seconds[key] += weight * (min(seconds, _OUTLIER * before) - before)
+        self._sizes[key] += weight * (size - self._sizes[key])
+        self._counts[key] += 1
+
+    def expect(self, size: int) -> float:
+        """Seconds for a size: as measured, as far as that is recent, and else at best; 0 if never.
+
+        Example:
+            after one measurement of 2 s for size 10, for size 20 it is 2 s, for size 5 it is 1 s.
+        """
+        if self._latest is None:
+            return 0.0
+        latest_s = self._seconds[self._latest]
+        ratio = size / self._sizes[self._latest]
+        at_best = latest_s * min(ratio, 1.0)
+        measured_s, trust = self._between(size)
+        if not trust:
+            return at_best
+        if self._at_most_in_proportion:
+            measured_s = min(measured_s, latest_s * max(ratio, 1.0))
+        measured_s = max(measured_s, at_best)
+        return at_best + trust * (measured_s - at_best)
+
+    def _between(self, size: int) -> tuple[float, float]:
+        """Seconds for a size from measurements beside it, and how far to trust them."""
+        keys, sizes, seconds = self._keys, self._sizes, self._seconds
+        place = bisect_left(keys, float(size), key=sizes.__getitem__)
+        if place < len(keys) and sizes[keys[place]] == size:
+            return seconds[keys[place]], self._trust(keys[place])
+        if place in (0, len(keys)):
+            return 0.0, 0.0
+        below, above = keys[place - 1], keys[place]
+        trust = min(self._trust(below), self._trust(above))
+        share = (size - sizes[below]) / (sizes[above] - sizes[below])
+        return seconds[below] + share * (seconds[above] - seconds[below]), trust
+
+    def _trust(self, key: int) -> float:
+        age = self._num_records - self._measured_at[key]
+        return min(self._counts[key] / _SURE_AFTER, 1.0) * exp2(-age / _FORGETS_AFTER)
+
+
+def _key(size: int) -> int:
+    if size <= _EXACT_SIZES:
+        return size
+    return _EXACT_SIZES + round(log(size / _EXACT_SIZES) / log(_SIZE_RATIO))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, takewhile
 from math import exp2, log
 
 from ostro.actors.engine.request import RequestState
@@ -25,11 +25,12 @@ _SIZE_RATIO = 1.05  # of neighbouring sizes beyond those
 _NEW_WEIGHT = 0.25  # of a measurement in its average
 _OUTLIER = 3.0  # times the average; a measurement counts as no more than that
 _SURE_AFTER = 2  # measurements
-_FORGETS_AFTER = 512  # steps, until half of the trust in a measurement is gone
+_FORGETS_AFTER = 512  # further ones, until half of the trust in a measurement is gone
 
 _PRIOR_RIGHT, _PRIOR_TRIALS = 0.7, 3.0
 _MOST_TRIALS = 256.0  # that count: after as many, what was before weighs little
 _FORGETS_TRIALS = 0.996  # of its trials a depth that is not tried keeps so much a step
+_KNOWN_AFTER = 1.0  # trials
 _CAUTION = 1.2  # times what drafts cost: a gain that is less than this is noise
 
 
@@ -42,11 +43,12 @@ class DraftLength:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._right = [_PRIOR_RIGHT * _PRIOR_TRIALS] * most
-        self._trials = [_PRIOR_TRIALS] * most
-        self._chosen = 0
+        self._right = [0.0] * most
+        self._trials = [0.0] * most
         self._steps = SecondsBySize()
-        self._drafting = SecondsBySize(at_most_in_proportion=False)
+        self._drafting = SecondsBySize(
+            forgets_after=8 * _FORGETS_AFTER, at_most_in_proportion=False
+        )
 
     def record(self, step: ScheduledStep) -> None:
         """Take note of a completed step."""
@@ -82,8 +84,7 @@ class DraftLength:
         """
         best, best_rate, without_s = 0, 0.0, 0.0
         num_right, num_tokens, share = float(num_decodes), num_decodes, 1.0
-        # One more at a time: what a trial may cost grows with what is known.
-        for num_drafts in range(min(self._most, len(offered), self._chosen + 1) + 1):
+        for num_drafts in range(min(self._num_known() + 1, len(offered), self._most) + 1):
             if num_drafts:
                 share *= self.share_right(num_drafts - 1)
                 num_right += offered[num_drafts - 1] * share
@@ -94,8 +95,12 @@ class DraftLength:
             rate = num_right / max(without_s + _CAUTION * (seconds - without_s), 1e-9)
             if rate > best_rate:
                 best, best_rate = num_drafts, rate
-        self._chosen = best
         return best
+
+    def _num_known(self) -> int:
+        """Depths that have been tried lately: a trial goes one deeper, so that it costs little."""
+        known = takewhile(lambda trials: trials >= _KNOWN_AFTER, self._trials)
+        return sum(1 for _ in known)
 
     def _count(self, depth: int, right: int, trials: int) -> None:
         keep = _FORGETS_TRIALS if not trials else _MOST_TRIALS / (_MOST_TRIALS + trials)
@@ -109,10 +114,14 @@ class SecondsBySize:
     Averages of sizes that lie within a twentieth of each other are one.
 
     Args:
+        forgets_after: Measurements, until half of the trust in an older one is gone.
         at_most_in_proportion: Whether nothing takes longer, for its size, than what is smaller.
     """
 
-    def __init__(self, *, at_most_in_proportion: bool = True) -> None:
+    def __init__(
+        self, *, forgets_after: int = _FORGETS_AFTER, at_most_in_proportion: bool = True
+    ) -> None:
+        self._forgets_after = forgets_after
         self._at_most_in_proportion = at_most_in_proportion
         self._keys: list[int] = []  # ascending
         self._sizes: dict[int, float] = {}
@@ -171,7 +180,7 @@ class SecondsBySize:
 
     def _trust(self, key: int) -> float:
         age = self._num_records - self._measured_at[key]
-        return min(self._counts[key] / _SURE_AFTER, 1.0) * exp2(-age / _FORGETS_AFTER)
+        return min(self._counts[key] / _SURE_AFTER, 1.0) * exp2(-age / self._forgets_after)
 
 
 def _key(size: int) -> int:

@@ -130,8 +130,8 @@ def test_it_comes_back_when_drafts_become_right() -> None:
 def test_drafts_that_few_requests_have_are_weighed_by_what_they_cost() -> None:
     """A row that costs as much as it brings is not worth it for all, a cheap one is for two."""
     dear, cheap = DraftLength(_MOST), DraftLength(_MOST)
-    _tokens_per_s(_Device(_DEVICES["computes"], 0.5), 32, 50, dear)
-    _tokens_per_s(_Device(_DEVICES["waits for memory"], 0.5), 32, 50, cheap)
+    _tokens_per_s(_Device(_DEVICES["computes"], 0.5), 32, 300, dear)
+    _tokens_per_s(_Device(_DEVICES["waits for memory"], 0.5), 32, 300, cheap)
     assert dear.choose(32, [2, 2, 0, 0]) == 0
     assert cheap.choose(32, [2, 2, 0, 0]) >= 1
 

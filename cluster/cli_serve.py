@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 import typer
@@ -34,6 +32,7 @@ from ostro.cluster.cli_deployment import (
     read_deployment,
     resolve_model,
 )
+from ostro.cluster.cli_signals import signals_interrupt, take_signals
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.model import ModelConfig
 
@@ -44,7 +43,6 @@ _POLL_S = 3.0
 _HURRIED_DRAIN_S = 0.1
 _RAY_CHARS = 400  # of an error of Ray's
 _RAY_LOGS = "/tmp/ray/session_latest/logs"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Cell(Protocol):
@@ -121,7 +119,7 @@ def run(
 
     config = _check_model(deployment, model_dir)
     weight_bytes = _weight_bytes(deployment, config, model_dir)
-    with _signals_interrupt():
+    with signals_interrupt():
         try:
             with loading_view(console, weight_bytes) as view:
                 cell = launch(deployment, model_dir, view)
@@ -129,7 +127,7 @@ def run(
             console.print("interrupted before it was ready; nothing is left running")
             raise typer.Exit(130) from None
         try:
-            _take_signals()  # again: Ray has set a handler of its own
+            take_signals()  # again: Ray has set a handler of its own
             _announce(cell, model_dir, config, console)
             _watch(cell, console, poll_s)
         except KeyboardInterrupt:
@@ -207,27 +205,6 @@ def _weight_bytes(
         plain=stored_plain(match_tensors(CheckpointReader(model_dir), config)),
         head=configured_head(deployment.engine, config),
     )
-
-
-@contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM interrupts as Ctrl-C does; what was set before comes back at the end."""
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    _take_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _take_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _stop(cell: Cell) -> None:

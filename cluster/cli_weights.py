@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.cli_signals import signals_interrupt
 from ostro.cluster.human_numbers import format_bytes, format_count
 from ostro.configs.checkpoint_layout import CheckpointLayout, find_layout
 from ostro.configs.model import ModelConfig
@@ -94,13 +95,17 @@ def convert(
         WeightFormat | None, typer.Option(help="Of the large weights; unchanged without it.")
     ] = None,
     max_shard_gb: Annotated[
-        float, typer.Option(min=0.001, help="Larger checkpoints are cut into files of this size.")
+        float,
+        typer.Option(
+            min=0.001, max=1e6, help="Larger checkpoints are cut into files of this size."
+        ),
     ] = 5.0,
 ) -> None:
-    """Write a checkpoint in another layout or precision, with everything else that is in SRC.
+    """Write a checkpoint in another layout or precision, with every other file that is in SRC.
 
     Weights that are in the wanted precision keep their bytes. The rest is rounded anew, without
-    calibration: such fp8 and nvfp4 weights bring no scales for their inputs.
+    calibration: such fp8 and nvfp4 weights bring no scales for their inputs. Folders in SRC stay
+    behind. Interrupted, it leaves nothing.
 
     For example:
 
@@ -113,7 +118,7 @@ def convert(
 
     wanted = precision or _weight_format(load_model_config(source))
     plan = plan_conversion(source, layout or find_layout(source), wanted)
-    with _progress() as progress:
+    with signals_interrupt(), _progress() as progress:
         task = progress.add_task(target.name, total=plan.num_bytes())
         write_conversion(
             plan,

@@ -21,7 +21,9 @@ from ostro.configs.hugging_face_config import read_config_json
 from ostro.configs.params_json import read_head_params, read_params_json
 from ostro.configs.quantization import Quantization
 from ostro.configs.section import Section, read_json
-from ostro.configs.vision import VisionConfig, load_vision
+from ostro.configs.vision import MAX_LAYERS, VisionConfig, load_vision
+
+_MAX_EXPERTS = 1024  # of a layer: eight times what is known, and names are made for each
 
 # What the forward pass takes for granted: (key, the value it needs). An absent key is taken so.
 _REQUIRED = (
@@ -161,7 +163,7 @@ def load_model_config(directory: Path) -> ModelConfig:
     return _config_of(
         sections,
         directory,
-        num_experts=text.count("n_routed_experts"),
+        num_experts=text.count("n_routed_experts", most=_MAX_EXPERTS),
         num_experts_per_token=text.count("num_experts_per_tok"),
     )
 
@@ -194,7 +196,7 @@ def _config_of(
     ids = _token_ids(directory, text)
     config = ModelConfig(
         architecture=sections.architecture,
-        num_layers=text.count("num_hidden_layers"),
+        num_layers=text.count("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=text.count("hidden_size"),
         num_heads=text.count("num_attention_heads"),
         q_lora_rank=text.count("q_lora_rank"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +47,13 @@ class Section:
             raise self.error(key, f"must be true or false, not {value!r}")
         return value
 
-    def count(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value = self.values.get(key)
-        value = default if value is None else value
+    def count(self, key: str, default: int | None = None, *, most: int | None = None) -> int:
+        """A whole number of at least 1; `most` bounds what work or memory is counted by."""
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.error(key, f"must be a whole number of at least 1, not {value!r}")
+        if most is not None and value > most:
+            raise self.error(key, f"is {value}, but at most {most} are served")
         return value
 
     def require(self, key: str, needed: object) -> None:
@@ -62,19 +63,26 @@ class Section:
             raise self.error(key, f"is {value!r}, but only {needed!r} is served")
 
     def number(self, key: str, default: float | None = None) -> float:
-        """Any number."""
-        value = self.values.get(key)
-        value = default if value is None else value
+        """A finite number."""
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, f"must be a number, not {value!r}")
+        if not abs(value) <= sys.float_info.max:  # as NaN is not, either
+            raise self.error(key, f"must be a finite number, not {value!r}")
         return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A number above 0."""
         value = self.number(key, default)
-        if not 0.0 < value < math.inf:
+        if value <= 0.0:
             raise self.error(key, f"must be positive, not {value!r}")
         return value
+
+    def _given(self, key: str, default: float | None) -> Any:
+        value = self.values.get(key)
+        if value is None and default is None:
+            raise self.error(key, "missing; the checkpoint must say it")
+        return default if value is None else value
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -85,7 +93,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold a JSON object")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ostro.configs.section import Section
 
 ACTIVATIONS = ("gelu", "silu")
+MAX_LAYERS = 1024  # a wrong number in a file must not make names without end
 
 # What the projector takes for granted: (key of config.json, the value it needs).
 _REQUIRED = (
@@ -69,7 +70,7 @@ def load_vision(top: Section, tower: Section | None) -> VisionConfig | None:
     tower.require("model_type", "pixtral")
     hidden_size, num_heads = tower.count("hidden_size"), tower.count("num_attention_heads")
     config = VisionConfig(
-        num_layers=tower.count("num_hidden_layers"),
+        num_layers=tower.count("num_hidden_layers", most=MAX_LAYERS),
         hidden_size=hidden_size,
         num_heads=num_heads,
         head_dim=tower.count("head_dim", max(hidden_size // num_heads, 1)),

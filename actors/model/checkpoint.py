@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +169,7 @@ class CheckpointReader:
             return
         out_rows = out if entry.shape else out.view(1)
         direct = out.dtype == stored and out.device.type == "cpu"
-        with entry.file.open("rb", buffering=0) as file:
+        with _open(entry.file) as file:
             done = 0
             for start, count in _chunks(self._runs(name, rows), row_bytes):
                 target = out_rows[done : done + count]
@@ -209,6 +211,16 @@ def _chunks(runs: Iterator[tuple[int, int]], row_bytes: int) -> Iterator[tuple[i
             yield first, min(step, start + count - first)
 
 
+@contextmanager
+def _open(file: Path) -> Iterator[io.FileIO]:
+    """Open unbuffered; what the system refuses, then or at any read, is told with the file."""
+    try:
+        with file.open("rb", buffering=0) as stream:
+            yield stream
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+
+
 def _read_exactly(file: io.FileIO, entry: _Entry, offset: int, out: torch.Tensor) -> None:
     view = out.view(-1).view(torch.uint8).numpy().data
     file.seek(entry.offset + offset)
@@ -230,7 +242,7 @@ def _checkpoint_files(directory: Path, layout: CheckpointLayout) -> dict[Path, l
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         placed = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: no readable weight_map: {error!r}") from error
     files: dict[Path, list[str]] = {}
     for name, file in placed.items():
@@ -280,19 +292,19 @@ def _way_out(directory: Path) -> str:
 
 def _read_header(file: Path) -> dict[str, _Entry]:
     """Parse a safetensors header and hold the file's length against it."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
+    with _open(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8) or b""
         header_bytes = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or header_bytes > min(_MAX_HEADER_BYTES, size - 8):
             raise CheckpointError(f"{file}: corrupt or truncated header ({size} bytes in all)")
-        raw = stream.read(header_bytes)
+        raw = stream.read(header_bytes) or b""
     try:
         header = json.loads(raw, object_pairs_hook=_unique_pairs)
         header.pop("__metadata__", None)
         start = 8 + header_bytes
         entries = {name: _parse_entry(file, start, value) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: corrupt header: {error}") from error
     _check_extents(file, size, start, entries)
     return entries

@@ -262,7 +262,7 @@ class _Converter:
     def _make(self, target: StoredWeight) -> Iterator[torch.Tensor]:
         tensor = target.expected
         raw = self.source.raw(tensor.parameter, tensor.layer, tensor.expert)
-        raw = requantize(self._reordered(tensor, raw), target.weight_format)
+        raw = _rounded(self._reordered(tensor, raw), target.weight_format, tensor.name)
         yield raw.values
         pieces = [raw.scale, raw.global_scale, raw.input_scale if target.input_scale else None]
         yield from _as_specs(pieces, self._specs(target)[1:])
@@ -283,7 +283,7 @@ class _Converter:
     ) -> RawWeight:
         """One expert of a stacked parameter."""
         parts = [
-            requantize(self.source.raw(part, tensor.layer, expert), weight_format)
+            _rounded(self.source.raw(part, tensor.layer, expert), weight_format, tensor.name)
             for part in _PARTS[tensor.parameter]
         ]
         return parts[0] if len(parts) == 1 else join_rows(parts[0], parts[1])
@@ -298,6 +298,14 @@ class _Converter:
         native = self.source.layout is CheckpointLayout.MISTRAL
         reorder = pairs_to_halves if native else halves_to_pairs
         return replace(raw, values=reorder(raw.values, vision.num_heads))
+
+
+def _rounded(raw: RawWeight, weight_format: WeightFormat, name: str) -> RawWeight:
+    """`requantize`, refused where a value is not finite: rounding would make it a number."""
+    rounded = requantize(raw, weight_format)
+    if rounded.scale is not None and not bool(torch.isfinite(rounded.scale.float()).all()):
+        raise CheckpointError(f"{name}: holds values that are not finite; fetch its file anew")
+    return rounded
 
 
 def _stacked(scales: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """Write a conversion as a checkpoint directory: whole, checked, or not at all.
 
-Everything is written beside the wanted directory, under a name that says it is partial, held
-against its own config as a shard would do, and only then renamed.
+Everything is written beside the wanted directory, or within it if it is there, under a name that
+says it is partial, held against its own config as a shard would do, and only then moved.
 """
 
 from __future__ import annotations
@@ -47,33 +47,56 @@ def write_conversion(
         max_shard_bytes: Larger checkpoints are cut, so that no file passes this.
 
     Raises:
-        CheckpointError: The target holds something, there is no room for it, the source changed,
-            or the wanted layout cannot say what the source's config says. Nothing is left then.
+        CheckpointError: The target holds something, it cannot be written or there is no room for
+            it, the source changed or has a scale or a value that is not finite, or the wanted
+            layout cannot say what the source's config says. Nothing is left then.
     """
-    _check_room(conversion, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
     try:
-        partial.chmod(0o755)  # mkdtemp keeps others out
-        _copy_other_files(conversion.source, partial)
-        _write_configs(conversion, partial)
-        write_shards(
-            partial,
-            conversion.layout.weights_stem,
-            conversion.batches,
-            max_shard_bytes=max_shard_bytes,
-            progress=progress,
-        )
-        check_checkpoint(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
+        target = target.resolve()
+        is_there = target.exists()
+        if is_there and (not target.is_dir() or any(target.iterdir())):
+            raise CheckpointError(f"{target}: exists and is not empty; name a new directory")
+        _check_room(conversion, target)
+        # What is there already may be a disk of its own, to which nothing can be renamed.
+        place = target if is_there else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=place))
+        try:
+            _write_checkpoint(conversion, partial, progress, max_shard_bytes)
+            if is_there:
+                _move_files(partial, target, conversion.layout)
+            else:
+                partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from error
+
+
+def _write_checkpoint(
+    conversion: Conversion, partial: Path, progress: WriteProgress, max_shard_bytes: int
+) -> None:
+    partial.chmod(0o755)  # mkdtemp keeps others out
+    _copy_other_files(conversion.source, partial)
+    _write_configs(conversion, partial)
+    write_shards(
+        partial,
+        conversion.layout.weights_stem,
+        conversion.batches,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+    check_checkpoint(partial)
+
+
+def _move_files(partial: Path, target: Path, layout: CheckpointLayout) -> None:
+    """Move everything, the config last: without it nobody takes the rest for a checkpoint."""
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == layout.config_name):
+        file.rename(target / file.name)
 
 
 def _check_room(conversion: Conversion, target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target}: exists and is not empty; name a new directory")
-    place = next(path for path in target.absolute().parents if path.is_dir())
+    place = next(path for path in (target, *target.parents) if path.is_dir())
     free_bytes, need_bytes = shutil.disk_usage(place).free, conversion.num_bytes()
     if free_bytes < need_bytes:
         raise CheckpointError(
@@ -82,7 +105,10 @@ def _check_room(conversion: Conversion, target: Path) -> None:
 
 
 def _copy_other_files(source: Path, partial: Path) -> None:
-    """Tokenizer, templates, notes: every file that is neither weights nor the model's config."""
+    """Tokenizer, templates, notes: every file that is neither weights nor the model's config.
+
+    Folders stay behind: they hold downloads' caches, repositories' histories and more weights.
+    """
     configs = {layout.config_name for layout in CheckpointLayout}
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in configs and not _holds_weights(file):

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 
-from ostro.actors.errors import CheckpointError
 from ostro.actors.model.weight_formats import RawWeight
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
@@ -54,27 +53,26 @@ def nvfp4_expert_bytes(config: ModelConfig) -> int:
     return 2 * nvfp4_matrix_bytes(inner, hidden) + nvfp4_matrix_bytes(hidden, inner)
 
 
-def nvfp4_weight(parts: Sequence[tuple[RawWeight, str]]) -> Nvfp4Weight:
+def nvfp4_weight(parts: Sequence[RawWeight]) -> Nvfp4Weight:
     """A linear layer's weight, on the device of its parts.
 
     Args:
-        parts: Weights of the same inputs as they are stored, and the names of their tensors for
-            errors; the outputs of each stand after those of the one before, with its own unit.
+        parts: Weights of the same inputs as they are stored; the outputs of each stand after those
+            of the one before, with its own unit.
 
     Raises:
-        CheckpointError: As `put_nvfp4`.
-        ValueError: Likewise.
+        ValueError: As `put_nvfp4`.
     """
-    packed = [_packed(raw, name) for raw, name in parts]
+    packed = [_packed(raw) for raw in parts]
     return Nvfp4Weight(
         words_BOW=torch.cat([words_BOW for words_BOW, _, _ in packed], dim=1),
         scales_BOS=torch.cat([scales_BOS for _, scales_BOS, _ in packed], dim=1),
         unit_O=torch.cat([unit.repeat(scales_BOS.shape[1]) for _, scales_BOS, unit in packed]),
-        num_inputs=2 * parts[0][0].values.shape[1],
+        num_inputs=2 * parts[0].values.shape[1],
     )
 
 
-def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight, name: str) -> None:
+def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight) -> None:
     """Fill one matrix of one slot.
 
     Args:
@@ -82,13 +80,11 @@ def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight, 
         slot: Which expert's.
         matrix: Which.
         raw: As it is stored, on the device of `experts`.
-        name: Of its tensor, for errors.
 
     Raises:
-        CheckpointError: A scale is not a number, or the global one is none to divide by.
         ValueError: It is another format's, or lacks a scale.
     """
-    words_BOW, scales_BOS, unit = _packed(raw, name)
+    words_BOW, scales_BOS, unit = _packed(raw)
     stack = experts.down if matrix == "down" else experts.gate_up
     inner = experts.gate_up.num_outputs() // 2
     first = inner if matrix == "up" else 0
@@ -99,13 +95,9 @@ def put_nvfp4(experts: Nvfp4Experts, slot: int, matrix: Matrix, raw: RawWeight, 
     unit_E[matrix][slot] = unit
 
 
-def _packed(raw: RawWeight, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _packed(raw: RawWeight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Words, scales and the one unit of a matrix."""
     is_nvfp4 = raw.weight_format is WeightFormat.NVFP4
     if not is_nvfp4 or raw.scale is None or raw.global_scale is None:
         raise ValueError("only an nvfp4 weight with both of its scales is packed")
-    unit = 1.0 / raw.global_scale.float().view(())
-    is_finite = torch.isfinite(raw.scale.float()).all() & torch.isfinite(unit) & (unit != 0)
-    if not bool(is_finite):
-        raise CheckpointError(f"{name}: a scale of this nvfp4 weight is not finite; fetch it anew")
-    return *pack_nvfp4(raw.values, raw.scale), unit
+    return *pack_nvfp4(raw.values, raw.scale), 1.0 / raw.global_scale.float().view(())

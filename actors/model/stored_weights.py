@@ -312,6 +312,9 @@ def read_raw(
         stored: The weight.
         row: Which expert of stacked ones; None where the weight is not stacked.
         device: Where to.
+
+    Raises:
+        CheckpointError: As `check_scale`; the scale of the inputs is left to who divides by it.
     """
 
     def read(name: str) -> torch.Tensor:
@@ -319,13 +322,38 @@ def read_raw(
             return reader.read(name, device=device)
         return reader.read(name, rows=[row], device=device)[0]
 
-    return RawWeight(
+    raw = RawWeight(
         weight_format=stored.weight_format,
         values=read(stored.values),
         scale=read(stored.scale) if stored.scale else None,
         global_scale=read(stored.global_scale) if stored.global_scale else None,
         input_scale=read(stored.input_scale) if stored.input_scale else None,
     )
+    check_scale(stored.scale, raw.scale)
+    check_scale(stored.global_scale, raw.global_scale, divides=True)
+    return raw
+
+
+def check_scale(name: str | None, scale: torch.Tensor | None, *, divides: bool = False) -> None:
+    """Refuse a scale that would make every product with its weight a NaN or an infinity.
+
+    Args:
+        name: Its tensor.
+        scale: One or several; None is right.
+        divides: Whether something is divided by it.
+
+    Raises:
+        CheckpointError: It is not finite, or divides and is zero.
+    """
+    if scale is None:
+        return
+    wide = scale.float()
+    is_right = torch.isfinite(wide)
+    if divides:
+        is_right &= torch.isfinite(1.0 / wide)
+    if not bool(is_right.all()):
+        other = " and not zero" if divides else ""
+        raise CheckpointError(f"{name}: a scale must be finite{other}; fetch its file anew")
 
 
 def fill(

@@ -13,6 +13,7 @@ Shape letters: O outputs, I inputs, G = I / 16 groups of a row, H heads, A head 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,8 +67,7 @@ def dequantize(raw: RawWeight, dtype: torch.dtype) -> torch.Tensor:
 def dequantize_into(out: torch.Tensor, raw: RawWeight) -> None:
     """As `dequantize`, into contiguous memory of the weight's shape.
 
-    On the CPU a few rows at a time, so that what is computed on the way stays in the cache; FP8
-    values are looked up, 12 ms instead of 108 for 16.8 M of them.
+    FP8 values are looked up on the CPU: 12 ms instead of 108 for 16.8 M of them.
     """
     if raw.weight_format is WeightFormat.PLAIN:
         out.copy_(raw.values)
@@ -75,9 +75,7 @@ def dequantize_into(out: torch.Tensor, raw: RawWeight) -> None:
     steps = _steps(raw)
     is_fp8 = raw.weight_format is WeightFormat.FP8
     table = _fp8_values(steps).to(out.dtype) if is_fp8 else _nvfp4_values(steps.device)
-    num_rows = max(len(out), 1) if out.is_cuda else _CHUNK_ROWS
-    for start in range(0, len(out), num_rows):
-        chunk = slice(start, start + num_rows)
+    for chunk in _row_chunks(out):
         byte = raw.values[chunk].view(torch.uint8).flatten().int()
         if is_fp8:
             torch.index_select(table, 0, byte, out=out[chunk].view(-1))
@@ -116,30 +114,59 @@ def quantize(weight_OI: torch.Tensor, weight_format: WeightFormat) -> RawWeight:
     """Round a weight to a format, with scales taken from its largest magnitudes.
 
     No scale for inputs comes out: that takes activations, which only a calibration sees. PLAIN
-    gives bf16.
+    gives bf16. Where a value is not finite, neither is a scale.
     """
     if weight_format is WeightFormat.PLAIN:
         return RawWeight(weight_format=weight_format, values=weight_OI.to(torch.bfloat16))
-    weight_OI = weight_OI.float()
-    largest = weight_OI.abs().max()
-    largest = torch.where(largest > 0, largest, 1.0)
+    lowest, highest = torch.aminmax(weight_OI)
+    largest = torch.maximum(-lowest, highest).float()
+    largest = torch.where(largest == 0, 1.0, largest)
     if weight_format is WeightFormat.FP8:
         scale = (largest / _FP8_MAX).to(torch.bfloat16)
-        values = (weight_OI / scale.float()).clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8)
+        values = torch.empty_like(weight_OI, dtype=_FP8)
+        for rows in _row_chunks(weight_OI):
+            values[rows] = (weight_OI[rows].float() / scale.float()).clamp_(-_FP8_MAX, _FP8_MAX)
         return RawWeight(weight_format=weight_format, values=values, scale=scale)
-    global_scale = _FP8_MAX * _CODE_MAX / largest
-    groups = weight_OI.view(len(weight_OI), -1, NVFP4_GROUP)
-    scale_OG = (groups.abs().amax(-1) / _CODE_MAX * global_scale).clamp_(max=_FP8_MAX).to(_FP8)
-    step_OG1 = (scale_OG.float() / global_scale)[:, :, None]
-    ratio = torch.where(step_OG1 > 0, groups / step_OG1, 0.0).flatten(1)
-    code_OI = torch.bucketize(ratio.abs(), torch.tensor(_MIDDLES, device=ratio.device))
-    code_OI = (code_OI + _SIGN * ((ratio < 0) & (code_OI > 0))).to(torch.uint8)
+    return _quantize_nvfp4(weight_OI, _FP8_MAX * _CODE_MAX / largest)
+
+
+def _quantize_nvfp4(weight_OI: torch.Tensor, global_scale: torch.Tensor) -> RawWeight:
+    num_rows, width = weight_OI.shape
+    packed = weight_OI.new_empty(num_rows, width // 2, dtype=torch.uint8)
+    scale_OG = weight_OI.new_empty(num_rows, width // NVFP4_GROUP, dtype=_FP8)
+    for rows in _row_chunks(weight_OI):
+        groups = weight_OI[rows].float().view(-1, width // NVFP4_GROUP, NVFP4_GROUP)
+        scale = groups.abs().amax(-1) / _CODE_MAX * global_scale
+        scale_OG[rows] = scale.clamp_(max=_FP8_MAX)
+        step = (scale_OG[rows].float() / global_scale)[:, :, None]
+        code = _nearest_code(torch.where(step > 0, groups / step, 0.0).flatten(1))
+        packed[rows] = code[:, 0::2] | (code[:, 1::2] << 4)
     return RawWeight(
-        weight_format=weight_format,
-        values=code_OI[:, 0::2] | (code_OI[:, 1::2] << 4),
+        weight_format=WeightFormat.NVFP4,
+        values=packed,
         scale=scale_OG,
         global_scale=global_scale.view(1),
     )
+
+
+def _nearest_code(ratio: torch.Tensor) -> torch.Tensor:
+    """The e2m1 code next to each value, uint8; of two as near the smaller, and no minus zero.
+
+    Compared with each middle in turn, as that runs over whole vectors: a fifth of a search's time.
+    """
+    magnitude = ratio.abs()
+    code = torch.zeros_like(ratio, dtype=torch.uint8)
+    for middle in _MIDDLES:
+        code += magnitude > middle
+    code += _SIGN * ((ratio < 0) & (code > 0))
+    return code
+
+
+def _row_chunks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows; few on the CPU, so that what is computed on the way stays in the cache."""
+    num_rows = max(len(tensor), 1) if tensor.is_cuda else _CHUNK_ROWS
+    for start in range(0, len(tensor), num_rows):
+        yield slice(start, start + num_rows)
 
 
 def requantize(raw: RawWeight, weight_format: WeightFormat) -> RawWeight:
@@ -147,6 +174,10 @@ def requantize(raw: RawWeight, weight_format: WeightFormat) -> RawWeight:
     if raw.weight_format is weight_format:
         is_plain = weight_format is WeightFormat.PLAIN
         return replace(raw, values=raw.values.to(torch.bfloat16)) if is_plain else raw
+    if raw.weight_format is WeightFormat.PLAIN:
+        return quantize(raw.values, weight_format)
+    if weight_format is WeightFormat.PLAIN:
+        return RawWeight(weight_format=weight_format, values=dequantize(raw, torch.bfloat16))
     return quantize(dequantize(raw, torch.float32), weight_format)
 
 

@@ -29,12 +29,13 @@ from ostro.actors.model.nvfp4_weights import (
 )
 from ostro.actors.model.stored_weights import (
     StoredWeight,
+    check_scale,
     fill,
     match_tensors,
     multipliable_format,
     read_raw,
 )
-from ostro.actors.model.weight_formats import fp8_weight, join_rows, pairs_to_halves
+from ostro.actors.model.weight_formats import RawWeight, fp8_weight, join_rows, pairs_to_halves
 from ostro.actors.model.weight_names import Role
 from ostro.configs.checkpoint_layout import CheckpointLayout
 from ostro.configs.model import ModelConfig
@@ -81,6 +82,8 @@ def _new_stack(num_slots: int, shape: Sequence[int], device: torch.device) -> _F
 
 class WeightSource:
     """Reads one role's weights, each once, and knows at the end whether all were read.
+
+    Whatever takes a weight refuses one with a scale that is not finite.
 
     Raises:
         CheckpointError: A tensor is missing, unknown, or not as the config says; one error tells
@@ -137,13 +140,11 @@ class WeightSource:
         FP8 or NVFP4 if that is the precision asked for and they are stored so, else dequantised.
 
         Raises:
-            CheckpointError: One was taken already, or is another role's, or has a scale that is not
-                finite.
+            CheckpointError: One was taken already, or is another role's.
         """
         weights = [self._claim(parameter, layer) for parameter in parameters]
         if self._all_stay(WeightFormat.NVFP4, weights):
-            raws = [read_raw(self._reader, weight, device=self._device) for weight in weights]
-            packed = nvfp4_weight([(raw, w.values) for raw, w in zip(raws, weights, strict=True)])
+            packed = nvfp4_weight([self._raw(weight) for weight in weights])
             self._tell(packed.words_BOW, packed.scales_BOS, packed.unit_O)
             return packed
         if not self._all_stay(WeightFormat.FP8, weights):
@@ -228,11 +229,7 @@ class WeightSource:
     def take_nvfp4_experts(
         self, layer: int, local_to_logical: Sequence[int], num_extra: int = 0
     ) -> Nvfp4Experts:
-        """As `take_experts`, in NVFP4; no value changes.
-
-        Raises:
-            CheckpointError: A scale is not finite, too.
-        """
+        """As `take_experts`, in NVFP4; no value changes."""
         num_slots = len(local_to_logical) + num_extra
         experts = new_nvfp4_experts(self.config, num_slots, self._device)
         for matrix in MATRICES:
@@ -248,7 +245,7 @@ class WeightSource:
         """A layer's shared expert in NVFP4, into the last slot.
 
         Raises:
-            CheckpointError: As `take_nvfp4_experts`.
+            CheckpointError: As `take_experts`.
             TypeError: It is stored otherwise.
         """
         weights = [self._claim(f"shared_{matrix}", layer) for matrix in MATRICES]
@@ -317,6 +314,9 @@ class WeightSource:
         fill(self._reader, weight, out, progress=self._progress)
         return out
 
+    def _raw(self, weight: StoredWeight) -> RawWeight:
+        return read_raw(self._reader, weight, device=self._device)
+
     def _all_stay(self, weight_format: WeightFormat, weights: Sequence[StoredWeight]) -> bool:
         return self._precision is weight_format and all(
             weight.weight_format is weight_format for weight in weights
@@ -325,13 +325,14 @@ class WeightSource:
     def _put_nvfp4(
         self, experts: Nvfp4Experts, slot: int, matrix: Matrix, weight: StoredWeight
     ) -> None:
-        raw = read_raw(self._reader, weight, device=self._device)
-        put_nvfp4(experts, slot, matrix, raw, weight.values)
+        put_nvfp4(experts, slot, matrix, self._raw(weight))
         num_outputs, num_inputs = weight.expected.shape
         self._tell_bytes(nvfp4_matrix_bytes(num_outputs, num_inputs))
 
     def _read_joined(self, weights: Sequence[StoredWeight]) -> Fp8Weight:
-        raws = [read_raw(self._reader, weight, device=self._device) for weight in weights]
+        raws = [self._raw(weight) for weight in weights]
+        for weight, raw in zip(weights, raws, strict=True):
+            check_scale(weight.input_scale, raw.input_scale, divides=True)
         if len(raws) == 1:
             return fp8_weight(raws[0])
         joined = join_rows(raws[0], raws[1])
@@ -352,7 +353,9 @@ class WeightSource:
         )
         _, *scales = weight.tensors()  # its own, then that of its inputs
         for name, out_E in zip(scales, (stack.scale_E, stack.input_scale_E), strict=True):
-            out_E[:num_local].copy_(reader.read(name, rows=local_to_logical).view(-1))
+            scale_E = reader.read(name, rows=local_to_logical).view(-1)
+            check_scale(name, scale_E, divides=name == weight.input_scale)
+            out_E[:num_local].copy_(scale_E)
             self._tell(out_E[:num_local])
         return stack
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import checkpoint_variants
@@ -163,13 +165,24 @@ def test_convert_cuts_at_the_size_asked_for(plain, tmp_path):
         (["inspect", "/nowhere"], 2, "no such checkpoint directory"),
         (["convert", "/nowhere", "/tmp/there"], 2, "no such checkpoint directory"),
         (["convert", "SRC", "SRC"], 1, "exists and is not empty; name a new directory"),
+        (["convert", "SRC", "SRC/config.json/out"], 1, "out: cannot be written: "),
     ],
 )
 def test_weights_tells_mistakes_in_one_line(plain, arguments, code, told):
-    result = weights(*[plain if argument == "SRC" else argument for argument in arguments])
+    result = weights(*[argument.replace("SRC", str(plain)) for argument in arguments])
     assert result.exit_code == code
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert told in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_convert_leaves_nothing_when_interrupted(plain, tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", lambda _: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    result = weights("convert", plain, tmp_path / "out")
+    assert result.exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) is before
 
 
 def test_weights_refuses_a_precision_that_it_does_not_know(plain, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,23 +85,29 @@ def test_compressed_tensors_may_stand_under_either_key(
     [
         ("dim", None),
         ("n_layers", 0),
+        ("n_layers", 10**9),
         ("n_kv_heads", 8),
         ("norm_eps", "small"),
+        ("norm_eps", math.inf),
+        ("rope_theta", 10**400),
         ("activation", "gelu"),
         ("tied_embeddings", "no"),
         ("moe", None),
         ("moe", 3),
         ("moe.num_experts", None),
+        ("moe.num_experts", 10**6),
         ("moe.num_experts_per_tok", 129),
         ("moe.num_expert_groups", 4),
         ("moe.first_k_dense_replace", 1),
         ("moe.route_every_n", 2),
         ("llama_4_scaling", None),
+        ("llama_4_scaling.beta", math.nan),
         ("yarn.factor", None),
         ("yarn.apply_scale", None),
         ("yarn.apply_scale", "yes"),
         ("yarn.beta", -1),
         ("vision_encoder.hidden_size", None),
+        ("vision_encoder.num_hidden_layers", 10**9),
         ("vision_encoder.mm_projector_id", None),
         ("vision_encoder.mm_projector_id", "mlp"),
         ("vision_encoder.add_pre_mm_projector_layer_norm", False),
@@ -121,3 +128,9 @@ def test_what_cannot_be_served_is_named_in_the_words_of_the_file(
     with pytest.raises(ConfigError) as error:
         _load(tmp_path, params)
     assert str(error.value).startswith(f"{tmp_path / 'params.json'}: {path}: ")
+
+
+def test_a_missing_key_is_told_as_missing(tmp_path: Path, params: dict[str, Any]) -> None:
+    del params["dim"]
+    with pytest.raises(ConfigError, match=r"params\.json: dim: missing"):
+        _load(tmp_path, params)

@@ -79,7 +79,7 @@ def test_token_and_merge_size_stand_in_the_wrapper() -> None:
         ({}, {"hidden_size": 96, "head_dim": 6}, r"vision_config\.head_dim: is 6; rotation"),
         ({}, {"num_channels": 1}, r"vision_config\.num_channels: is 1, but only 3"),
         ({}, {"patch_size": [14, 14]}, r"vision_config\.patch_size: must be a whole number"),
-        ({}, {"hidden_size": None}, r"vision_config\.hidden_size: must be a whole number"),
+        ({}, {"hidden_size": None}, r"vision_config\.hidden_size: missing"),
         ({}, {"model_type": "siglip"}, r"vision_config\.model_type: is 'siglip'"),
         ({}, {"rope_parameters": {"rope_type": "yarn"}}, r"rope_parameters\.rope_type: is 'yarn'"),
         ({"vision_feature_layer": -2}, {}, r"config\.json: vision_feature_layer: is -2"),

@@ -105,6 +105,20 @@ def test_read_tells_when_the_file_shrank_meanwhile(directory: Path) -> None:
         [reader.read(name) for name in reader.names()]
 
 
+def test_file_that_the_system_refuses_is_named(directory: Path) -> None:
+    reader = CheckpointReader(directory)
+    (directory / _FILE).unlink()
+    (directory / _FILE).mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: Is a dir"):
+        reader.read(reader.names()[0])
+
+
+def test_native_shard_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "consolidated-00001-of-00001.safetensors").symlink_to("gone")
+    with pytest.raises(CheckpointError, match=r"-of-00001\.safetensors: cannot be read: No such"):
+        CheckpointReader(tmp_path)
+
+
 def test_shards_are_read_through_the_index(
     tmp_path: Path, tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -190,6 +204,7 @@ _GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"{nonsense", "corrupt header"),
         (b"[]", "corrupt header"),
         (b"\xff\xff", "corrupt header"),
+        (b"[" * 100_000, "corrupt header"),
         ({"a": 3}, "corrupt header"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
         ({"a": {**_GOOD, "data_offsets": [0]}}, "corrupt header"),

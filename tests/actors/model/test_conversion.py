@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pictures
 import pytest
 import torch
 from model_rig import ModelRig, load_image_oracle, oracle_image_logits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
@@ -285,8 +287,57 @@ def test_a_target_that_holds_something_is_left_alone(variant: Variant, tmp_path:
 
 
 def test_an_empty_target_is_filled(variant: Variant, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    check_checkpoint(_convert(variant("hf", "bf16"), tmp_path / "out", "hf", "fp8"))
+    target = tmp_path / "out"
+    target.mkdir()
+    number = target.stat().st_ino  # it may be a disk of its own, or where a shell stands
+    check_checkpoint(_convert(variant("hf", "bf16"), target, "hf", "fp8"))
+    assert target.stat().st_ino == number
+    assert {file.name for file in target.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
+
+
+def test_a_target_may_be_a_link_or_the_directory_one_stands_in(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("there", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "dangling").symlink_to("new")
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (tmp_path / "link", tmp_path / "dangling", Path()):
+        check_checkpoint(_convert(variant("hf", "bf16"), target, "hf", "bf16"))
+    assert {file.name for file in tmp_path.iterdir()} == {
+        *("there", "here", "link", "dangling", "new")
+    }
+
+
+def test_a_target_that_cannot_be_made_is_told(variant: Variant, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file/out: cannot be written: .*/file'"):
+        _convert(variant("hf", "bf16"), tmp_path / "file" / "out", "hf", "bf16")
+
+
+def test_a_disk_that_fills_up_is_told_and_nothing_is_left(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written: .*No space left"):
+        _convert(variant("hf", "bf16"), tmp_path / "out", "hf", "bf16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(CheckpointError, match=r"needs \d+ bytes, but .* has 1000 free"):
+        _convert(variant("hf", "bf16"), tmp_path / "new" / "out", "hf", "bf16")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_that_breaks_on_the_way_leaves_nothing(variant: Variant, tmp_path: Path) -> None:
@@ -299,6 +350,39 @@ def test_a_source_that_breaks_on_the_way_leaves_nothing(variant: Variant, tmp_pa
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(CheckpointError, match="ended early"):
         write_conversion(plan, tmp_path / "out", progress=lambda _: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def _broken(source: Path, target: Path, name: str, value: float) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    weights = next(target.glob("*.safetensors"))
+    tensors = load_file(weights)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+@pytest.mark.parametrize("precision", ["fp8", "nvfp4"])
+def test_values_that_are_not_finite_are_not_rounded_to_numbers(
+    variant: Variant, tmp_path: Path, layout: str, precision: str, value: float
+) -> None:
+    name = "layers.1.experts.7.w2.weight"
+    source = _broken(variant("mistral", "bf16"), tmp_path / "source", name, value)
+    wanted = name if (layout, precision) == ("mistral", "fp8") else "layers.1."
+    with pytest.raises(CheckpointError, match=rf"{wanted}.*: holds values that are not finite"):
+        _convert(source, tmp_path / "out", layout, precision)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_scale_that_is_not_finite_is_told_by_name(variant: Variant, tmp_path: Path) -> None:
+    name = "layers.1.experts.7.w2.qscale_weight"
+    source = _broken(variant("mistral", "fp8"), tmp_path / "source", name, math.nan)
+    with pytest.raises(CheckpointError, match=f"{name}: a scale must be finite"):
+        _convert(source, tmp_path / "out", "hf", "bf16")
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 

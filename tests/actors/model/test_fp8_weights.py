@@ -16,6 +16,7 @@ import torch
 from model_rig import ModelRig
 from safetensors.torch import load_file, save_file
 
+from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.device import choose_precision, weight_dtype
 from ostro.actors.model.experts import LocalExperts
@@ -306,3 +307,62 @@ def copy(source: Path, target: Path) -> Path:
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+def broken(directory: Path, name: str, index: int, value: float) -> Path:
+    """With one value of the tensors whose names end so that is another."""
+    file = next(directory.glob("*.safetensors"))
+    tensors = load_file(file)
+    for tensor in (tensor for full, tensor in tensors.items() if full.endswith(name)):
+        tensor.view(-1)[index] = value
+    save_file(tensors, file)
+    return directory
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("precision", [FP8, PLAIN])
+@pytest.mark.parametrize(
+    ("layout", "name", "index"),
+    [
+        ("hf", "layers.1.mlp.experts.down_proj_scale_inv", 3),
+        ("mistral", "layers.1.experts.3.w3.qscale_weight", 0),
+    ],
+)
+def test_a_scale_that_is_not_finite_is_told_by_name(
+    variant: Callable[..., Path],
+    tmp_path: Path,
+    layout: str,
+    name: str,
+    index: int,
+    precision: WeightFormat,
+    value: float,
+) -> None:
+    directory = broken(copy(variant(layout), tmp_path), name, index, value)
+    load_experts(directory, [2, 4], precision)
+    with pytest.raises(CheckpointError, match=f"{name}: a scale must be finite"):
+        load_experts(directory, [3], precision)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "index"),
+    [
+        ("hf", "layers.1.mlp.experts.down_proj_activation_scale", 3),
+        ("mistral", "layers.1.experts.3.w2.qscale_act", 0),
+    ],
+)
+def test_inputs_are_not_divided_by_zero(
+    variant: Callable[..., Path], tmp_path: Path, layout: str, name: str, index: int
+) -> None:
+    directory = broken(copy(variant(layout), tmp_path), name, index, 0.0)
+    with pytest.raises(CheckpointError, match=f"{name}: a scale must be finite and not zero"):
+        load_experts(directory, [3])
+    load_experts(directory, [3], PLAIN)  # which leaves scales of inputs aside
+
+
+def test_a_linear_weight_with_a_broken_scale_is_told_by_name(
+    variant: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "layers.0.attention.wkv_b.qscale_weight"
+    directory = broken(copy(variant("mistral"), tmp_path), name, 0, torch.nan)
+    with pytest.raises(CheckpointError, match=f"{name}: a scale must be finite"):
+        load_attention(directory)

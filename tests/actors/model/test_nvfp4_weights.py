@@ -232,13 +232,18 @@ def test_an_expert_shard_reads_its_own_experts_and_no_other_byte(directory: Path
 @pytest.mark.parametrize(
     ("part", "value"), [("weight_scale", torch.nan), ("weight_global_scale", 0.0)]
 )
+@pytest.mark.parametrize("precision", [NVFP4, PLAIN])
 def test_a_broken_scale_is_told_by_name(
-    changed: dict[str, torch.Tensor], tmp_path: Path, part: str, value: float
+    changed: dict[str, torch.Tensor],
+    tmp_path: Path,
+    part: str,
+    value: float,
+    precision: WeightFormat,
 ) -> None:
     changed[f"{_GATE}.{part}"].view(-1)[0] = value
     save_file(changed, tmp_path / FILE)
-    with pytest.raises(CheckpointError, match=rf"{_GATE}.weight_packed: .* not finite"):
-        load_experts(tmp_path, [3])
+    with pytest.raises(CheckpointError, match=rf"{_GATE}.{part}: a scale must be finite"):
+        load_experts(tmp_path, [3], precision)
 
 
 def test_a_plain_shared_expert_stands_apart(

@@ -75,7 +75,7 @@ def test_dequantize_nvfp4_worked_example() -> None:
     assert dequantize(raw, torch.float32).tolist() == wanted
 
 
-@pytest.mark.parametrize("num_rows", [1, 64, 65, 130])
+@pytest.mark.parametrize("num_rows", [1, 511, 512, 1300])
 @pytest.mark.parametrize("weight_format", _QUANTIZED)
 def test_dequantize_into_chunks_gives_what_the_formula_says(
     num_rows: int, weight_format: WeightFormat
@@ -113,6 +113,42 @@ def test_quantize_comes_as_near_as_the_format_can(weight_format: WeightFormat, m
     weight = _weight()
     found = dequantize(quantize(weight, weight_format), torch.float32)
     assert most / 4 < _relative(found, weight) < most
+
+
+@pytest.mark.parametrize("weight_format", _QUANTIZED)
+def test_quantize_in_chunks_gives_what_each_row_alone_gives(weight_format: WeightFormat) -> None:
+    weight = _weight(1300)
+    weight[:, 0] = 1.0  # so that every row has the scales of the whole
+    whole = quantize(weight, weight_format)
+    for row in (0, 510, 511, 1299):
+        alone = quantize(weight[row : row + 1], weight_format)
+        assert torch.equal(
+            dequantize(alone, torch.float32)[0], dequantize(whole, torch.float32)[row]
+        )
+
+
+def test_nvfp4_rounds_to_the_nearest_code_and_a_tie_to_the_smaller() -> None:
+    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    weight = torch.zeros(3, 16)
+    weight[:, 15] = 6.0  # the scales are 1
+    weight[0, :7], weight[1, :7] = middles, -middles
+    weight[2, :7] = middles.nextafter(torch.tensor(6.0))
+    found = dequantize(quantize(weight, WeightFormat.NVFP4), torch.float32)[:, :7]
+    assert found[0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0]
+    assert torch.equal(found[1], -found[0])
+    assert found[2].tolist() == [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("weight_format", _QUANTIZED)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite_shows_in_the_scale(
+    weight_format: WeightFormat, value: float
+) -> None:
+    weight = _weight()
+    weight[3, 7] = value
+    scale = quantize(weight, weight_format).scale
+    assert scale is not None
+    assert not torch.isfinite(scale.float()).all()
 
 
 @pytest.mark.parametrize("weight_format", _QUANTIZED)

@@ -120,7 +120,7 @@ def test_a_head_that_leaves_a_weight_plain_is_counted_so(
         ({"dim": 128}, r"params.json: dim: is 128, and the model's hidden_size is 64"),
         ({"vocab_size": 512}, r"params.json: vocab_size: is 512, and the model's .* is 1024"),
         ({"moe": {"num_experts": 4}}, r"params.json: moe: is there, but .* have no experts"),
-        ({"hidden_dim": None}, r"params.json: hidden_dim: must be a whole number"),
+        ({"hidden_dim": None}, r"params.json: hidden_dim: missing"),
         ({"llama_4_scaling": None}, r"params.json: llama_4_scaling: missing"),
         ({"n_layers": 0}, r"params.json: n_layers: must be a whole number"),
         ({"n_kv_heads": 1}, r"params.json: n_kv_heads: is 1, not"),

@@ -21,6 +21,7 @@ from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import LayerWeights
 from ostro.configs.model import ModelConfig
+from ostro.kernels.fp8_linear import Fp8Rows
 from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
 from ostro.kernels.linear import linear
@@ -87,19 +88,27 @@ class Attention:
 
     def store(self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms) -> None:
         """Write the tokens' latents alone, where nobody asks what the tokens see."""
-        self._project(layer, x_TD, batch, terms)
+        self._compress(layer, x_TD, batch, terms)
 
     def _project(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
     ) -> torch.Tensor:
         """Write the tokens' latents; their queries, not yet turned."""
+        compressed, config = self._compress(layer, x_TD, batch, terms), self._config
+        q_TX = linear(compressed, self._layers[layer].q_b)
+        return q_TX.view(-1, config.num_heads, config.qk_head_dim())
+
+    def _compress(
+        self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
+    ) -> torch.Tensor | Fp8Rows:
+        """Write the tokens' latents; their queries, compressed and normed."""
         w, config = self._layers[layer], self._config
         query_TX = linear(x_TD, w.q_a)
         if w.kv_a is None:
             query_TX, row_TW = query_TX.tensor_split([config.q_lora_rank], dim=1)
         else:
             row_TW = linear(x_TD, w.kv_a)
-        compressed = mla_prologue(
+        return mla_prologue(
             query_TX,
             row_TW,
             PrologueNorms(w.q_a_norm, w.kv_a_norm, config.rms_norm_eps),
@@ -108,7 +117,6 @@ class Attention:
             self._cache.layers[layer],
             w.q_b,
         )
-        return linear(compressed, w.q_b).view(-1, config.num_heads, config.qk_head_dim())
 
     def _attend(
         self, layer: int, q_THQ: torch.Tensor, batch: Batch, terms: PositionTerms

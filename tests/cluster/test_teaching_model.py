@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +18,13 @@ from model_rig import (
 )
 from pictures import digit_picture
 
+from ostro.actors.model.draft_head import find_draft_head
 from ostro.actors.model.weights import check_checkpoint
 from ostro.cluster.cli_deployment import read_deployment, resolve_model
 from ostro.cluster.generation import ChatMessage, ImageFile
 from ostro.cluster.model_card import make_card
 from ostro.cluster.prompt import PromptBuilder
+from ostro.configs.model import load_model_config
 from ostro.kernels.latent_cache import FP8_ROWS
 
 MODEL = resolve_model("embedded")
@@ -127,3 +130,22 @@ def test_an_fp8_cache_changes_few_of_its_tokens(prompts: PromptBuilder) -> None:
         errors.append((fp8_TV - plain_TV).gather(1, said).abs())
     assert torch.cat(kept).float().mean() > 0.95
     assert 1e-5 < torch.cat(errors).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("named", "path"),
+    [
+        ("embedded", MODEL / "eagle"),
+        ("heads/mine", Path.cwd() / "heads/mine"),
+        ("~/mine", Path.home() / "mine"),
+    ],
+)
+def test_a_deployment_names_its_draft_head_as_it_names_its_model(named: str, path: Path) -> None:
+    drafting = f"engine.speculation={{method: eagle, draft_model: {named}}}"
+    speculation = read_deployment("laptop", [drafting], model=None).engine.speculation
+    assert speculation is not None
+    assert speculation.draft_model == str(path)
+
+
+def test_the_embedded_models_head_fits_it() -> None:
+    assert find_draft_head(MODEL / "eagle", load_model_config(MODEL)).config.num_layers >= 1

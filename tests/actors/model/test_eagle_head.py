@@ -9,7 +9,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from eagle_oracle import EagleOracle
+from eagle_oracle import EagleOracle, write_fp8_head
 from model_rig import make_progress, relative_error
 
 from ostro.actors.engine.step import ScheduledRequest
@@ -19,6 +19,7 @@ from ostro.actors.model.eagle_head import EagleHead
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.configs.model import load_model_config
+from ostro.configs.quantization import WeightFormat
 from ostro.kernels.latent_cache import FP8_ROWS
 
 NUM_TOKENS, HIDDEN = 70, TINY.hidden_size
@@ -40,6 +41,7 @@ def make_head(
     *,
     dtype: torch.dtype = torch.float32,
     cache_dtype: torch.dtype | None = None,
+    precision: WeightFormat = WeightFormat.PLAIN,
 ) -> EagleHead:
     found = find_draft_head(directory / "head", load_model_config(directory / "model"))
     cache = LatentCache(
@@ -51,7 +53,7 @@ def make_head(
     )
     for layer_NSW in cache.layers:
         layer_NSW.view(torch.uint8).fill_(0xFF)  # NaN: reading what nobody wrote shows
-    weights = load_head_weights(found, device="cpu", dtype=dtype)
+    weights = load_head_weights(found, device="cpu", dtype=dtype, precision=precision)
 
     def embed(tokens_T: torch.Tensor, _: Sequence[ImageSpan]) -> torch.Tensor:
         """Tokens are numbered as they stand, and so is what is embedded."""
@@ -123,6 +125,15 @@ def test_states_are_near_the_oracles_in_fewer_bits(
     found = states_in_chunks(head, chunk, dtype=dtype)
     assert found.dtype == dtype
     assert relative_error(found.float(), expected(directory)) < 5e-2
+
+
+def test_an_fp8_heads_states_are_near_the_oracles(directory: Path, tmp_path: Path) -> None:
+    """Inputs of its products are rounded too, as their scales say."""
+    write_fp8_head(directory / "head", tmp_path / "head")
+    (tmp_path / "model").symlink_to(directory / "model")
+    head = make_head(tmp_path, precision=WeightFormat.FP8)
+    found = states_in_chunks(head, NUM_TOKENS)
+    assert relative_error(found, expected(tmp_path)) < 1e-1
 
 
 def test_rows_are_those_asked_for_in_their_order(directory: Path) -> None:

@@ -260,14 +260,19 @@ def mla_decode_triton(
     turn_TJ: torch.Tensor | None = None,
     scale_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`mla_decode` by Triton; a query's result does not depend on the others."""
+    """`mla_decode` by Triton.
+
+    A query's result does not depend on the others, but in its last bits on whether they are few.
+    """
+    from ostro.kernels.gpu.join_values import join_values_triton, joins_values
     from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
-    from ostro.kernels.gpu.mla_decode import attend_latents_triton
+    from ostro.kernels.gpu.mla_decode import attend_chunks, attend_latents_triton
 
     q_THW = latent_queries_triton(q_THQ, heads.w_uk_HNC, turn_TJ, scale_T)
-    latent = heads.w_uk_HNC.shape[2]
-    out_THC = attend_latents_triton(q_THW, cache_NSW, chunks, latent, heads.scale)
-    return expand_values_triton(out_THC, heads.w_uv_HVC)
+    arguments = (q_THW, cache_NSW, chunks, heads.w_uk_HNC.shape[2], heads.scale)
+    if joins_values(chunks):
+        return join_values_triton(attend_chunks(*arguments), chunks.first_T1, heads.w_uv_HVC)
+    return expand_values_triton(attend_latents_triton(*arguments), heads.w_uv_HVC)
 
 
 def mla_decode_cpu(

@@ -27,7 +27,7 @@ from ostro.kernels.gpu.tiles import architecture
 from ostro.kernels.latent_cache import FP8_ROWS, row_parts, row_values
 
 _MAX_TILE_KEYS = 64
-_FEW_CHUNKS, _BLOCK_CHUNKS, _BLOCK_LATENT = 8, 64, 64  # of a program that joins
+FEW_CHUNKS, _BLOCK_CHUNKS, _BLOCK_LATENT = 8, 64, 64  # of a program that joins
 _BLACKWELL = 100
 _LOG2_E = 1.4426950408889634
 
@@ -48,6 +48,22 @@ class DecodeCut:
     early_loads: bool
 
 
+@dataclass(frozen=True, slots=True)
+class AttendedChunks:
+    """What programs made of their chunks.
+
+    Attributes:
+        part_XHC: float32 weighted latents of each chunk of a query that has several; others' rows
+            are not written.
+        lse_XH: float32 logarithm of its weights' sum, in base 2; likewise.
+        out_THC: The result of a query that has one chunk; others' rows are not written.
+    """
+
+    part_XHC: torch.Tensor
+    lse_XH: torch.Tensor
+    out_THC: torch.Tensor
+
+
 def decode_cut(cache_dtype: torch.dtype, device: torch.device) -> DecodeCut:
     """What was fastest on an H200; on Blackwell the sums of four warps spill.
 
@@ -66,7 +82,7 @@ def serves(nope: int, rope: int, latent: int, page_size: int) -> bool:
     return is_whole and page_size <= MIN_CHUNK_KEYS
 
 
-def attend_latents_triton(
+def attend_chunks(
     q_THW: torch.Tensor,
     cache_NSW: torch.Tensor,
     chunks: DecodeChunks,
@@ -74,8 +90,8 @@ def attend_latents_triton(
     scale: float,
     *,
     cut: DecodeCut | None = None,
-) -> torch.Tensor:
-    """Attend to cached rows: out_THC, zeros for a query without keys.
+) -> AttendedChunks:
+    """Attend to cached rows, chunk by chunk.
 
     Args:
         q_THW: From `latent_queries_triton`.
@@ -120,21 +136,36 @@ def attend_latents_triton(
         num_stages=cut.num_stages,
         **pdl_options(q_THW.device),
     )
+    return AttendedChunks(part_XHC, lse_XH, out_THC)
+
+
+def attend_latents_triton(
+    q_THW: torch.Tensor,
+    cache_NSW: torch.Tensor,
+    chunks: DecodeChunks,
+    latent: int,
+    scale: float,
+    *,
+    cut: DecodeCut | None = None,
+) -> torch.Tensor:
+    """Attend to cached rows: out_THC, zeros for a query without keys; arguments are those above."""
+    parts = attend_chunks(q_THW, cache_NSW, chunks, latent, scale, cut=cut)
+    num_tokens, num_heads, _ = q_THW.shape
     block_latent = min(latent, _BLOCK_LATENT)
     _join_kernel[(num_tokens, num_heads, latent // block_latent)](
-        part_XHC,
-        lse_XH,
+        parts.part_XHC,
+        parts.lse_XH,
         chunks.first_T1,
-        out_THC,
+        parts.out_THC,
         num_heads,
         C=latent,
         BLOCK_C=block_latent,
-        FEW_X=_FEW_CHUNKS,
+        FEW_X=FEW_CHUNKS,
         BLOCK_X=_BLOCK_CHUNKS,
         num_warps=2,
         **pdl_options(q_THW.device),
     )
-    return out_THC
+    return parts.out_THC
 
 
 def attend_latents_reference(
@@ -286,7 +317,7 @@ def _attend_kernel(
 
 
 @triton.jit
-def _joined(
+def joined(  # noqa: ANN201 - not Python
     part, lse, start, stop, c, h, H, largest, total, values, C: tl.constexpr, BLOCK_X: tl.constexpr
 ):
     """Some chunks into the sum of those before."""
@@ -326,12 +357,12 @@ def _join_kernel(
         # Many requests have few chunks: 31,000 programs of 64 rows took 60 us for four rows each.
         if stop - begin <= FEW_X:
             if stop > begin:
-                largest, total, values = _joined(
+                largest, total, values = joined(
                     part, lse, begin, stop, c, h, H, largest, total, values, C, FEW_X
                 )
         else:
             for start in range(begin, stop, BLOCK_X):
-                largest, total, values = _joined(
+                largest, total, values = joined(
                     part, lse, start, stop, c, h, H, largest, total, values, C, BLOCK_X
                 )
         values = values / tl.where(total > 0, total, 1.0)

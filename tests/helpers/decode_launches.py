@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 
 from ostro.kernels.gpu.decode_chunks import DecodeChunks
+from ostro.kernels.gpu.join_values import join_values_triton
 from ostro.kernels.gpu.latent_heads import expand_values_triton, latent_queries_triton
-from ostro.kernels.gpu.mla_decode import attend_latents_triton
+from ostro.kernels.gpu.mla_decode import AttendedChunks, attend_latents_triton
 from ostro.kernels.gpu.mla_prologue import mla_prologue_triton
 from ostro.kernels.latent_cache import FP8_ROWS, row_width
 from ostro.kernels.mla_prologue import PrologueNorms
@@ -62,6 +63,15 @@ def _expand_values() -> None:
     expand_values_triton(_meta(_TOKENS, _HEADS, _LATENT), _meta(_HEADS, _VALUE, _LATENT))
 
 
+def _join_values() -> None:
+    parts = AttendedChunks(
+        part_XHC=_meta(_CHUNKS, _HEADS, _LATENT, dtype=torch.float32),
+        lse_XH=_meta(_CHUNKS, _HEADS, dtype=torch.float32),
+        out_THC=_meta(1, _HEADS, _LATENT),
+    )
+    join_values_triton(parts, _meta(2, dtype=torch.int32), _meta(_HEADS, _VALUE, _LATENT))
+
+
 LAUNCHES: dict[str, Callable[[], None]] = {
     "mla_prologue": functools.partial(_prologue, torch.bfloat16),
     "mla_prologue_fp8": functools.partial(_prologue, FP8_ROWS),
@@ -69,4 +79,5 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "attend_latents": functools.partial(_attend_latents, torch.bfloat16),
     "attend_latents_fp8": functools.partial(_attend_latents, FP8_ROWS),
     "expand_values": _expand_values,
+    "join_values": _join_values,
 }

@@ -14,17 +14,18 @@ LOADS_WEIGHTS_EARLY = {
     "_fp8_linear_kernel",
     "_latent_queries_kernel",
     "_expand_values_kernel",
+    "_join_values_kernel",
     "_partial_logits_kernel",
 }
 # By module of launches: what a layer of one request starts, and what others start besides.
 OF_ONE_REQUEST = {
     "linear_launches": ("fp8_linear_1", "fp8_linear_1_rounded"),
-    "decode_launches": ("mla_prologue", "latent_queries", "attend_latents", "expand_values"),
+    "decode_launches": ("mla_prologue", "latent_queries", "attend_latents", "join_values"),
     "expert_launches": ("combine_norm_of_sum", "gate_few", "experts_fp8_1_shared"),
 }
 OF_MORE = {
     "linear_launches": ("fp8_linear_2",),
-    "decode_launches": ("mla_prologue_fp8", "attend_latents_fp8"),
+    "decode_launches": ("mla_prologue_fp8", "attend_latents_fp8", "expand_values"),
     "expert_launches": (
         "combine_norm",
         "rms_norm",

@@ -69,7 +69,9 @@ class Answer:
         self._num_open = len(self._choices)
         self._num_prompt_tokens = sum(len(p.request.prompt_token_ids) for p in prepared)
         self._num_cached_tokens = 0
-        self._num_tokens = self._num_thinking_tokens = 0  # of the choices that have ended
+        # Of the choices that have ended:
+        self._num_tokens = self._num_thinking_tokens = 0
+        self._num_accepted = self._num_rejected = 0
         self._first_token_s: float | None = None
         self._first_answer_token_s: float | None = None
 
@@ -99,6 +101,8 @@ class Answer:
             self.is_finished = not self._num_open
             self._num_tokens += choice.num_tokens
             self._num_thinking_tokens += choice.num_thinking_tokens
+            self._num_accepted += choice.num_accepted
+            self._num_rejected += choice.num_rejected
             brought.append(self._finished(choice))
         return brought
 
@@ -139,6 +143,8 @@ class Answer:
                 completion_tokens=self._num_tokens,
                 thinking_tokens=self._num_thinking_tokens,
                 image_tokens=sum(of_prompt.num_image_tokens for of_prompt in self._prepared),
+                accepted_prediction_tokens=self._num_accepted,
+                rejected_prediction_tokens=self._num_rejected,
             ),
             reasoning=choice.report(),
             timing=self._timing(choice.seconds),
@@ -174,6 +180,7 @@ class ChoiceReader:
         has_answered: Whether any of it was answer text or a call.
         is_finished: Whether it has ended.
         num_tokens: Output tokens up to a stop string.
+        num_accepted: Tokens of the prediction that the output had.
         seconds: Its time at the shard, as far as it was told.
         reason: Why it ended; see `generation.Finished`.
         matched_stop: See `generation.Finished`.
@@ -184,7 +191,7 @@ class ChoiceReader:
         self.choice = choice
         self.is_first_of_prompt = choice == prepared.request.choice
         self.has_begun = self.has_answered = self.is_finished = False
-        self.num_tokens = self.num_thinking_tokens = 0
+        self.num_tokens = self.num_thinking_tokens = self.num_accepted = 0
         self.seconds: ShardSeconds | None = None
         self.reason = ""
         self.matched_stop: str | None = None
@@ -218,9 +225,16 @@ class ChoiceReader:
         for call in step.calls:
             brought.append(ToolCallDone(index=self._num_calls, call=call, choice=self.choice))
             self._num_calls += 1
+        # What came after a stop string is not the output's.
+        self.num_accepted = min(event.num_predicted_tokens, self.num_tokens)
         if self.is_finished:
             self._end(event)
         return brought
+
+    @property
+    def num_rejected(self) -> int:
+        """Tokens of the prediction that the output had not."""
+        return len(self._prepared.request.prediction_token_ids) - self.num_accepted
 
     def report(self) -> ReasoningReport:
         """What became of its thinking."""

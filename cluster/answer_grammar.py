@@ -27,10 +27,10 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     Constraint,
-    ModelCard,
     Tool,
     ToolChoice,
 )
+from ostro.cluster.model_card import ModelCard
 from ostro.cluster.prompt import PromptBuilder, SpecialTokens
 from ostro.cluster.refusals import refuse
 

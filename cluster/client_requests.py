@@ -21,6 +21,8 @@ class Asked(TypedDict, total=False):
         max_tokens: Thinking and answer together.
         stop: Strings that end the answer, or one.
         json_schema: The answer is JSON of this schema.
+        prediction: What the answer will mostly be, such as a file that it edits: it comes sooner
+            then where the deployment drafts, and never differently.
         options: Taken first; what is given by name overrides it.
         request_id: To act on the generation while it runs; made up if it is left out.
         model: The served one if it is left out.
@@ -34,6 +36,7 @@ class Asked(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     json_schema: str | Mapping[str, Any]
+    prediction: str
     options: pb.GenerationOptions
     request_id: str
     model: str
@@ -163,6 +166,8 @@ def options_of(asked: Asked) -> pb.GenerationOptions:
         value = asked.get(name)
         if value is not None:
             _set(getattr(options, place), name, value)
+    if asked.get("prediction") is not None:
+        _set(options, "prediction", asked["prediction"])
     if asked.get("effort") is not None:
         _set(options.reasoning, "effort", effort_number(asked["effort"]))
     stop = asked.get("stop")

@@ -254,4 +254,6 @@ class TokenStream:
             usage.cached_prompt_tokens = self._started.cached_prompt_tokens
             usage.completion_tokens = sum(len(part.token_ids) for part in choices)
             usage.thinking_tokens = sum(part.num_thinking_tokens for part in choices)
+            # Of the calls that broke nobody told.
+            usage.accepted_prediction_tokens = usage.rejected_prediction_tokens = 0
         return [ended]

@@ -27,12 +27,12 @@ from ostro.cluster.generation import (
     ChatMessage,
     GenerationEvent,
     ImageUrl,
-    ModelCard,
     TextGeneration,
     Tool,
 )
 from ostro.cluster.image_fetch import ImageFetcher
 from ostro.cluster.image_workers import ImageWorkers
+from ostro.cluster.model_card import ModelCard
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.request_builder import Prepared, RequestBuilder
 from ostro.cluster.seams import Cell
@@ -161,12 +161,14 @@ class Frontend:
         if _has_images(request.messages):
             return await self._image_workers.run(build)
         num_characters = sum(map(_num_characters, request.messages))
+        num_characters += len(request.options.prediction)
         is_long = num_characters > _LONG_PROMPT or _has_schemas(request)
         return await asyncio.to_thread(build) if is_long else build()
 
     async def _prepare_text(self, request: TextGeneration) -> list[Prepared]:
         build = partial(self._builder.text, request)
-        is_long = sum(map(len, request.prompts)) > _LONG_PROMPT or _has_schemas(request)
+        num_characters = sum(map(len, request.prompts)) + len(request.options.prediction)
+        is_long = num_characters > _LONG_PROMPT or _has_schemas(request)
         return await asyncio.to_thread(build) if is_long else build()
 
     async def _serve(

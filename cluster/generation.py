@@ -70,6 +70,8 @@ class GenerationOptions:
         queue_timeout_s: Give up if generation has not begun by then.
         num_choices: Answers to sample from each prompt; the first is what one alone would be.
         answer_format: Constrains the answer; None leaves it free.
+        prediction: What the answer will mostly be, as the caller believes; "" says nothing. It
+            comes sooner then, never differently.
         tenant: Whose request it is, by the server's own word (never the caller's); "" for nobody.
     """
 
@@ -98,6 +100,7 @@ class GenerationOptions:
     return_token_ids: bool = False
     num_choices: int = 1
     answer_format: AnswerFormat | None = None
+    prediction: str = field(default="", repr=False)
     tenant: str = ""
 
 
@@ -267,13 +270,20 @@ class ToolCallDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Token counts; images are part of the prompt, thinking of the completion."""
+    """Token counts; images are part of the prompt, thinking of the completion.
+
+    Attributes:
+        accepted_prediction_tokens: Of the predictions of all choices, what their answers had.
+        rejected_prediction_tokens: The rest of these; in none of the other counts.
+    """
 
     prompt_tokens: int
     cached_prompt_tokens: int
     completion_tokens: int
     thinking_tokens: int
     image_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,30 +374,3 @@ class Finished:
 
 
 GenerationEvent = Started | TextDelta | ToolCallDone | Finished
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCard:
-    """What the faces say of the served model.
-
-    Attributes:
-        aliases: Other names that callers may use for it; answers say `name`.
-        end_token_ids: They end a generation as `</s>` does.
-        has_vision: Images are taken: the checkpoint has a tower, and the tokenizer knows of it.
-    """
-
-    name: str
-    description: str
-    created_s: int
-    max_context: int
-    vocab_size: int
-    num_layers: int
-    num_experts: int
-    num_experts_per_token: int
-    weight_dtype: str
-    kv_dtype: str
-    efforts: tuple[str, ...]
-    default_effort: str
-    aliases: tuple[str, ...] = ()
-    end_token_ids: tuple[int, ...] = ()
-    has_vision: bool = False

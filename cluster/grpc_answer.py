@@ -198,6 +198,8 @@ def _usage(usage: Usage) -> pb.Usage:
         image_tokens=usage.image_tokens,
         completion_tokens=usage.completion_tokens,
         thinking_tokens=usage.thinking_tokens,
+        accepted_prediction_tokens=usage.accepted_prediction_tokens,
+        rejected_prediction_tokens=usage.rejected_prediction_tokens,
     )
 
 

@@ -10,8 +10,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.cell_metrics import expert_imbalance, kv_usage
-from ostro.cluster.generation import ModelCard
 from ostro.cluster.grpc_answer import EFFORT_NUMBERS
+from ostro.cluster.model_card import ModelCard
 from ostro.protos import cluster_pb2 as pb
 
 _ROLES = {

@@ -228,6 +228,7 @@ def _options(options: pb.GenerationOptions, request_id: str) -> GenerationOption
         return_token_ids=options.return_token_ids,
         answer_format=_answer_format(options.output_format),
         num_choices=options.choices or 1,
+        prediction=options.prediction,
     )
 
 

@@ -20,13 +20,13 @@ from ostro.cluster.generation import (
     ChatMessage,
     Finished,
     GenerationEvent,
-    ModelCard,
     Started,
     TextGeneration,
     Tool,
 )
 from ostro.cluster.key_ring import Caller
 from ostro.cluster.metrics import closing_events
+from ostro.cluster.model_card import ModelCard
 from ostro.cluster.seams import Cell, FrontendLike
 from ostro.configs.key_table import Scope
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Collection
 from itertools import islice
 from typing import TypeVar
 
@@ -43,9 +44,15 @@ class SchemaError(InvalidRequestError):
 
 
 async def read_body(
-    request: Request, kind: type[Body], *, limits: ServingConfig
+    request: Request, kind: type[Body], *, limits: ServingConfig, unheeded: Collection[str] = ()
 ) -> tuple[Body, dict[str, str]]:
     """The body as `kind`, and the headers that name its ignored fields.
+
+    Args:
+        request: Whose body it is.
+        kind: What to read it as.
+        limits: How large it may be, and how slow.
+        unheeded: Fields of `kind` that this deployment does not heed.
 
     Raises:
         TooLargeError: More than `max_body_bytes`.
@@ -63,11 +70,11 @@ async def read_body(
             raise
         raise SlowBodyError(f"the body did not arrive within {limits.body_timeout_s:g} s") from None
     if len(data) > _LARGE_BYTES:
-        return await asyncio.to_thread(_parse, data, kind)
-    return _parse(data, kind)
+        return await asyncio.to_thread(_parse, data, kind, unheeded)
+    return _parse(data, kind, unheeded)
 
 
-def _parse(data: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
+def _parse(data: bytes, kind: type[Body], unheeded: Collection[str]) -> tuple[Body, dict[str, str]]:
     try:
         value = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -78,7 +85,7 @@ def _parse(data: bytes, kind: type[Body]) -> tuple[Body, dict[str, str]]:
         body = kind.model_validate(value)
     except ValidationError as error:
         raise _schema_error(error) from None
-    ignored = ignored_fields(body)
+    ignored = ignored_fields(body, unheeded)
     if not ignored:
         return body, {}
     if body.strict:

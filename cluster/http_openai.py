@@ -9,10 +9,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ostro.cluster.generation import ModelCard
 from ostro.cluster.http_answer import GatheredAnswer
 from ostro.cluster.http_routes import V1, HttpRoutes, json_response
-from ostro.cluster.model_card import check_model_name
+from ostro.cluster.model_card import ModelCard, check_model_name
 from ostro.cluster.openai_answer import WholeChat, WholeText
 from ostro.cluster.openai_fields import AnswerStyle, Json, ThinkingForm
 from ostro.cluster.openai_request import chat_generation, text_generation
@@ -42,7 +41,8 @@ class OpenAIRoutes(HttpRoutes):
 
     async def chat(self, request: Request) -> Response:
         """One assistant turn."""
-        body, headers = await self.read(request, ChatCompletionRequest)
+        unheeded = () if self.frontend.card.heeds_predictions else ("prediction",)
+        body, headers = await self.read(request, ChatCompletionRequest, unheeded)
         generation = chat_generation(body)
         form = _thinking_form(body.reasoning_format, request)
         style = _style(body, form, logprobs=bool(body.logprobs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 import msgspec
 from fastapi import FastAPI
@@ -43,9 +43,11 @@ class HttpRoutes:
         """
         return self._get_frontend()
 
-    async def read(self, request: Request, kind: type[Body]) -> tuple[Body, dict[str, str]]:
+    async def read(
+        self, request: Request, kind: type[Body], unheeded: Collection[str] = ()
+    ) -> tuple[Body, dict[str, str]]:
         """The body, and the headers that name its ignored fields. Raises what `read_body` does."""
-        return await read_body(request, kind, limits=self._serving)
+        return await read_body(request, kind, limits=self._serving, unheeded=unheeded)
 
     def watched(
         self, events: AsyncIterator[GenerationEvent], request: Request, operation: str = CHAT

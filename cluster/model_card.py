@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from ostro.actors.errors import NotFoundError
-from ostro.cluster.generation import ModelCard
 from ostro.configs.checkpoint_layout import find_layout
 from ostro.configs.deployment import DeploymentConfig
 from ostro.configs.model import ModelConfig
 from ostro.configs.reasoning import EFFORTS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What the faces say of the served model.
+
+    Attributes:
+        aliases: Other names that callers may use for it; answers say `name`.
+        end_token_ids: They end a generation as `</s>` does.
+        has_vision: Images are taken: the checkpoint has a tower, and the tokenizer knows of it.
+        heeds_predictions: Answers that their callers predicted come sooner.
+    """
+
+    name: str
+    description: str
+    created_s: int
+    max_context: int
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    num_experts_per_token: int
+    weight_dtype: str
+    kv_dtype: str
+    efforts: tuple[str, ...]
+    default_effort: str
+    aliases: tuple[str, ...] = ()
+    end_token_ids: tuple[int, ...] = ()
+    has_vision: bool = False
+    heeds_predictions: bool = False
 
 
 def make_card(
@@ -54,6 +83,7 @@ def make_card(
         default_effort=deployment.reasoning.default_effort,
         aliases=deployment.aliases,
         end_token_ids=config.eos_token_ids,
+        heeds_predictions=engine.speculation is not None,
     )
 
 

@@ -57,6 +57,11 @@ def head(event: Started, object_name: str) -> Json:
 
 def usage_fields(usage: Usage) -> Json:
     """Token counts under the names that both clients read."""
+    completion_details = {"reasoning_tokens": usage.thinking_tokens}
+    num_accepted, num_rejected = usage.accepted_prediction_tokens, usage.rejected_prediction_tokens
+    if num_accepted or num_rejected:
+        completion_details["accepted_prediction_tokens"] = num_accepted
+        completion_details["rejected_prediction_tokens"] = num_rejected
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -65,7 +70,7 @@ def usage_fields(usage: Usage) -> Json:
             "cached_tokens": usage.cached_prompt_tokens,
             "image_tokens": usage.image_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
+        "completion_tokens_details": completion_details,
         "num_cached_tokens": usage.cached_prompt_tokens,
     }
 

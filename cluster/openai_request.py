@@ -62,6 +62,7 @@ def chat_generation(body: ChatCompletionRequest) -> ChatGeneration:
             effort=body.reasoning_effort,
             thinking_token_budget=body.thinking_token_budget,
             omit_thinking=body.reasoning_format == "none",
+            prediction=_predicted_text(body),
         ),
     )
 
@@ -167,8 +168,6 @@ def _refuse_unserved_chat(body: ChatCompletionRequest) -> None:
         refuse("safe_prompt", "no safety prompt is added")
     if body.guardrails:
         refuse("guardrails", "not served")
-    if body.prediction is not None:
-        refuse("prediction", "not served")
     if body.modalities is not None and body.modalities != ["text"]:
         refuse("modalities", "only ['text'] is served")
 
@@ -181,6 +180,7 @@ def _options(
     effort: str | None = None,
     thinking_token_budget: int | None = None,
     omit_thinking: bool = False,
+    prediction: str = "",
 ) -> GenerationOptions:
     return replace(
         sampling_options(body),
@@ -195,6 +195,7 @@ def _options(
         return_token_ids=bool(body.return_token_ids),
         answer_format=answer_format(body),
         num_choices=1 if body.n is None else body.n,
+        prediction=prediction,
     )
 
 
@@ -215,6 +216,21 @@ def _num_logprobs(body: ChatCompletionRequest) -> int | None:
     if body.top_logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
     return None
+
+
+def _predicted_text(body: ChatCompletionRequest) -> str:
+    if body.prediction is None:
+        return ""
+    content = body.prediction.content or ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for i, part in enumerate(content):
+        where = f"prediction.content[{i}]"
+        if part.type != "text":
+            refuse(where, "a prediction has parts of type 'text' alone")
+        texts.append(present(part.text, f"{where}.text"))
+    return "".join(texts)
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

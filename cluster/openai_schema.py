@@ -162,6 +162,16 @@ class StructuredOutputs(Wire):
     json_object: bool | None = None
 
 
+class Prediction(Wire):
+    """What the answer will mostly be, such as a file that it edits.
+
+    The answer comes sooner, never differently. `content` is text, or parts of it.
+    """
+
+    type: Literal["content"] = "content"
+    content: str | list[Part] | None = None
+
+
 class CompletionFields(SamplingFields):
     """The fields that chat and text completions share."""
 
@@ -204,7 +214,7 @@ class ChatCompletionRequest(CompletionFields):
     prompt_mode: str | None = None
     safe_prompt: bool | None = None
     guardrails: list[object] | None = None
-    prediction: dict[str, object] | None = None
+    prediction: Prediction | None = None
     modalities: list[str] | None = None
 
 

@@ -29,9 +29,15 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """What completion tokens were for."""
+    """What completion tokens were for, and what became of a prediction that was heeded.
+
+    Tokens of the prediction that the answer had are among the completion tokens; those that it had
+    not are rejected, and are no tokens of the completion: nobody pays for them.
+    """
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
 
 
 class Usage(BaseModel):

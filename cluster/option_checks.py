@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ostro.actors.errors import InvalidRequestError
-from ostro.cluster.generation import GenerationOptions, ModelCard
+from ostro.cluster.generation import GenerationOptions
+from ostro.cluster.model_card import ModelCard
 from ostro.configs.deployment import ServingConfig
 
 MAX_LOGPROBS = 20

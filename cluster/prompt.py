@@ -196,20 +196,20 @@ class PromptBuilder:
         _check_tools(tools)
         self._check_images(messages)
 
-    def text(self, text: str, *, add_bos: bool = True) -> list[int]:
+    def text(self, text: str, *, add_bos: bool = True, field: str = "prompt") -> list[int]:
         """Token ids of plain text; names of control tokens in it stay plain text.
 
         Raises:
-            InvalidRequestError: The tokenizer cannot take the text; `param` is "prompt".
+            InvalidRequestError: The tokenizer cannot take the text; `param` is `field`.
         """
         if not _is_unicode(text):
-            raise InvalidRequestError("prompt is not valid Unicode text", param="prompt")
+            raise InvalidRequestError(f"{field} is not valid Unicode text", param=field)
         try:
             return self._tekken.encode(text, bos=add_bos, eos=False)
         except ValueError as error:
             raise InvalidRequestError(
-                "prompt cannot be tokenized: very long runs of blanks are beyond the tokenizer",
-                param="prompt",
+                f"{field} cannot be tokenized: very long runs of blanks are beyond the tokenizer",
+                param=field,
             ) from error
 
     def _check_images(self, messages: Sequence[ChatMessage]) -> None:

@@ -29,12 +29,11 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     GenerationOptions,
-    ModelCard,
     TextGeneration,
     Tool,
 )
 from ostro.cluster.images import no_vision
-from ostro.cluster.model_card import check_model_name
+from ostro.cluster.model_card import ModelCard, check_model_name
 from ostro.cluster.option_checks import check_options, check_token_ids, refused
 from ostro.cluster.output_parser import OutputFormat
 from ostro.cluster.prompt import Prompt, PromptBuilder
@@ -268,6 +267,7 @@ class RequestBuilder:
             grammar=rules.grammar,
             choice=first_choice,
             num_choices=options.num_choices,
+            prediction_token_ids=self._predicted(options),
         )
         if not self._config.security.share_prefix_cache:
             request = with_own_caches(request)
@@ -281,6 +281,21 @@ class RequestBuilder:
             length_is_context=asked_tokens > context_left,
             num_image_tokens=sum(image.num_tokens for image in prompt.images),
         )
+
+    def _predicted(self, options: GenerationOptions) -> list[int]:
+        """Token ids of the prediction; none where nobody would draft from them."""
+        if not options.prediction or not self._card.heeds_predictions:
+            return []
+        field, most = "prediction", self._card.max_context
+        token_ids = self._prompts.text(options.prediction, add_bos=False, field=field)
+        if len(token_ids) > most:
+            raise InvalidRequestError(
+                f"{field}: it has {len(token_ids)} tokens; no answer has more than the context, "
+                f"which holds {most}",
+                code="context_length_exceeded",
+                param=field,
+            )
+        return token_ids
 
     def _sampling(
         self, options: GenerationOptions, row: EffortConfig, banned: tuple[int, ...]

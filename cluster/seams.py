@@ -11,10 +11,10 @@ from ostro.cluster.generation import (
     ChatGeneration,
     ChatMessage,
     GenerationEvent,
-    ModelCard,
     TextGeneration,
     Tool,
 )
+from ostro.cluster.model_card import ModelCard
 
 
 class Cell(Protocol):

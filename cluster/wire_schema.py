@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
 _UNKNOWN = "no such field is known"
 _IDLE = "this has no effect here"
+_UNHEEDED = "this has no effect in this deployment"
 _ONLY_TIERS = (None, "auto", "default", "standard_only")  # names of the one service there is
 
 
@@ -61,15 +62,17 @@ class SamplingFields(RequestBody):
             yield "prompt_cache_key"
 
 
-def ignored_fields(body: Wire) -> dict[str, str]:
+def ignored_fields(body: Wire, unheeded: Collection[str] = ()) -> dict[str, str]:
     """Why each field is ignored, by its path, such as `messages[0].mood`; null asks nothing.
 
-    First those that no model declares, then those whose value changes nothing.
+    First those that no model declares, then those whose value changes nothing, last those of
+    `unheeded`, which a deployment of another kind would heed.
     """
     unknown: dict[str, str] = {}
     idle: dict[str, str] = {}
     _note_ignored(body, "", unknown, idle)
-    return unknown | idle
+    asked = [name for name in unheeded if getattr(body, name, None) is not None]
+    return unknown | idle | dict.fromkeys(asked, _UNHEEDED)
 
 
 def _note_ignored(part: Wire, path: str, unknown: dict[str, str], idle: dict[str, str]) -> None:

@@ -79,7 +79,14 @@ FIELDS = [
     Sent("top_logprobs", 2, HEEDED, {"logprobs": True}),
     Sent("top_logprobs", 2, REFUSED),
     Sent("reasoning_effort", "high", HEEDED),
-    Sent("prediction", {"type": "content", "content": "Hello"}, REFUSED),
+    Sent("prediction", {"type": "content", "content": "Hello"}, HEEDED),
+    Sent("prediction", {"content": [{"type": "text", "text": "Hello"}]}, HEEDED),
+    Sent("prediction", {"type": "content", "content": ""}, LABEL),
+    Sent("prediction", {"type": "content", "content": [{"type": "image_url"}]}, REFUSED),
+    Sent("prediction", {"type": "content", "content": [{"type": "text"}]}, REFUSED),
+    Sent("prediction", {"type": "content", "content": 5}, REFUSED),
+    Sent("prediction", {"type": "file", "content": "Hello"}, REFUSED),
+    Sent("prediction", "Hello", REFUSED),
     Sent("prompt_cache_key", "team", HEEDED),
     Sent("prompt_cache_key", "team", NAMED, {"cache_salt": "pepper"}),
     Sent("service_tier", "auto", LABEL),
@@ -324,6 +331,35 @@ def test_no_field_is_ignored_in_silence(chats, path, fate, plain, body):
     assert seen is fate
 
 
+PREDICTED_FIELDS = [
+    Sent("content", "Hello", HEEDED),
+    Sent("content", None, LABEL),
+    Sent("type", "content", LABEL),
+    Sent("type", "file", REFUSED),
+    Sent("mood", "good", NAMED),
+]
+
+
+@pytest.mark.parametrize("sent", PREDICTED_FIELDS, ids=lambda sent: f"{sent.name}-{sent.fate.name}")
+def test_no_field_of_a_prediction_is_ignored_in_silence(chats, sent):
+    body = PLAIN | {"prediction": {sent.name: sent.value}}
+    path = f"prediction.{sent.name}"
+    test_no_field_is_ignored_in_silence(chats, path, sent.fate, PLAIN, body)
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}], ids=["whole", "streamed"])
+def test_a_deployment_without_drafts_says_that_it_heeds_no_prediction(fields):
+    frontend = ScriptedFrontend()
+    frontend.heeds_predictions = False
+    body = PLAIN | {"prediction": {"type": "content", "content": "Hello"}} | fields
+    with face(frontend) as http:
+        heedless = http.post("/v1/chat/completions", json=body)
+        refused = http.post("/v1/chat/completions", json=body | {"strict": True})
+    assert (heedless.status_code, heedless.headers["x-ignored-fields"]) == (200, "prediction")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "prediction")
+    assert "this deployment" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("form", ["fields", "chunks"])
 def test_an_answer_goes_back_in_as_it_came(chats, form):
     frontend, http = chats
@@ -398,6 +434,14 @@ DOCUMENTED = {
     "function": (
         sent_names(FUNCTION_FIELDS),
         [FunctionDefinition, mistral.Function, openai_schema.FunctionIn],
+    ),
+    "prediction": (
+        sent_names(PREDICTED_FIELDS),
+        [
+            openai.ChatCompletionPredictionContentParam,
+            mistral.Prediction,
+            openai_schema.Prediction,
+        ],
     ),
     "stream_options": (
         {"include_usage", "include_obfuscation"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from scripted_frontend import MODEL
 
 from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEvent
-from ostro.cluster.generation import ModelCard
+from ostro.cluster.model_card import ModelCard
 from ostro.configs.deployment import DeploymentConfig, Layout, LayoutConfig
 from ostro.configs.reasoning import EFFORTS
 

@@ -9,7 +9,7 @@ from typing import Any
 from ostro.actors.engine.request import FinishReason, GenerationRequest, TokenEvent
 from ostro.actors.errors import OstroError
 from ostro.actors.fabric.messages import State
-from ostro.cluster.generation import ModelCard
+from ostro.cluster.model_card import ModelCard
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig, Layout, LayoutConfig, ServingConfig
 from ostro.configs.reasoning import EFFORTS

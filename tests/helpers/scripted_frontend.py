@@ -25,7 +25,6 @@ from ostro.cluster.generation import (
     ChatMessage,
     Finished,
     GenerationEvent,
-    ModelCard,
     ReasoningReport,
     Started,
     TextDelta,
@@ -37,7 +36,7 @@ from ostro.cluster.generation import (
     ToolCallDone,
     Usage,
 )
-from ostro.cluster.model_card import check_model_name
+from ostro.cluster.model_card import ModelCard, check_model_name
 from ostro.configs.reasoning import EFFORTS
 
 MODEL = "tiny-small-4"
@@ -201,6 +200,7 @@ class ScriptedFrontend:
         self.num_closed = 0
         self.num_completed = 0
         self.closed = threading.Event()
+        self.heeds_predictions = True
 
     @property
     def card(self) -> ModelCard:
@@ -218,6 +218,7 @@ class ScriptedFrontend:
             efforts=EFFORTS,
             default_effort="none",
             aliases=(ALIAS,),
+            heeds_predictions=self.heeds_predictions,
         )
 
     def chat(self, request: ChatGeneration) -> AsyncIterator[GenerationEvent]:

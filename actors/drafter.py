@@ -121,7 +121,7 @@ def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:
         prediction = progress.prediction
         if prediction is None or not entry.samples or progress.state is not RequestState.RUNNING:
             continue
-        drafts = prediction.draft(most)
-        if not prediction.is_sure:
-            drafts = progress.draft_token_ids or drafts[:most_unsure]
-        progress.draft_token_ids = drafts or progress.draft_token_ids
+        if prediction.is_sure:
+            progress.draft_token_ids = prediction.draft(most)
+        elif not progress.draft_token_ids:
+            progress.draft_token_ids = prediction.draft(most_unsure)

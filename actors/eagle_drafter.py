@@ -174,13 +174,21 @@ class EagleDrafter:
 
 
 def _rows_of_last_tokens(step: ScheduledStep) -> list[tuple[RequestProgress, int]]:
-    """Requests whose next step decodes, with the row of the last token that the model computed."""
+    """Requests whose next step decodes, with the row of the last token that the model computed.
+
+    Not those whose next tokens are known: their drafts would be replaced.
+    """
     found, first_row = [], 0
     for entry in step.entries:
         progress = entry.progress
         index = progress.num_computed_tokens - 1 - entry.start
-        decodes = progress.num_computed_tokens == progress.num_known_tokens - 1
-        if progress.state is RequestState.RUNNING and decodes and 0 <= index < entry.num_tokens:
+        if _needs_guess(progress) and 0 <= index < entry.num_tokens:
             found.append((progress, first_row + index))
         first_row += entry.num_tokens
     return found
+
+
+def _needs_guess(progress: RequestProgress) -> bool:
+    decodes = progress.num_computed_tokens == progress.num_known_tokens - 1
+    is_known = progress.prediction is not None and progress.prediction.is_sure
+    return progress.state is RequestState.RUNNING and decodes and not is_known

@@ -73,8 +73,9 @@ class FollowedText:
 
     @property
     def is_sure(self) -> bool:
-        """Whether more than chance speaks for what was drafted last."""
-        return self._run >= _SURE
+        """Whether it is known what should come next, and by more than chance."""
+        self._follow()
+        return self._run >= _SURE and self._next < len(self._text)
 
     def draft(self, num_tokens: int) -> list[int]:
         """What should come next, at most one token more than have come as they should in a row.

@@ -16,6 +16,7 @@ from eagle_oracle import EagleOracle, write_fp8_head
 from eagle_rig import EagleRig
 from model_rig import load_image_oracle, load_oracle, make_progress, oracle_image_states
 
+from ostro.actors.engine.followed_text import FollowedText
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.model.random_checkpoint import TINY, TINY_VISION, write_random_head
 from ostro.configs.model import load_model_config
@@ -166,6 +167,20 @@ def test_requests_that_ended_or_lost_their_pages_get_no_drafts(pair: Pair) -> No
     assert asked == ["2"]
     assert [one.draft_token_ids for one in requests[:2]] == [[], []]
     pair.check(requests[2:])
+
+
+def test_the_head_guesses_nothing_while_a_prediction_is_followed(pair: Pair) -> None:
+    rig = EagleRig(pair.model, pair.head)
+    plain, predicted = (make_progress(str(n), some_tokens(6, n)) for n in range(2))
+    text = some_tokens(20, 2)
+    predicted.prediction = FollowedText(
+        text, predicted.request.prompt_token_ids, predicted.output_token_ids, None
+    )
+    rig.advance([(plain, 6), (predicted, 6)], NUM_DRAFTS, tokens=[[7], text[:1]])
+    pair.check([plain])
+    assert predicted.draft_token_ids == []
+    rig.advance([(plain, 1), (predicted, 1)], NUM_DRAFTS, tokens=[[7], [7]])  # it goes elsewhere
+    pair.check([plain, predicted])
 
 
 def test_a_request_that_was_cancelled_within_its_step_does_no_harm(pair: Pair) -> None:

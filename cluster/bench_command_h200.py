@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -60,6 +59,7 @@ def h200(
     from ostro.actors.model.device import choose_cache_dtype
     from ostro.cluster.bench_whole_model import WholeModel, measure, mistral_small_4
     from ostro.kernels.bench.ceilings import NoGpuError, gpu_name, measure_ceilings
+    from ostro.kernels.bench.json_text import json_text
 
     held = parse_precision(precision)
     config = mistral_small_4(layers)
@@ -72,23 +72,24 @@ def h200(
     except NoGpuError as error:
         print_error(str(error))
         raise typer.Exit(1) from None
-    try:
-        with shown_progress() as progress:
-            progress.note("ceilings")
-            ceilings = measure_ceilings()
-            progress.note(f"{layers} layers of random {precision} weights")
-            places = cache_tokens(decodes, prefills)
+    figures: list[StepFigure] = []
+    is_whole = True
+    with shown_progress() as progress:
+        progress.note("ceilings")
+        ceilings = measure_ceilings()
+        progress.note(f"{layers} layers of random {precision} weights")
+        places = cache_tokens(decodes, prefills)
+        try:
             model = WholeModel(config, cache_tokens=places, cache_dtype=cache_dtype, precision=held)
-            figures = []
             for figure in measure(model, ceilings, decodes, prefills, with_pdl=pdl):
                 figures.append(figure)
                 progress.note(f"{figure.kind} {figure.num_tokens} at {figure.context}")
-    except torch.OutOfMemoryError:
-        print_error(f"{device} does not hold it; try fewer --layers or smaller contexts")
-        raise typer.Exit(1) from None
+        except torch.OutOfMemoryError:
+            is_whole = False
     latents = engine.cached_in("bfloat16")
-    title = f"{device}, {layers} layers, {precision.upper()}, latents in {latents}"
-    make_console().print(to_table(title, figures))
+    if figures:
+        title = f"{device}, {layers} layers, {precision.upper()}, latents in {latents}"
+        make_console().print(to_table(title, figures))
     if json is not None:
         tree = {
             "device": device,
@@ -98,7 +99,11 @@ def h200(
             "ceilings": asdict(ceilings),
             "figures": [asdict(figure) for figure in figures],
         }
-        json.write_text(json_format.dumps(tree, indent=1) + "\n")
+        json.write_text(json_text(tree))
+    if not is_whole:
+        what = "the next size" if figures else "it"
+        print_error(f"{device} does not hold {what}; try fewer --layers or smaller contexts")
+        raise typer.Exit(1)
 
 
 def cache_tokens(decodes: Sequence[tuple[int, int]], prefills: Sequence[tuple[int, int]]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ostro.cluster.bench_options import Json
+from ostro.cluster.bench_options import Json, in_a_folder
 from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.cli_console import make_console, print_error
 
@@ -36,7 +36,12 @@ def kernels(
     json: Json = None,
     tuned: Annotated[
         Path | None,
-        typer.Option(help="Write the best tiles here, as kernels/tuned/ has them; needs --sweep."),
+        typer.Option(
+            dir_okay=False,
+            writable=True,
+            callback=in_a_folder,
+            help="Write the best tiles here, as kernels/tuned/ has them; needs --sweep.",
+        ),
     ] = None,
 ) -> None:
     """Triton kernels on this GPU: checked against their references, then timed in CUDA graphs.

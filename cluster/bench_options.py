@@ -11,7 +11,7 @@ import typer
 _Number = TypeVar("_Number", int, float)
 
 
-def _in_a_folder(path: Path | None) -> Path | None:
+def in_a_folder(path: Path | None) -> Path | None:
     """Refuse before anything is measured what could not be written after it."""
     if path is not None and not path.absolute().parent.is_dir():
         raise typer.BadParameter(f"{path.parent}: no such folder")
@@ -24,7 +24,7 @@ Json = Annotated[
         "--json",
         dir_okay=False,
         writable=True,
-        callback=_in_a_folder,
+        callback=in_a_folder,
         help="Write the figures here as JSON.",
     ),
 ]

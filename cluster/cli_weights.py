@@ -104,7 +104,8 @@ def convert(
     """Write a checkpoint in another layout or precision, with every other file that is in SRC.
 
     Weights that are in the wanted precision keep their bytes. The rest is rounded anew, without
-    calibration: such fp8 and nvfp4 weights bring no scales for their inputs. Folders in SRC stay
+    calibration: such fp8 and nvfp4 weights bring no scales for their inputs. So are gate and up of
+    an fp8 expert where the layout has one scale for both and SRC has two. Folders in SRC stay
     behind. Interrupted, it leaves nothing.
 
     For example:

@@ -146,9 +146,12 @@ def _adapted(values: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
     """The source's own config with another precision; all that we do not know stays in it."""
     sections = [values, *(values[key] for key in ("text_config",) if key in values)]
     for section in sections:
+        section.update({key: _DTYPE for key in _DTYPE_KEYS if key in section})
+    if conversion.quantization == conversion.config.quantization:
+        return values
+    for section in sections:
         for key in ("quantization", "quantization_config"):
             section.pop(key, None)
-        section.update({key: _DTYPE for key in _DTYPE_KEYS if key in section})
     return {**values, **declare(conversion.layout, conversion.quantization)}
 
 

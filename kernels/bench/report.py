@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +23,7 @@ from ostro.kernels.bench import (
     sweep_linear,
 )
 from ostro.kernels.bench.ceilings import gpu_name, measure_ceilings
+from ostro.kernels.bench.json_text import json_text
 from ostro.kernels.bench.measure import Case, Ceilings
 from ostro.kernels.bench.run import Result, run_cases
 from ostro.kernels.bench.sizes import Sizes
@@ -70,7 +70,7 @@ class Report:
     def write(self, path: Path | None) -> None:
         """As JSON; nowhere if that is None."""
         if path is not None:
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+            path.write_text(json_text(asdict(self)))
 
 
 def _expert_cases(name: str) -> Iterator[Case]:

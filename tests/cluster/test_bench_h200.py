@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from ostro.cluster import bench_whole_model
 from ostro.cluster.bench import app
 from ostro.cluster.bench_command_h200 import (
     cache_tokens,
@@ -25,6 +30,7 @@ from ostro.cluster.bench_whole_model import (
     prefill_floor_ms,
 )
 from ostro.configs.quantization import WeightFormat
+from ostro.kernels.bench import ceilings as ceilings_module
 from ostro.kernels.bench.measure import Ceilings
 from ostro.kernels.latent_cache import FP8_ROWS
 
@@ -38,6 +44,60 @@ def test_h200_says_that_it_needs_a_gpu() -> None:
     result = CliRunner().invoke(app, ["h200"])
     assert result.exit_code == 1
     assert "CUDA device" in result.output
+
+
+class _Model:
+    """Stands for the whole model, which no CPU holds."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+
+_FIGURE = StepFigure(
+    kind="decode",
+    num_requests=1,
+    num_tokens=1,
+    context=1024,
+    graph_ms=4.0,
+    step_ms=4.2,
+    floor_ms=1.4,
+    experts_hit=4.0,
+    pdl_ms=math.nan,
+)
+
+
+def _measure_until_memory_ends(*_: Any, **__: Any) -> Iterator[StepFigure]:
+    yield _FIGURE
+    raise torch.OutOfMemoryError("80 GiB")
+
+
+def _measure_all(*_: Any, **__: Any) -> Iterator[StepFigure]:
+    yield _FIGURE
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings_module, "gpu_name", lambda: "some GPU")
+    monkeypatch.setattr(ceilings_module, "measure_ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(bench_whole_model, "WholeModel", _Model)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("measure", "code"), [(_measure_all, 0), (_measure_until_memory_ends, 1)], ids=["all", "part"]
+)
+def test_h200_tells_what_was_measured_even_where_memory_ends(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    measure: Callable[..., Iterator[StepFigure]],
+    code: int,
+) -> None:
+    monkeypatch.setattr(bench_whole_model, "measure", measure)
+    result = CliRunner().invoke(app, ["h200", "--json", str(tmp_path / "told.json")])
+    assert result.exit_code == code
+    assert "4.00 ms" in result.stdout
+    assert ("some GPU does not hold the next size" in result.stderr) == bool(code)
+    told = json.loads((tmp_path / "told.json").read_text(), parse_constant=pytest.fail)
+    assert [(row["graph_ms"], row["pdl_ms"]) for row in told["figures"]] == [(4.0, None)]
 
 
 @pytest.mark.parametrize("text", ["8", "8x", "x8", "0x8", "8x0", "axb", "8x8x8"])

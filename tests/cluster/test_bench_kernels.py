@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,16 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     result = CliRunner().invoke(app, ["kernels"])
     assert result.exit_code == 1
     assert "error: this is measured on a CUDA device, and torch finds none" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--tuned"])
+@pytest.mark.parametrize("place", ["nowhere/told.json", "."])
+def test_what_could_not_be_written_is_refused_before_anything_is_measured(
+    option: str, place: str, tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(app, ["kernels", "--sweep", "fp8", option, str(tmp_path / place)])
+    assert result.exit_code == 2
+    assert option in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--parts", "--sweep"])

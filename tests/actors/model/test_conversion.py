@@ -257,6 +257,22 @@ def test_other_files_are_carried_over_and_unknown_keys_of_the_config_stay(
     assert "quantization_config" not in written
 
 
+@pytest.mark.parametrize(("layout", "precision"), [kind for kind in _KINDS if "bf16" not in kind])
+def test_what_a_config_says_of_its_precision_stays_with_the_precision(
+    variant: Variant, tmp_path: Path, layout: str, precision: str
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in variant(layout, precision).iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    values = json.loads((source / _CONFIGS[layout]).read_text())
+    key = "quantization_config" if layout == "hf" else "quantization"
+    values[key]["ignore"] = ["re:.*attention.*"]
+    (source / _CONFIGS[layout]).write_text(json.dumps(values))
+    converted = _convert(source, tmp_path / "out", layout, precision)
+    assert json.loads((converted / _CONFIGS[layout]).read_text())[key] == values[key]
+
+
 def test_token_ids_survive_the_layout_that_has_no_place_for_them(tmp_path: Path) -> None:
     source = checkpoints.make_tiny_checkpoint(tmp_path / "text", num_layers=1, num_experts=4)
     (source / "generation_config.json").unlink()

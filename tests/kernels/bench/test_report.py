@@ -82,6 +82,19 @@ def test_a_part_that_fails_does_not_hide_the_next(
     assert not found.is_right()
 
 
+def test_a_case_that_fails_has_no_time_in_json(
+    sizes: Sizes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(_: Sequence[Launch]) -> float:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(run, "replay_us", broken)
+    monkeypatch.setattr(report, "PARTS", {"small": partial(small_cases.cases, sizes, [3])})
+    measure_kernels(["small"], [], lambda _: None, json_path=tmp_path / "told.json")
+    told = json.loads((tmp_path / "told.json").read_text(), parse_constant=pytest.fail)
+    assert {row["us"] for row in told["results"]} == {None}
+
+
 def test_sweeps_find_tiles_for_the_file(
     sizes: Sizes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -52,6 +52,12 @@ def _assert_as_recorded(record: str, names: list[str]) -> None:
 
 
 @each_record
+def test_records_are_of_the_triton_that_is_pinned(record: str) -> None:
+    pins = (Path(__file__).parents[3] / "constraints.txt").read_text().splitlines()
+    assert f"triton=={_recorded(record)['triton']}" in pins, "write the records anew and read them"
+
+
+@each_record
 def test_chosen_launches_compile_as_recorded(record: str) -> None:
     _assert_as_recorded(record, list(EVERY_RUN[record]))
 

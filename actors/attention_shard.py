@@ -254,7 +254,7 @@ class AttentionShard(RankActor):
             return PairExchange(self._wiring(spec, self._config))
         if self._group is None:
             return LocalExchange(
-                self._experts.forward,
+                self._experts.forward_pairs,
                 spec.placement,
                 spec.device,
                 has_shared=self._experts.has_shared,

@@ -114,7 +114,7 @@ class WholeModel:
         self.experts = LocalExperts(config, experts)
         placement = initial_placement(config.num_experts, [0])
         self.exchange = LocalExchange(
-            self.experts.forward, placement, "cuda", has_shared=self.experts.has_shared
+            self.experts.forward_pairs, placement, "cuda", has_shared=self.experts.has_shared
         )
 
     def decode_batches(self, num_requests: int, context: int) -> Callable[[], Batch]:

@@ -5,17 +5,32 @@
 Each shard has already weighted and summed its own experts, so it sends one row per token at most.
 Sums are float32 and in a fixed order: the result does not depend on who answered first.
 
-Shape legend: T tokens, D hidden, R rows of one shard (at most T).
+Shape legend: T tokens, D hidden, R rows of one shard (at most T), K experts per token, A = T * K
+pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from ostro.kernels.cpu import library
 from ostro.kernels.rms_norm import rms_norm, rms_norm_reference
+
+
+@dataclass(frozen=True, slots=True)
+class PairRows:
+    """What each token's experts gave, weighted and not added up yet; only on a GPU.
+
+    Attributes:
+        rows_AD: Row t * K + k is from token t's k-th expert; not read where that is not here.
+        expert_TK: int64 ids, by which they are added up, -1 where the k-th expert is not here.
+    """
+
+    rows_AD: torch.Tensor
+    expert_TK: torch.Tensor
 
 
 def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -63,12 +78,12 @@ def combine_sparse(
 
 
 def add_residual(
-    sum_TD: torch.Tensor, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
+    sum_TD: torch.Tensor | PairRows, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """The layer's output: routed sum, shared expert and residual, added in float32, rounded once.
 
     Args:
-        sum_TD: float32, or on a GPU any float dtype; may be changed.
+        sum_TD: float32, or on a GPU any float dtype or what is to be added up; may be changed.
         shared_TD: In the model's dtype; None where `sum_TD` has it.
         residual_TD: Likewise, always there.
 
@@ -78,16 +93,23 @@ def add_residual(
     Example:
         sum [[1.]], shared [[2.]] and residual [[3.]] give [[6.]].
     """
-    if shared_TD is not None and library.serves(residual_TD) and not sum_TD.shape[1] % 16:
-        return add_residual_cpu(sum_TD, shared_TD, residual_TD)
     if residual_TD.is_cuda:
         from ostro.kernels.gpu.combine import add_residual_triton
 
         return add_residual_triton(sum_TD, shared_TD, residual_TD)
+    sum_TD = _on_cpu(sum_TD)
+    if shared_TD is not None and library.serves(residual_TD) and not sum_TD.shape[1] % 16:
+        return add_residual_cpu(sum_TD, shared_TD, residual_TD)
     if shared_TD is not None:
         sum_TD += shared_TD
     sum_TD += residual_TD
     return sum_TD.to(residual_TD.dtype)
+
+
+def _on_cpu(part: torch.Tensor | PairRows) -> torch.Tensor:
+    if isinstance(part, PairRows):
+        raise TypeError("rows of pairs are not added up on a CPU: experts there give their sum")
+    return part
 
 
 def add_residual_cpu(
@@ -110,7 +132,7 @@ def add_residual_cpu(
 
 
 def combine_norm(
-    parts: Sequence[torch.Tensor],
+    parts: Sequence[torch.Tensor | PairRows],
     shared_TD: torch.Tensor | None,
     residual_TD: torch.Tensor,
     norm_D: torch.Tensor,
@@ -120,7 +142,7 @@ def combine_norm(
 
     Args:
         parts: [T, D] tensors of any float dtype, in rank order; none where routed experts add
-            nothing. One alone in float32 may be changed.
+            nothing. One alone in float32 may be changed; one alone on a GPU may be of pairs.
         shared_TD: Added too, in the model's dtype; None where a part has it.
         residual_TD: Likewise, always there.
         norm_D: Weight of the norm, likewise.
@@ -137,12 +159,13 @@ def combine_norm(
         from ostro.kernels.gpu.combine import combine_norm_triton
 
         return combine_norm_triton(parts, shared_TD, residual_TD, norm_D, eps)
-    if not parts:
+    dense = [_on_cpu(part) for part in parts]
+    if not dense:
         out_TD = residual_TD if shared_TD is None else residual_TD + shared_TD
-    elif len(parts) == 1 and parts[0].dtype == torch.float32:
-        out_TD = add_residual(parts[0], shared_TD, residual_TD)
+    elif len(dense) == 1 and dense[0].dtype == torch.float32:
+        out_TD = add_residual(dense[0], shared_TD, residual_TD)
     else:
-        out_TD = add_residual(combine(parts), shared_TD, residual_TD)
+        out_TD = add_residual(combine(dense), shared_TD, residual_TD)
     return out_TD, rms_norm(out_TD, norm_D, eps)
 
 
@@ -157,17 +180,28 @@ def combine_reference(
     return out_TD
 
 
+def sum_pairs_reference(pairs: PairRows) -> torch.Tensor:
+    """Meaning of rows that are not added up yet: float32 sums by ascending id, rounded once."""
+    expert_TK = pairs.expert_TK
+    out_TD = torch.zeros(len(expert_TK), pairs.rows_AD.shape[1], device=pairs.rows_AD.device)
+    for t, experts in enumerate(expert_TK.tolist()):
+        for _, k in sorted((e, k) for k, e in enumerate(experts) if e >= 0):
+            out_TD[t] += pairs.rows_AD[t * len(experts) + k].float()
+    return out_TD.to(pairs.rows_AD.dtype)
+
+
 def add_residual_reference(
-    sum_TD: torch.Tensor, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
+    sum_TD: torch.Tensor | PairRows, shared_TD: torch.Tensor | None, residual_TD: torch.Tensor
 ) -> torch.Tensor:
     """Meaning of `add_residual`."""
+    sum_TD = sum_pairs_reference(sum_TD) if isinstance(sum_TD, PairRows) else sum_TD
     if shared_TD is not None:
         sum_TD = sum_TD.float() + shared_TD.float()
     return (sum_TD.float() + residual_TD.float()).to(residual_TD.dtype)
 
 
 def combine_norm_reference(
-    parts: Sequence[torch.Tensor],
+    parts: Sequence[torch.Tensor | PairRows],
     shared_TD: torch.Tensor | None,
     residual_TD: torch.Tensor,
     norm_D: torch.Tensor,
@@ -175,7 +209,7 @@ def combine_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Meaning of `combine_norm`."""
     sum_TD = torch.zeros(residual_TD.shape, device=residual_TD.device)
-    for part_TD in parts:
-        sum_TD += part_TD.float()
+    for part in parts:
+        sum_TD += (sum_pairs_reference(part) if isinstance(part, PairRows) else part).float()
     out_TD = add_residual_reference(sum_TD, shared_TD, residual_TD)
     return out_TD, rms_norm_reference(out_TD, norm_D, eps)

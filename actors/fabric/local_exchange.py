@@ -21,6 +21,7 @@ from ostro.actors.errors import TransportError
 from ostro.actors.fabric.expert_map import ExpertMap
 from ostro.actors.fabric.messages import StepPlan
 from ostro.actors.fabric.placement import Placement
+from ostro.kernels.combine import PairRows
 
 
 class RowExperts(Protocol):
@@ -47,6 +48,20 @@ class RowExperts(Protocol):
         ...
 
 
+class LocalRowExperts(Protocol):
+    """Likewise, where nothing travels: what it gives may be left to add up."""
+
+    def __call__(
+        self,
+        layer: int,
+        rows_RD: torch.Tensor,
+        expert_RK: torch.Tensor,
+        weight_RK: torch.Tensor,
+    ) -> torch.Tensor | PairRows:
+        """As `RowExperts`, or its pairs' rows."""
+        ...
+
+
 @dataclass(slots=True)
 class ExchangeCounters:
     """Where a transport's time went and what it carried, in its epoch.
@@ -69,7 +84,7 @@ class LocalExchange:
 
     def __init__(
         self,
-        experts: RowExperts,
+        experts: LocalRowExperts,
         placement: Placement,
         device: torch.device | str = "cpu",
         *,
@@ -115,15 +130,17 @@ class LocalExchange:
         """Hand in a micro-batch's rows; ids are logical, int64."""
         self._waiting[layer, micro_batch] = (x_TD, expert_TK, weight_TK)
 
-    def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
-        """[T, D]: what the experts made of the rows handed in; float32 off the GPU."""
+    def combine(self, layer: int, micro_batch: int) -> torch.Tensor | PairRows:
+        """[T, D], or its pairs: what the experts made of the rows handed in; float32 on a CPU."""
         x_TD, expert_TK, weight_TK = self._waiting.pop((layer, micro_batch))
         began_s = time.perf_counter()
         if not self._map.is_plain:
             expert_TK = self._map.to_local(self._map.to_physical(expert_TK))
         out_TD = self._experts(layer, x_TD, expert_TK, weight_TK)
         self.counters.experts_s += time.perf_counter() - began_s
-        return out_TD if out_TD.is_cuda else out_TD.float()
+        if isinstance(out_TD, PairRows) or out_TD.is_cuda:
+            return out_TD
+        return out_TD.float()
 
     def end_step(self) -> None:
         """Nothing is left to wait for."""

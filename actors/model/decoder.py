@@ -29,7 +29,7 @@ from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.vision import VisionTower
 from ostro.actors.model.weights import AttentionLayerWeights, AttentionWeights, LayerWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.combine import add_residual, combine_norm
+from ostro.kernels.combine import PairRows, add_residual, combine_norm
 from ostro.kernels.gate import gate, pack_gate
 from ostro.kernels.grouped_gemm import mlp
 from ostro.kernels.linear import LinearWeight, join_linear, linear_wide, pack_linear
@@ -65,10 +65,11 @@ class ExpertExchange(Protocol):
         """
         ...
 
-    def combine(self, layer: int, micro_batch: int) -> torch.Tensor:
+    def combine(self, layer: int, micro_batch: int) -> torch.Tensor | PairRows:
         """Wait for the sum of the routed experts, [T, D]; the caller may change it.
 
-        float32, or on a GPU the model's dtype where one rank's experts are all there are.
+        float32, or on a GPU the model's dtype where one rank's experts are all there are, perhaps
+        not added up yet.
         """
         ...
 

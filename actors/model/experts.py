@@ -16,6 +16,7 @@ from ostro.actors.model.weights import (
     num_slots,
 )
 from ostro.configs.model import ModelConfig
+from ostro.kernels.combine import PairRows
 from ostro.kernels.fp8_experts import Fp8Experts, expert_mlp_fp8
 from ostro.kernels.grouped_gemm import expert_mlp
 from ostro.kernels.linear import is_packed, pack_linear
@@ -62,6 +63,25 @@ class LocalExperts:
         return expert_mlp(
             rows_RD, expert_RK, weight_RK, experts.gate_up, experts.down, counts=counts
         )
+
+    @torch.inference_mode()
+    def forward_pairs(
+        self, layer: int, rows_RD: torch.Tensor, expert_RK: torch.Tensor, weight_RK: torch.Tensor
+    ) -> torch.Tensor | PairRows:
+        """As `forward`; but on a GPU who adds the residual may add up the experts as well."""
+        if not rows_RD.is_cuda or not len(rows_RD):
+            return self.forward(layer, rows_RD, expert_RK, weight_RK)
+        from ostro.kernels.gpu import expert_mlp as gpu
+
+        experts, counts = self._layers[layer], self._rows_LE[layer]
+        routed = (rows_RD, expert_RK, weight_RK)
+        if isinstance(experts, Fp8Experts):
+            rows_AD = gpu.expert_pairs_fp8_triton(*routed, experts, counts)
+        elif isinstance(experts, Nvfp4Experts):
+            rows_AD = gpu.expert_pairs_nvfp4_triton(*routed, experts, counts)
+        else:
+            rows_AD = gpu.expert_pairs_triton(*routed, experts.gate_up, experts.down, counts)
+        return PairRows(rows_AD, expert_RK)
 
     def take_counts(self) -> list[list[int]]:
         """Rows per layer and local routed expert since last asked."""

@@ -13,7 +13,7 @@ import torch
 from ostro.kernels.bench.expert_layers import chosen_experts, no_counts
 from ostro.kernels.bench.measure import Case, num_variants, poison, relative_error
 from ostro.kernels.bench.sizes import Sizes
-from ostro.kernels.combine import combine_norm_reference
+from ostro.kernels.combine import PairRows, combine_norm_reference, sum_pairs_reference
 from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.gate import gate_reference
 from ostro.kernels.gpu.combine import combine_norm_triton
@@ -22,7 +22,7 @@ from ostro.kernels.gpu.fp8_linear import quantize_fp8_triton
 from ostro.kernels.gpu.gate import gate_triton
 from ostro.kernels.gpu.permute import permute_reference, permute_triton
 from ostro.kernels.gpu.rms_norm import rms_norm_triton
-from ostro.kernels.gpu.sum_pairs import sum_pairs_reference, sum_pairs_triton
+from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
 from ostro.kernels.gpu.tiles import block_rows
 from ostro.kernels.rms_norm import rms_norm_reference
 
@@ -148,7 +148,7 @@ def _sorting(sizes: Sizes, num_tokens: int) -> Iterator[Case]:
         return relative_error(out_AD.float(), expected.float())
 
     def sum_error() -> float:
-        expected = sum_pairs_reference(pairs[0].float(), expert_TK)
+        expected = sum_pairs_reference(PairRows(pairs[0].float(), expert_TK))
         poison(num_tokens * s.hidden * 2, s.device)
         return relative_error(sum_pairs_triton(pairs[0], expert_TK), expected)
 

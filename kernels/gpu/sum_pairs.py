@@ -25,7 +25,8 @@ def sum_pairs_triton(y_AD: torch.Tensor, expert_RK: torch.Tensor) -> torch.Tenso
         expert_RK: int64 local expert ids, -1 where the k-th expert is not here; at least one row.
 
     Returns:
-        out_RD in the dtype of `y_AD`; zeros for a row without a local expert.
+        out_RD in the dtype of `y_AD`, as `ostro.kernels.combine.sum_pairs_reference`; zeros for a
+        row without a local expert.
 
     Example:
         y [[1.], [2.], [nan], [4.]], experts [[3, 0], [-1, 1]] give [[3.], [4.]].
@@ -46,15 +47,6 @@ def sum_pairs_triton(y_AD: torch.Tensor, expert_RK: torch.Tensor) -> torch.Tenso
     return out_RD
 
 
-def sum_pairs_reference(y_AD: torch.Tensor, expert_RK: torch.Tensor) -> torch.Tensor:
-    """Meaning of `sum_pairs_triton`, row by row."""
-    out_RD = torch.zeros(len(expert_RK), y_AD.shape[1], device=y_AD.device)
-    for r, experts in enumerate(expert_RK.tolist()):
-        for _, k in sorted((e, k) for k, e in enumerate(experts) if e >= 0):
-            out_RD[r] += y_AD[r * len(experts) + k].float()
-    return out_RD.to(y_AD.dtype)
-
-
 @triton.jit
 def _sum_pairs_kernel(
     y,
@@ -69,14 +61,24 @@ def _sum_pairs_kernel(
     await_inputs(PDL)
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = added_pairs(y + r * K * D, expert + r * K, d, D, K, BLOCK_K)
+    tl.store(out + r * D + d, total.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def added_pairs(  # noqa: ANN201 - not Python
+    rows, expert, d, D, K: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One token's sum in float32, of the values at `d`; its experts' rows and ids begin there."""
     k = tl.arange(0, BLOCK_K)
-    id_ = tl.load(expert + r * K + k, mask=k < K, other=-1)
+    id_ = tl.load(expert + k, mask=k < K, other=-1)
     key = tl.where(id_ >= 0, id_ * BLOCK_K + k, _ABSENT)
-    total = tl.zeros((BLOCK_D,), tl.float32)
+    total = tl.zeros(d.shape, tl.float32)
     for _ in tl.static_range(K):
         lowest = tl.min(key, 0)
         key = tl.where(key == lowest, _ABSENT, key)
-        if lowest < _ABSENT:
-            value = tl.load(y + (r * K + lowest % BLOCK_K) * D + d, mask=d < D, other=0.0)
-            total += value.to(tl.float32)
-    tl.store(out + r * D + d, total.to(out.dtype.element_ty), mask=d < D)
+        # No branch, so that all loads go out at once.
+        width = tl.where(lowest < _ABSENT, D, 0)
+        value = tl.load(rows + lowest % BLOCK_K * D + d, mask=d < width, other=0.0)
+        total += value.to(tl.float32)
+    return total

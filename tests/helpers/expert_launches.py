@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from ostro.kernels.combine import PairRows
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.combine import add_residual_triton, combine_norm_triton, combine_triton
 from ostro.kernels.gpu.expert_mlp import (
@@ -53,6 +54,12 @@ def _combine_norm() -> None:
 
 def _combine_norm_of_sum() -> None:
     combine_norm_triton([_rows()], None, _rows(), _meta(_HIDDEN), 1e-6)
+
+
+def _combine_norm_of_pairs() -> None:
+    expert_TK = _meta(64, _NUM_CHOSEN + 1, dtype=torch.int64)
+    pairs = PairRows(_meta(64 * (_NUM_CHOSEN + 1), _HIDDEN), expert_TK)
+    combine_norm_triton([pairs], None, _rows(), _meta(_HIDDEN), 1e-6)
 
 
 def _rms_norm() -> None:
@@ -117,6 +124,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "add_residual": _add_residual,
     "combine_norm": _combine_norm,
     "combine_norm_of_sum": _combine_norm_of_sum,
+    "combine_norm_of_pairs": _combine_norm_of_pairs,
     "experts_fp8_1_shared": functools.partial(_experts_fp8, 1, 1),
     "experts_fp8_2_shared": functools.partial(_experts_fp8, 2, 1),
     "experts_bf16_1": functools.partial(_experts, 1),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ostro.kernels.combine import (
+    PairRows,
     add_residual,
     add_residual_reference,
     combine,
@@ -13,6 +14,7 @@ from ostro.kernels.combine import (
     combine_norm_reference,
     combine_reference,
     combine_sparse,
+    sum_pairs_reference,
 )
 
 
@@ -120,3 +122,17 @@ def test_combine_norm_takes_any_number_of_parts(num_parts: int) -> None:
     out = combine_norm(parts, shared, residual, norm_D, 1e-6)
     for one, other in zip(out, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_rows_of_pairs_are_refused_on_a_cpu() -> None:
+    pairs = PairRows(torch.ones(2, 4), torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="not added up on a CPU"):
+        add_residual(pairs, None, torch.ones(1, 4))
+    with pytest.raises(TypeError, match="not added up on a CPU"):
+        combine_norm((pairs,), None, torch.ones(1, 4), torch.ones(4), 1e-6)
+
+
+def test_sum_pairs_reference_adds_by_ascending_expert() -> None:
+    rows_AD = torch.tensor([[1.0], [2.0], [torch.nan], [4.0]])
+    pairs = PairRows(rows_AD, torch.tensor([[3, 0], [-1, 1]]))
+    assert sum_pairs_reference(pairs).tolist() == [[3.0], [4.0]]

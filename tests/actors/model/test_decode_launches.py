@@ -13,13 +13,12 @@ from ostro.kernels.gpu.dependent_launch import dependent_launch
 
 ATTEND_FEW = ["_latent_queries_kernel", "_attend_kernel", "_join_values_kernel"]
 ATTEND = ["_latent_queries_kernel", "_attend_kernel", "_join_kernel", "_expand_values_kernel"]
-EXPERTS_OF_FEW = ["_gate_up_few_kernel", "_down_few_kernel", "_sum_pairs_kernel"]
+EXPERTS_OF_FEW = ["_gate_up_few_kernel", "_down_few_kernel"]
 EXPERTS = [
     "_expert_schedule_kernel",
     "_permute_kernel",
     "_gate_up_kernel",
     "_down_kernel",
-    "_sum_pairs_kernel",
 ]
 
 

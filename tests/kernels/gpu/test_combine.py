@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ostro.kernels.combine import (
+    PairRows,
     add_residual_reference,
     combine_norm_reference,
     combine_reference,
@@ -98,3 +99,26 @@ def test_combine_triton_takes_strided_parts(triton_device: str) -> None:
     (wide,) = _rows(1, 4, 20, torch.bfloat16, triton_device)
     parts = [wide[:, :10], wide[:, 10:]]
     assert torch.equal(combine_triton(parts), wide[:, :10].float() + wide[:, 10:].float())
+
+
+@each_size
+@each_dtype
+@pytest.mark.parametrize("num_chosen", [1, 5])
+def test_rows_of_pairs_are_added_up_where_the_residual_is(
+    num_tokens: int, hidden: int, dtype: torch.dtype, num_chosen: int, triton_device: str
+) -> None:
+    (rows_AD,) = _rows(1, num_tokens * num_chosen, hidden, dtype, triton_device)
+    residual_TD, norm_1D = _rows(2, num_tokens, hidden, dtype, triton_device)
+    norm_D = norm_1D[0] if num_tokens else rows_AD.new_ones(hidden)
+    generator = torch.Generator().manual_seed(num_tokens)
+    expert_TK = torch.rand(num_tokens, 9, generator=generator).argsort(dim=1)[:, :num_chosen] - 3
+    expert_TK = expert_TK.clamp(min=-1).to(triton_device)
+    rows_AD[expert_TK.flatten() < 0] = torch.nan  # not written
+    pairs = PairRows(rows_AD, expert_TK)
+    out_TD = add_residual_triton(pairs, None, residual_TD)
+    assert torch.equal(out_TD, add_residual_reference(pairs, None, residual_TD))
+    both = combine_norm_triton((pairs,), None, residual_TD, norm_D, 1e-6)
+    expected = combine_norm_reference((pairs,), None, residual_TD, norm_D, 1e-6)
+    assert torch.equal(both[0], expected[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(both[1], expected[1], rtol=tolerance, atol=tolerance)

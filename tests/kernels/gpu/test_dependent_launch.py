@@ -21,13 +21,14 @@ LOADS_WEIGHTS_EARLY = {
 OF_ONE_REQUEST = {
     "linear_launches": ("fp8_linear_1", "fp8_linear_1_rounded"),
     "decode_launches": ("mla_prologue", "latent_queries", "attend_latents", "join_values"),
-    "expert_launches": ("combine_norm_of_sum", "gate_few", "experts_fp8_1_shared"),
+    "expert_launches": ("combine_norm_of_pairs", "gate_few", "experts_fp8_1_shared"),
 }
 OF_MORE = {
     "linear_launches": ("fp8_linear_2",),
     "decode_launches": ("mla_prologue_fp8", "attend_latents_fp8", "expand_values"),
     "expert_launches": (
         "combine_norm",
+        "combine_norm_of_sum",
         "rms_norm",
         "quantize_fp8",
         "gate",

@@ -188,9 +188,20 @@ def test_rows_far_on_are_combined_and_normed() -> None:
     for where_TD, number in ((near_TD, 0), (x_TD, first)):
         out_TD, normed_TD = torch.empty_like(where_TD), torch.empty_like(where_TD)
         alone_TD = torch.empty_like(where_TD)
+        expert_T1 = torch.zeros(len(where_TD), 1, dtype=torch.int64)
         with far_programs(number):
             _combine_kernel[(1,)](
-                (where_TD, where_TD), out_TD, weight_D, normed_TD, 1e-6, 256, BLOCK_D=256
+                where_TD,
+                expert_T1,
+                (where_TD,),
+                out_TD,
+                weight_D,
+                normed_TD,
+                1e-6,
+                256,
+                K=1,
+                BLOCK_K=1,
+                BLOCK_D=256,
             )
             _rms_norm_kernel[(1,)](where_TD, weight_D, alone_TD, 256, 1e-6, 256, BLOCK_D=256)
         found.append((out_TD[number], normed_TD[number], alone_TD[number]))

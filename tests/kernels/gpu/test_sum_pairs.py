@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.kernels.gpu.sum_pairs import sum_pairs_reference, sum_pairs_triton
+from ostro.kernels.combine import PairRows, sum_pairs_reference
+from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
 
 
 def test_sum_pairs_triton_worked_example(triton_device: str) -> None:
@@ -28,7 +29,7 @@ def test_sum_pairs_triton_matches_reference(
     y_AD, expert_RK = y_AD.to(triton_device), expert_RK.to(triton_device)
     out_RD = sum_pairs_triton(y_AD, expert_RK)
     assert out_RD.dtype == dtype
-    assert torch.equal(out_RD, sum_pairs_reference(y_AD, expert_RK))
+    assert torch.equal(out_RD, sum_pairs_reference(PairRows(y_AD, expert_RK)))
 
 
 def test_sum_pairs_triton_does_not_depend_on_the_order_of_a_rows_experts(

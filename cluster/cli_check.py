@@ -18,7 +18,12 @@ from ostro.actors.model.inspection import Inspection, inspect_checkpoint
 from ostro.actors.model.latent_cache import cached_token_bytes
 from ostro.cluster.announced_faces import AnnouncedFaces
 from ostro.cluster.cli_console import make_console
-from ostro.cluster.cli_deployment import describe_layout, resolve_model, taken_ports
+from ostro.cluster.cli_deployment import (
+    describe_drafts,
+    describe_layout,
+    resolve_model,
+    taken_ports,
+)
 from ostro.cluster.deployment_plan import (
     DeploymentPlan,
     Machine,
@@ -65,7 +70,7 @@ def run(deployment: DeploymentConfig) -> None:
         head=head,
     )
     _print_checkpoint(model_dir, checkpoint, console)
-    _print_head(head, plan, console)
+    _print_drafts(deployment, head, plan, console)
     _print_plan(deployment, plan, machine, console)
     _print_image_fetch(deployment.serving, console)
     problems = [
@@ -161,17 +166,21 @@ def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console)
         )
 
 
-def _print_head(head: DraftHead | None, plan: DeploymentPlan, console: Console) -> None:
+def _print_drafts(
+    deployment: DeploymentConfig, head: DraftHead | None, plan: DeploymentPlan, console: Console
+) -> None:
+    speculation = deployment.engine.speculation
+    if speculation is not None:
+        _say(console, "drafts", describe_drafts(speculation))
     if head is None:
         return
     per_token = cached_token_bytes(head.config, plan.cache_dtype)
     num_bytes = draft_head_bytes(head, plan.device, plan.dtype)
-    _say(console, "draft head", str(head.directory))
     _say(
         console,
-        "",
-        f"{head.config.num_layers} layers, {format_bytes(num_bytes)} on every attention shard and "
-        f"{format_bytes(per_token)} of its cache per token",
+        "draft head",
+        f"{head.directory}: {head.config.num_layers} layers, {format_bytes(num_bytes)} on every "
+        f"attention shard and {format_bytes(per_token)} of its cache per token",
     )
 
 

@@ -13,6 +13,7 @@ import typer
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment, preset_names, read_model_defaults
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 EMBEDDED = "embedded"
 _TEACHING_MODEL = Path(__file__).parent / "teaching_model"
@@ -126,6 +127,19 @@ def describe_layout(deployment: DeploymentConfig) -> str:
         f"split, {layout.num_attention_shards} attention + {experts} expert "
         f"{'shard' if experts == 1 else 'shards'}"
     )
+
+
+def describe_drafts(speculation: SpeculationConfig) -> str:
+    """What is drafted in words.
+
+    Example:
+        "up to 3 tokens a step by a trained head, as many as pay"
+    """
+    by = "by a trained head"
+    if speculation.method is DraftMethod.NGRAM:
+        by = "from the text so far"
+    how_many = "as many as pay" if speculation.adaptive else "wherever there is room"
+    return f"up to {speculation.num_draft_tokens} tokens a step {by}, {how_many}"
 
 
 def _is_port_free(host: str, port: int) -> bool:

@@ -27,7 +27,8 @@ class SpeculationConfig:
         method: `ngram` looks for the last tokens earlier in the same prompt and output, and drafts
             what followed there; `eagle` asks a small head that was trained beside the model.
         num_draft_tokens: Drafts of a request and step, at most.
-        draft_model: Directory of the head's checkpoint; `eagle` only.
+        draft_model: Directory of the head's checkpoint, or "embedded", the embedded model's;
+            `eagle` only.
         adaptive: Whether each step drafts as many tokens as pay at present, none where none do;
             otherwise it drafts `num_draft_tokens` wherever there is room.
         max_ngram: Longest run of tokens that is looked for; `ngram` only.

@@ -72,7 +72,9 @@ def test_check_counts_a_draft_head(model_dir, ports, tmp_path):
     write_random_head(tmp_path / "head", TINY, load_model_config(model_dir))
     result = check(model_dir, *ports, *drafting_with(tmp_path / "head"))
     assert result.exit_code == 0, result.output
-    assert "2 layers, 506 KiB on every attention shard and 384 B of its cache" in result.stdout
+    told = " ".join(result.stdout.split())
+    assert "drafts up to 3 tokens a step by a trained head, as many as pay" in told
+    assert "2 layers, 506 KiB on every attention shard and 384 B of its cache" in told
     assert "960 B per token" in result.stdout  # 576 without
 
 

@@ -167,6 +167,14 @@ def test_serve_outlives_a_silent_router(deployment, model_dir):
     assert "ready in epoch 0" in output
 
 
+def test_serve_tells_what_it_drafts(model_dir):
+    drafting = "engine.speculation={method: ngram, num_draft_tokens: 5, adaptive: false}"
+    deployment = load_deployment("laptop", [drafting])
+    output = serve(FakeCell(deployment, [READY, press(signal.SIGINT)]), model_dir)
+    told = "drafts  up to 5 tokens a step from the text so far, wherever there is room"
+    assert told in output
+
+
 def test_serve_stops_everything_when_the_router_dies(deployment, model_dir):
     from ray.exceptions import ActorDiedError
 

@@ -110,9 +110,11 @@ def split(num_attention: int, num_expert: int, **fields) -> LayoutConfig:
     )
 
 
-def plan_on_cpu(layout: LayoutConfig, where: Machine, engine: EngineConfig | None = None):
+def plan_on_cpu(
+    layout: LayoutConfig, where: Machine, engine: EngineConfig | None = None, **options
+):
     deployment = DeploymentConfig(model="m", layout=layout, engine=engine or EngineConfig())
-    return plan_deployment(deployment, TINY, where, device="cpu", dtype=torch.float32)
+    return plan_deployment(deployment, TINY, where, device="cpu", dtype=torch.float32, **options)
 
 
 # ---- the real model's numbers
@@ -372,6 +374,10 @@ def test_plan_gives_as_many_pages_as_an_attention_shard_takes(engine):
     )
     planned = plan_on_cpu(layout, machine(), engine).ranks[0].num_pages
     assert planned == num_pages(spec, TINY)
+    head = replace(HEAD, config=replace(TINY, num_experts=0, quantization=None))
+    with_head = plan_on_cpu(layout, machine(), engine, head=head).ranks[0].num_pages
+    assert with_head == num_pages(spec, TINY, head)
+    assert with_head <= planned
 
 
 @pytest.mark.parametrize("config", [SMALL_4, SMALL_4_FP8], ids=["bf16", "fp8"])

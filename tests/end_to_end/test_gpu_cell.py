@@ -18,7 +18,10 @@ from ostro.actors.engine.request import (
     TokenEvent,
     TokenLogprob,
 )
+from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
+from ostro.configs.model import load_model_config
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -99,6 +102,19 @@ def test_gpu_gives_the_tokens_of_the_cpu(
         pairs = zip(logprobs_of(one), logprobs_of(other), strict=True)
         for logprob, wide in pairs:
             assert logprob.logprob == pytest.approx(wide.logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "filtered"])
+@pytest.mark.parametrize("cuda_graphs", [True, False], ids=["graphs", "launches"])
+def test_drafts_of_a_head_change_no_token(
+    pool: ProcessPool, model_dir: Path, tmp_path: Path, kind: str, cuda_graphs: bool
+) -> None:
+    write_random_head(tmp_path, TINY, load_model_config(model_dir))
+    drafting = SpeculationConfig(method=DraftMethod.EAGLE, draft_model=str(tmp_path))
+    wanted = requests(kind)
+    expected = answers(pool, model_dir, wanted, "cpu")
+    found = answers(pool, model_dir, wanted, "cuda", cuda_graphs=cuda_graphs, speculation=drafting)
+    assert [tokens_of(one) for one in found] == [tokens_of(one) for one in expected]
 
 
 def test_requests_outlive_preemption_with_the_same_tokens(

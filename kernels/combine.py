@@ -22,7 +22,7 @@ from ostro.kernels.rms_norm import rms_norm, rms_norm_reference
 
 @dataclass(frozen=True, slots=True)
 class PairRows:
-    """What each token's experts gave, weighted and not added up yet; only on a GPU.
+    """What each token's experts gave, weighted and not added up yet.
 
     Attributes:
         rows_AD: Row t * K + k is from token t's k-th expert; not read where that is not here.
@@ -31,6 +31,19 @@ class PairRows:
 
     rows_AD: torch.Tensor
     expert_TK: torch.Tensor
+
+
+def sum_pairs(pairs: PairRows) -> torch.Tensor:
+    """Add up each token's experts: out_TD in the rows' dtype, zeros for one without an expert.
+
+    Example:
+        rows [[1.], [2.], [nan], [4.]], experts [[3, 0], [-1, 1]] give [[3.], [4.]].
+    """
+    if pairs.rows_AD.is_cuda:
+        from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
+
+        return sum_pairs_triton(pairs.rows_AD, pairs.expert_TK)
+    return sum_pairs_reference(pairs)
 
 
 def combine(parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -83,7 +96,7 @@ def add_residual(
     """The layer's output: routed sum, shared expert and residual, added in float32, rounded once.
 
     Args:
-        sum_TD: float32, or on a GPU any float dtype or what is to be added up; may be changed.
+        sum_TD: float32, or on a GPU any float dtype, or what is to be added up; may be changed.
         shared_TD: In the model's dtype; None where `sum_TD` has it.
         residual_TD: Likewise, always there.
 
@@ -97,7 +110,7 @@ def add_residual(
         from ostro.kernels.gpu.combine import add_residual_triton
 
         return add_residual_triton(sum_TD, shared_TD, residual_TD)
-    sum_TD = _on_cpu(sum_TD)
+    sum_TD = _added_up(sum_TD)
     if shared_TD is not None and library.serves(residual_TD) and not sum_TD.shape[1] % 16:
         return add_residual_cpu(sum_TD, shared_TD, residual_TD)
     if shared_TD is not None:
@@ -106,10 +119,8 @@ def add_residual(
     return sum_TD.to(residual_TD.dtype)
 
 
-def _on_cpu(part: torch.Tensor | PairRows) -> torch.Tensor:
-    if isinstance(part, PairRows):
-        raise TypeError("rows of pairs are not added up on a CPU: experts there give their sum")
-    return part
+def _added_up(part: torch.Tensor | PairRows) -> torch.Tensor:
+    return sum_pairs(part) if isinstance(part, PairRows) else part
 
 
 def add_residual_cpu(
@@ -142,7 +153,7 @@ def combine_norm(
 
     Args:
         parts: [T, D] tensors of any float dtype, in rank order; none where routed experts add
-            nothing. One alone in float32 may be changed; one alone on a GPU may be of pairs.
+            nothing. One alone in float32 may be changed; the first may be of pairs.
         shared_TD: Added too, in the model's dtype; None where a part has it.
         residual_TD: Likewise, always there.
         norm_D: Weight of the norm, likewise.
@@ -159,7 +170,7 @@ def combine_norm(
         from ostro.kernels.gpu.combine import combine_norm_triton
 
         return combine_norm_triton(parts, shared_TD, residual_TD, norm_D, eps)
-    dense = [_on_cpu(part) for part in parts]
+    dense = [_added_up(part) for part in parts]
     if not dense:
         out_TD = residual_TD if shared_TD is None else residual_TD + shared_TD
     elif len(dense) == 1 and dense[0].dtype == torch.float32:
@@ -181,7 +192,7 @@ def combine_reference(
 
 
 def sum_pairs_reference(pairs: PairRows) -> torch.Tensor:
-    """Meaning of rows that are not added up yet: float32 sums by ascending id, rounded once."""
+    """Meaning of `sum_pairs`: float32 sums by ascending id, rounded once."""
     expert_TK = pairs.expert_TK
     out_TD = torch.zeros(len(expert_TK), pairs.rows_AD.shape[1], device=pairs.rows_AD.device)
     for t, experts in enumerate(expert_TK.tolist()):

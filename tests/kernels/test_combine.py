@@ -14,7 +14,7 @@ from ostro.kernels.combine import (
     combine_norm_reference,
     combine_reference,
     combine_sparse,
-    sum_pairs_reference,
+    sum_pairs,
 )
 
 
@@ -124,15 +124,17 @@ def test_combine_norm_takes_any_number_of_parts(num_parts: int) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_rows_of_pairs_are_refused_on_a_cpu() -> None:
-    pairs = PairRows(torch.ones(2, 4), torch.zeros(1, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match="not added up on a CPU"):
-        add_residual(pairs, None, torch.ones(1, 4))
-    with pytest.raises(TypeError, match="not added up on a CPU"):
-        combine_norm((pairs,), None, torch.ones(1, 4), torch.ones(4), 1e-6)
-
-
-def test_sum_pairs_reference_adds_by_ascending_expert() -> None:
+def test_rows_of_pairs_are_added_up_on_the_way() -> None:
     rows_AD = torch.tensor([[1.0], [2.0], [torch.nan], [4.0]])
     pairs = PairRows(rows_AD, torch.tensor([[3, 0], [-1, 1]]))
-    assert sum_pairs_reference(pairs).tolist() == [[3.0], [4.0]]
+    ones_T1, norm_1 = torch.ones(2, 1), torch.ones(1)
+    assert add_residual(pairs, None, ones_T1).tolist() == [[4.0], [5.0]]
+    out_T1, normed_T1 = combine_norm((pairs,), None, ones_T1, norm_1, 0.0)
+    assert out_T1.tolist() == [[4.0], [5.0]]
+    assert normed_T1.tolist() == [[1.0], [1.0]]
+
+
+def test_sum_pairs_worked_example() -> None:
+    rows_AD = torch.tensor([[1.0], [2.0], [torch.nan], [4.0]])
+    pairs = PairRows(rows_AD, torch.tensor([[3, 0], [-1, 1]]))
+    assert sum_pairs(pairs).tolist() == [[3.0], [4.0]]

@@ -206,7 +206,7 @@ def test_a_bad_head_changes_no_answer(
 def test_the_embedded_models_head_answers_in_fewer_steps(
     pool: ProcessPool,
     requests: list[GenerationRequest],
-    wanted: tuple[dict[tuple[str, int], TokenEvent], int],
+    wanted: Answers,
 ) -> None:
     head = SpeculationConfig(
         method=DraftMethod.EAGLE,
@@ -215,14 +215,14 @@ def test_the_embedded_models_head_answers_in_fewer_steps(
         adaptive=False,
     )
 
-    async def run() -> tuple[dict[tuple[str, int], TokenEvent], int]:
+    async def run() -> tuple[Answers, int]:
         async with local_cell(pool, _deployment(*_LAYOUTS[0], head), _MODEL) as cell:
             answers = await _answers(cell.client, requests[:1])
             return answers, (await cell.client.state()).num_steps
 
     answers, num_steps = asyncio.run(run())
     ((name, event),) = answers.items()
-    assert _plain(event) == _plain(wanted[0][name])
+    assert _plain(event) == _plain(wanted[name])
     assert len(event.token_ids) > 1.5 * num_steps
 
 

@@ -141,21 +141,23 @@ def _draft_lengths(eagle: dict[str, Any]) -> str:
     return _table(["drafts per step", *EFFORTS], rows)
 
 
-def speculation(eagle: dict[str, Any], log: Sequence[dict[str, Any]]) -> str:
+def speculation(training: dict[str, Any], eagle: dict[str, Any]) -> str:
     """The section on the head, from what its training and evaluation wrote."""
     return _EAGLE_TEMPLATE.read_text().format(
         layers=eagle["layers"],
         inner=eagle["inner"],
         total=eagle["parameters"] / 1e6,
-        steps=log[-1]["step"],
-        conversations=log[-1]["conversations"],
-        positions=sum(row["rows"] for row in log) / 1e3,
-        cpu_minutes=sum(row["cpu_seconds"] for row in log) / 60,
+        steps=training["steps"],
+        conversations=training["conversations"],
+        positions=training["positions"] / 1e3,
+        cpu_minutes=training["cpu_minutes"],
+        note=training["note"] + " " if training["note"] else "",
         count=eagle["count"],
         seed=eagle["seed"],
         drafts=_drafts(eagle),
         lengths=_draft_lengths(eagle),
         places=PLACES,
+        most=PLACES + 1,
     )
 
 
@@ -203,11 +205,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="what the other steps wrote")
     parser.add_argument("--to", type=Path, required=True, help="the checkpoint's directory")
     args = parser.parse_args()
-    training = json.loads((args.run / "training.json").read_text())
-    evaluation = json.loads((args.run / "evaluation.json").read_text())
-    eagle = json.loads((args.run / "eagle.json").read_text())
-    log = [json.loads(line) for line in (args.run / "eagle_log.jsonl").read_text().splitlines()]
-    drafting = speculation(eagle, log)
+    training, evaluation, head_training, drafted = (
+        json.loads((args.run / f"{name}.json").read_text())
+        for name in ("training", "evaluation", "eagle_training", "eagle")
+    )
+    drafting = speculation(head_training, drafted)
     (args.to / "MODEL_CARD.md").write_text(card(training, evaluation, drafting))
     efforts = {name: evaluation["families"][name]["efforts"] for name in _PLOTTED}
 

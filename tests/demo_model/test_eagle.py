@@ -25,6 +25,7 @@ from eagle_batches import batches, drafts, head_batch  # noqa: E402
 from eagle_corpus import Opening, Target, draw  # noqa: E402
 from encoding import END_THINK, THINK, Dialogue, Encoder  # noqa: E402
 from model import load_model, teaching_config  # noqa: E402
+from report import speculation  # noqa: E402
 from train_eagle import HeadTrainer, head_loss  # noqa: E402
 
 MODEL = HERE.parents[1] / "cluster" / "teaching_model"
@@ -205,6 +206,33 @@ def test_walk_takes_what_was_right_and_one_more() -> None:
     assert evaluate_eagle.walk([1, 0, 2, 1, 0], 1) == (3, [(2, 3)])
     assert evaluate_eagle.walk([1, 0, 2, 1, 0], 3) == (2, [(2, 2), (1, 2), (0, 2)])
     assert evaluate_eagle.walk([], 3) == (0, [(0, 0)] * 3)
+
+
+def test_card_tells_what_was_accepted_in_every_family() -> None:
+    right, wrong = evaluate_eagle.cell([[3, 2, 1, 1]] * 2), evaluate_eagle.cell([[0, 0], [0]])
+    assert right["tokens_per_step"] == [2.0, 2.0, 4.0, 4.0, 4.0]
+    assert wrong["tokens_per_step"][0] == 1.0
+    nothing = evaluate_eagle.cell([])
+    cells = {"none": nothing, "low": wrong, "high": right}
+    drafted = {
+        "layers": 1,
+        "inner": 64,
+        "parameters": 500_000,
+        "count": 2,
+        "seed": 7,
+        "families": {"sums": cells},
+        "all": cells,
+    }
+    training = {
+        "note": "",
+        "steps": 9,
+        "conversations": 5,
+        "positions": 4000,
+        "cpu_minutes": 0.1,
+    }
+    section = speculation(training, drafted)
+    assert "| **sums** | - | 1.00 (0 0 -) | 4.00 (100 100 100) |" in section
+    assert "0.50 million parameters" in section
 
 
 def test_the_packed_head_drafts_for_the_packed_model(target: Target, heard: list[Any]) -> None:

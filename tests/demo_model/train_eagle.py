@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import sys
 import time
 import zlib
@@ -172,7 +171,18 @@ def train(args: argparse.Namespace) -> None:
             if trainer.step % _SAVE_EVERY == 0 or trainer.step == args.steps:
                 trainer.save(folder / "state.pt")
                 save_head(trainer.head, args.model / FOLDER)
-    shutil.copyfile(folder / "log.jsonl", args.run / "eagle_log.jsonl")
+    made = {"note": args.note, "seed": args.seed, **_of_log(folder / "log.jsonl")}
+    (args.run / "eagle_training.json").write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _of_log(file: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {
+        "steps": rows[-1]["step"],
+        "conversations": rows[-1]["conversations"],
+        "positions": sum(row["rows"] for row in rows),
+        "cpu_minutes": round(sum(row["cpu_seconds"] for row in rows) / 60, 1),
+    }
 
 
 class _Window:
@@ -205,11 +215,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="log, corpus and state")
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint to draft for")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--shards", type=int, default=8, help=f"of {_SHARD} conversations")
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--shards", type=int, default=10, help=f"of {_SHARD} conversations")
     parser.add_argument("--rows", type=int, default=600, help="positions per step")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="what the card should say of this run")
     return parser.parse_args()
 
 

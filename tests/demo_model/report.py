@@ -151,7 +151,7 @@ def speculation(training: dict[str, Any], eagle: dict[str, Any]) -> str:
         conversations=training["conversations"],
         positions=training["positions"] / 1e3,
         cpu_minutes=training["cpu_minutes"],
-        note=training["note"] + "\n" if training["note"] else "",
+        note="\n" + training["note"] if training["note"] else "",
         count=eagle["count"],
         seed=eagle["seed"],
         drafts=_drafts(eagle),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from ostro.actors.engine.followed_text import TOKEN_BYTES
 from ostro.actors.engine.request import (
     GRAMMAR_FAILED,
     FinishReason,
@@ -234,7 +235,7 @@ class ChoiceReader:
     @property
     def num_rejected(self) -> int:
         """Tokens of the prediction that the output had not."""
-        return len(self._prepared.request.prediction_token_ids) - self.num_accepted
+        return len(self._prepared.request.prediction) // TOKEN_BYTES - self.num_accepted
 
     def report(self) -> ReasoningReport:
         """What became of its thinking."""

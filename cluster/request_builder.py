@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from ostro.actors.engine.choice_seed import SEED_RANGE
+from ostro.actors.engine.followed_text import packed
 from ostro.actors.engine.request import (
     GenerationRequest,
     GrammarParams,
@@ -267,7 +268,7 @@ class RequestBuilder:
             grammar=rules.grammar,
             choice=first_choice,
             num_choices=options.num_choices,
-            prediction_token_ids=self._predicted(options),
+            prediction=self._predicted(options),
         )
         if not self._config.security.share_prefix_cache:
             request = with_own_caches(request)
@@ -282,10 +283,10 @@ class RequestBuilder:
             num_image_tokens=sum(image.num_tokens for image in prompt.images),
         )
 
-    def _predicted(self, options: GenerationOptions) -> list[int]:
-        """Token ids of the prediction; none where nobody would draft from them."""
+    def _predicted(self, options: GenerationOptions) -> bytes:
+        """Token ids of the prediction, packed; none where nobody would draft from them."""
         if not options.prediction or not self._card.heeds_predictions:
-            return []
+            return b""
         field, most = "prediction", self._card.max_context
         token_ids = self._prompts.text(options.prediction, add_bos=False, field=field)
         if len(token_ids) > most:
@@ -295,7 +296,7 @@ class RequestBuilder:
                 code="context_length_exceeded",
                 param=field,
             )
-        return token_ids
+        return packed(token_ids)
 
     def _sampling(
         self, options: GenerationOptions, row: EffortConfig, banned: tuple[int, ...]

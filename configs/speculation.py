@@ -23,6 +23,9 @@ class DraftMethod(StrEnum):
 class SpeculationConfig:
     """Drafted tokens, each verified by the model: answers are the same as without.
 
+    What the caller of a request predicts of its answer is drafted under either method, up to
+    `num_draft_tokens`.
+
     Attributes:
         method: `ngram` looks for the last tokens earlier in the same prompt and output, and drafts
             what followed there; `eagle` asks a small head that was trained beside the model.

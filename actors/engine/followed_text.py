@@ -11,6 +11,7 @@ elsewhere after a failure stands where it stood.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,24 @@ _NEAR_FOR = 16  # tokens of the answer since then; after more it is somewhere el
 _INDEXED_PER_TOKEN = 512  # 0.2 ms; an answer cannot get so far ahead
 
 
-def followed_text(request: GenerationRequest, output: list[int]) -> FollowedText | None:
-    """What a request's output, which may grow, is to be followed in; None without a prediction."""
-    if not request.prediction_token_ids:
-        return None
+TOKEN_BYTES = 4
+
+
+def packed(token_ids: list[int]) -> bytes:
+    """Token ids as a request carries them while it waits: a ninth of a list's memory.
+
+    Example:
+        [1, 256] is 01 00 00 00 00 01 00 00.
+    """
+    return struct.pack(f"<{len(token_ids)}i", *token_ids)
+
+
+def followed_text(request: GenerationRequest, output: list[int]) -> FollowedText:
+    """Where a request's output, which may grow, stands in what was predicted of it."""
+    prediction = request.prediction
+    text = [*struct.unpack(f"<{len(prediction) // TOKEN_BYTES}i", prediction)]
     restart_token_id = None if request.thinking is None else request.thinking.end_token_id
-    return FollowedText(
-        request.prediction_token_ids, request.prompt_token_ids, output, restart_token_id
-    )
+    return FollowedText(text, request.prompt_token_ids, output, restart_token_id)
 
 
 class FollowedText:

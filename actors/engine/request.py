@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ostro.actors.engine.followed_text import followed_text
+from ostro.actors.engine.followed_text import FollowedText, followed_text
 from ostro.actors.engine.stopwatch import ShardSeconds, Stopwatch
 from ostro.actors.errors import InvalidTransitionError
 
@@ -148,8 +148,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
         choice: Which of its caller's answers this is; of several choices, the first.
         num_choices: Answers to sample from the prompt; `choices.each_choice` takes them apart.
         prompt_shared_by: How many choices, each now a request, were made of the one prompt.
-        prediction_token_ids: What the answer will mostly be, as its caller believes: drafted from,
-            and no part of the prompt. It never changes an answer.
+        prediction: What the answer will mostly be, as its caller believes, as
+            `followed_text.packed`; no part of the prompt. It is drafted from and changes no answer.
     """
 
     request_id: str
@@ -165,7 +165,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     choice: int = 0
     num_choices: int = 1
     prompt_shared_by: int = 1
-    prediction_token_ids: list[int] = []
+    prediction: bytes = b""
 
     @property
     def counted_prompt_tokens(self) -> int:
@@ -272,7 +272,6 @@ class RequestProgress:
         output_token_ids: Known output; given at construction where one goes on after a failure.
         draft_token_ids: Guesses of what follows the known tokens, for the next step to verify.
         ngrams: Index of its text, for who drafts from that.
-        prediction: Where the output stands in what was predicted, if anything was.
         is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
         num_cached_tokens: Prompt tokens found in the prefix cache when the request first ran.
@@ -290,6 +289,7 @@ class RequestProgress:
     """
 
     __slots__ = (
+        "_prediction",
         "arrival",
         "arrived_s",
         "draft_token_ids",
@@ -306,7 +306,6 @@ class RequestProgress:
         "output_token_ids",
         "page_hashes",
         "pages",
-        "prediction",
         "request",
         "request_id",
         "state",
@@ -330,7 +329,7 @@ class RequestProgress:
         self.output_token_ids = list(output_token_ids or ())
         self.draft_token_ids: list[int] = []
         self.ngrams: NgramIndex | None = None
-        self.prediction = followed_text(request, self.output_token_ids)
+        self._prediction: FollowedText | None = None
         self.is_resumed = output_token_ids is not None
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
@@ -345,6 +344,13 @@ class RequestProgress:
         self.pages = array("i")
         self.page_hashes: list[int] = []
         self.num_published_pages = 0
+
+    @property
+    def prediction(self) -> FollowedText | None:
+        """Where the output stands in what was predicted, if anything was; made when first asked."""
+        if self._prediction is None and self.request.prediction:
+            self._prediction = followed_text(self.request, self.output_token_ids)
+        return self._prediction
 
     @property
     def num_known_tokens(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import msgspec
 import pictures
 import pytest
 import torch
@@ -16,7 +17,7 @@ from eagle_oracle import EagleOracle, write_fp8_head
 from eagle_rig import EagleRig
 from model_rig import load_image_oracle, load_oracle, make_progress, oracle_image_states
 
-from ostro.actors.engine.followed_text import FollowedText
+from ostro.actors.engine.followed_text import packed
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.model.random_checkpoint import TINY, TINY_VISION, write_random_head
 from ostro.configs.model import load_model_config
@@ -173,9 +174,7 @@ def test_the_head_guesses_nothing_while_a_prediction_is_followed(pair: Pair) -> 
     rig = EagleRig(pair.model, pair.head)
     plain, predicted = (make_progress(str(n), some_tokens(6, n)) for n in range(2))
     text = some_tokens(20, 2)
-    predicted.prediction = FollowedText(
-        text, predicted.request.prompt_token_ids, predicted.output_token_ids, None
-    )
+    predicted.request = msgspec.structs.replace(predicted.request, prediction=packed(text))
     rig.advance([(plain, 6), (predicted, 6)], NUM_DRAFTS, tokens=[[7], text[:1]])
     pair.check([plain])
     assert predicted.draft_token_ids == []

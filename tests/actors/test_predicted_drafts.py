@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostro.actors.drafter import Drafting, NgramDrafter, draft_predicted
+from ostro.actors.engine.followed_text import TOKEN_BYTES, packed
 from ostro.actors.engine.request import (
     GenerationRequest,
     GrammarParams,
@@ -63,7 +64,7 @@ def _serve(
 
 
 def _predicting(request: GenerationRequest, prediction: Sequence[int]) -> GenerationRequest:
-    return msgspec.structs.replace(request, prediction_token_ids=[*prediction])
+    return msgspec.structs.replace(request, prediction=packed([*prediction]))
 
 
 def _plain(told: dict[str, TokenEvent]) -> dict[str, TokenEvent]:
@@ -109,7 +110,7 @@ def _plain(told: dict[str, TokenEvent]) -> dict[str, TokenEvent]:
     ),
     num_pages=st.sampled_from([16, 64]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_any_prediction_gives_the_events_that_none_gives(
     requests: list[GenerationRequest], predictions: list[list[int] | None], num_pages: int
 ) -> None:
@@ -123,7 +124,7 @@ def test_any_prediction_gives_the_events_that_none_gives(
     assert _plain(told) == _plain(wanted)
     for one in predicted:
         num_met = told[one.request_id].num_predicted_tokens
-        assert 0 <= num_met <= len(one.prediction_token_ids)
+        assert 0 <= num_met <= len(one.prediction) // TOKEN_BYTES
         assert num_met <= len(told[one.request_id].token_ids)
 
 

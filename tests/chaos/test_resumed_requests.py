@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from local_cell import LocalCell, local_cell
 
+from ostro.actors.engine.followed_text import packed
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -19,6 +20,7 @@ from ostro.actors.engine.request import (
 from ostro.actors.fabric.channel import AsyncConnection, connect
 from ostro.cluster import cell_client
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 _NUM_NEW = 400
 _KILL_AFTER = 40  # tokens, of all requests together
@@ -26,11 +28,13 @@ _LAYOUT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=2, num_expert_s
 _ALONE = LayoutConfig(layout=Layout.SINGLE, num_attention_shards=1, num_expert_shards=1)
 
 
-def deployment(layout: LayoutConfig = _LAYOUT) -> DeploymentConfig:
+def deployment(
+    layout: LayoutConfig = _LAYOUT, *, speculation: SpeculationConfig | None = None
+) -> DeploymentConfig:
     return DeploymentConfig(
         model="tiny",
         layout=layout,
-        engine=EngineConfig(page_size=8, num_pages=1024, num_threads=1),
+        engine=EngineConfig(page_size=8, num_pages=1024, num_threads=1, speculation=speculation),
     )
 
 
@@ -119,6 +123,33 @@ def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
     )
     assert disturbed[2][0][1][1] == "budget"
     assert all(load.num_running == load.num_waiting == 0 for load in state.loads.values())
+
+
+@pytest.mark.slow
+def test_a_predicted_answer_goes_on_and_is_told_as_if_nothing_were_lost(pool, model_dir):
+    """Its second half alone was predicted, so that there is time to lose something."""
+    sampled = msgspec.structs.replace(requests()[1], num_choices=1)
+    drafting = SpeculationConfig(method=DraftMethod.NGRAM, adaptive=False)
+
+    async def run():
+        config = deployment(_ALONE, speculation=drafting)
+        async with local_cell(pool, config, model_dir, recovery_timeout_s=240) as cell:
+            ((wanted, end),) = told(await read(cell, sampled, [0])).values()
+            predicted = msgspec.structs.replace(sampled, prediction=packed(wanted[_NUM_NEW // 2 :]))
+            undisturbed = await read(cell, predicted, [0])
+            seen = [0]
+            reading = asyncio.create_task(read(cell, predicted, seen))
+            async with asyncio.timeout(240):
+                while seen[0] < _KILL_AFTER:
+                    await asyncio.sleep(0.002)
+                cell.peers[0].kill()
+                disturbed = await reading
+            assert told(undisturbed) == told(disturbed) == {0: (wanted, end)}
+            assert (await cell.client.state()).num_resumed == 1
+            return [events[-1].num_predicted_tokens for events in (undisturbed, disturbed)]
+
+    undisturbed, disturbed = asyncio.run(run())
+    assert disturbed == undisturbed > _NUM_NEW // 2 - 10
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["router", "attention"])

@@ -14,6 +14,7 @@ from http_face import face, mistral_client, openai_client, sse
 from scripted_cell import CARD, CONFIG, CONTEXT, FakeCell, Script
 from scripted_frontend import FINISHED, MODEL, STARTED, THOUGHTFUL, ScriptedFrontend
 
+from ostro.actors.engine.followed_text import TOKEN_BYTES, followed_text, packed
 from ostro.actors.engine.request import GenerationRequest
 from ostro.actors.errors import InvalidRequestError, ShardLostError
 from ostro.cluster.client import Client
@@ -80,15 +81,16 @@ def test_a_prediction_is_tokenized_as_an_answer_is_and_no_part_of_the_prompt(
 ) -> None:
     plain = ask(prompts, chat(""))[1]
     _, request = ask(prompts, chat(TEXT))
-    assert plain.prediction_token_ids == []
-    assert request.prediction_token_ids == prompts.text(TEXT, add_bos=False)
+    assert plain.prediction == b""
+    assert request.prediction == packed(prompts.text(TEXT, add_bos=False))
     assert request.prompt_token_ids == plain.prompt_token_ids
 
 
 def test_names_of_control_tokens_in_a_prediction_stay_text(prompts: PromptBuilder) -> None:
     _, request = ask(prompts, chat("</s>[INST]"))
-    assert prompts.table.decode(request.prediction_token_ids) == "</s>[INST]"
-    assert not any(map(prompts.table.is_special, request.prediction_token_ids))
+    token_ids = followed_text(request, [])._text
+    assert prompts.table.decode(token_ids) == "</s>[INST]"
+    assert not any(map(prompts.table.is_special, token_ids))
 
 
 def test_every_choice_and_every_prompt_has_the_prediction(prompts: PromptBuilder) -> None:
@@ -96,15 +98,13 @@ def test_every_choice_and_every_prompt_has_the_prediction(prompts: PromptBuilder
     options = GenerationOptions(prediction=TEXT, num_choices=2)
     texts = TextGeneration(prompts=("Hi", "Ho"), options=options)
     _, request = ask(prompts, texts, *scripts)
-    assert (request.num_choices, request.prediction_token_ids) == (
-        2,
-        prompts.text(TEXT, add_bos=False),
-    )
+    assert request.num_choices == 2
+    assert request.prediction == packed(prompts.text(TEXT, add_bos=False))
 
 
 def test_where_nobody_drafts_a_prediction_goes_nowhere(prompts: PromptBuilder) -> None:
     finished, request = ask(prompts, chat(TEXT), heeds=False)
-    assert request.prediction_token_ids == []
+    assert request.prediction == b""
     assert finished.usage.rejected_prediction_tokens == 0
 
 
@@ -132,7 +132,7 @@ def test_usage_tells_the_tokens_of_the_prediction_that_came_and_the_others(
         Script(prompts, 1).step("six").end(num_predicted_tokens=0),
     ]
     finished, request = ask(prompts, chat(TEXT, num_choices=2), *scripts)
-    size = len(request.prediction_token_ids)
+    size = len(request.prediction) // TOKEN_BYTES
     assert finished.usage.accepted_prediction_tokens == 2
     assert finished.usage.rejected_prediction_tokens == 2 * size - 2
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from engine_fakes import make_progress, make_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ostro.actors.engine.followed_text import FollowedText
+from ostro.actors.engine.followed_text import FollowedText, packed
 
 _END_THINKING = 4
 _TEXT = [*range(100, 160)]
@@ -128,5 +129,11 @@ def test_a_long_text_is_taken_in_bit_by_bit() -> None:
     assert followed.draft(7) == text[90_200:90_207]
 
 
-def test_a_request_without_a_prediction_follows_none() -> None:
-    assert make_progress(make_request()).prediction is None
+def test_a_request_follows_what_was_predicted_of_it() -> None:
+    assert packed([1, 256]) == bytes([1, 0, 0, 0, 0, 1, 0, 0])
+    request = make_request(prompt=[3, 5])
+    assert make_progress(request).prediction is None
+    progress = make_progress(msgspec.structs.replace(request, prediction=packed(_TEXT)))
+    assert progress.prediction is not None
+    progress.output_token_ids += _TEXT[:3]
+    assert progress.prediction.draft(2) == _TEXT[3:5]

@@ -21,6 +21,7 @@ from ostro.cluster.bench_command_h200 import h200
 from ostro.cluster.bench_command_kernels import kernels
 from ostro.cluster.bench_command_scheduler import scheduler
 from ostro.cluster.bench_command_serve import serve
+from ostro.cluster.bench_command_speculation import speculation
 from ostro.cluster.bench_figures import to_table, write_json
 from ostro.cluster.bench_options import Checkpoint, Json, Rounds, parse_counts
 from ostro.cluster.bench_progress import shown_progress
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(engine)
+app.command()(speculation)
 app.command()(gateway)
 app.command()(scheduler)
 app.command()(kernels)

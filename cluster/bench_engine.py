@@ -126,7 +126,7 @@ async def run_workload(
     began_s = time.perf_counter()
     arrivals = await asyncio.gather(
         *(
-            _time_tokens(client.submit(_request(f"{name}-{i}", prompt, workload.new_tokens)))
+            _time_tokens(client.submit(greedy_request(f"{name}-{i}", prompt, workload.new_tokens)))
             for i, prompt in enumerate(token_ids)
         )
     )
@@ -161,7 +161,8 @@ def steady_step_s(arrivals: Sequence[Sequence[float]]) -> float:
     return statistics.median(gaps_s)
 
 
-def _request(name: str, prompt: list[int], new_tokens: int) -> GenerationRequest:
+def greedy_request(name: str, prompt: list[int], new_tokens: int) -> GenerationRequest:
+    """A request of so many tokens, whatever they are."""
     return GenerationRequest(
         request_id=name,
         prompt_token_ids=prompt,

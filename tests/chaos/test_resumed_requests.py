@@ -22,6 +22,7 @@ from ostro.cluster import cell_client
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
+_DRAFTS = SpeculationConfig(method=DraftMethod.NGRAM, num_draft_tokens=5, adaptive=False)
 _NUM_NEW = 400
 _KILL_AFTER = 40  # tokens, of all requests together
 _LAYOUT = LayoutConfig(layout=Layout.SPLIT, num_attention_shards=2, num_expert_shards=1)
@@ -95,10 +96,15 @@ def told(events: list[TokenEvent]) -> dict[int, tuple[list[int], object]]:
     return {choice: (so_far, ends[choice]) for choice, so_far in tokens.items()}
 
 
-@pytest.mark.parametrize("lost", [2, 0], ids=["expert", "attention"])
-def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
+@pytest.mark.parametrize(
+    ("lost", "speculation"),
+    [(2, None), (0, None), (2, _DRAFTS), (0, _DRAFTS)],
+    ids=["expert", "attention", "expert, with drafts", "attention, with drafts"],
+)
+def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost, speculation):
     async def run():
-        async with local_cell(pool, deployment(), model_dir, recovery_timeout_s=240) as cell:
+        chosen = deployment(speculation=speculation)
+        async with local_cell(pool, chosen, model_dir, recovery_timeout_s=240) as cell:
             undisturbed = [told(await read(cell, request, [0])) for request in requests()]
             seen = [0]
             reading = [asyncio.create_task(read(cell, request, seen)) for request in requests()]
@@ -113,6 +119,8 @@ def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost):
     undisturbed, disturbed, state = asyncio.run(run())
     assert state.epoch >= 1  # on a busy machine an epoch may fail to form before one does
     assert state.num_resumed >= 1
+    num_right = sum(sum(load.num_accepted) for load in state.loads.values())
+    assert (num_right > 0) == (speculation is not None)
     if lost in _LAYOUT.expert_ranks():  # what attention shards had computed, they still have
         assert sum(load.prefix_hits_tokens for load in state.loads.values()) > 0
     assert disturbed == undisturbed

@@ -228,8 +228,13 @@ def test_the_embedded_models_head_answers_in_fewer_steps(
 
 @pytest.mark.parametrize(
     ("layout", "num_pages"),
-    [*((layout, 512) for layout in _LAYOUTS), (_LAYOUTS[0], 40)],
-    ids=["single", "colocated", "split 1A:2E", "split 2A:2E", "single, preempted"],
+    [
+        pytest.param(_LAYOUTS[0], 512, id="single"),
+        pytest.param(_LAYOUTS[1], 512, id="colocated", marks=pytest.mark.slow),
+        pytest.param(_LAYOUTS[2], 512, id="split 1A:2E", marks=pytest.mark.slow),
+        pytest.param(_LAYOUTS[3], 512, id="split 2A:2E"),
+        pytest.param(_LAYOUTS[0], 40, id="single, preempted"),
+    ],
 )
 def test_every_layout_gives_with_drafts_what_a_cell_gives_without(
     pool: ProcessPool,

@@ -5,18 +5,24 @@ FP8 has linear layers and experts in FP8; NVFP4 has experts in NVFP4 and linear 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from ostro.actors.model.draft_head import HeadWeights
 from ostro.actors.model.weights import (
     AttentionLayerWeights,
     AttentionWeights,
     ExpertLayer,
     ExpertWeights,
+    LayerWeights,
 )
 from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.fp8_linear import Fp8Weight
+from ostro.kernels.linear import LinearWeight
 from ostro.kernels.nvfp4_experts import Nvfp4Experts, random_nvfp4_stack
 
 _FP8 = torch.float8_e4m3fn
@@ -46,24 +52,47 @@ def random_weights(
     return attention, experts
 
 
-def _attention_layer(config: ModelConfig, precision: WeightFormat) -> AttentionLayerWeights:
-    hidden, heads = config.hidden_size, config.num_heads
-    linear = _fp8 if precision is WeightFormat.FP8 else _plain
-    return AttentionLayerWeights(
-        input_norm_D=_ones(hidden),
-        q_a=linear(config.q_lora_rank, hidden),
-        q_a_norm=_ones(config.q_lora_rank),
-        q_b=linear(heads * config.qk_head_dim(), config.q_lora_rank),
-        kv_a=linear(config.latent_width(), hidden),
-        kv_a_norm=_ones(config.kv_lora_rank),
-        w_uk_HNC=_plain(heads, config.qk_nope_head_dim, config.kv_lora_rank),
-        w_uv_HVC=_plain(heads, config.v_head_dim, config.kv_lora_rank),
-        o_proj=linear(hidden, heads * config.v_head_dim),
-        post_norm_D=_ones(hidden),
-        gate_ED=_plain(config.num_experts, hidden).float(),
-        shared_gate_up=None,
-        shared_down=None,
+def random_head_weights(config: ModelConfig) -> HeadWeights:
+    """A draft head's, in FP8; `config` is its own."""
+    return HeadWeights(
+        joint=_fp8(config.hidden_size, 2 * config.hidden_size),
+        layers=tuple(_head_layer(config) for _ in range(config.num_layers)),
+        final_norm_D=_ones(config.hidden_size),
     )
+
+
+def _head_layer(config: ModelConfig) -> LayerWeights:
+    hidden, inner = config.hidden_size, config.shared_hidden_size()
+    return LayerWeights(
+        **_layer_values(config, _fp8),
+        shared_gate_up=_fp8(2 * inner, hidden),
+        shared_down=_fp8(hidden, inner),
+    )
+
+
+def _attention_layer(config: ModelConfig, precision: WeightFormat) -> AttentionLayerWeights:
+    values = _layer_values(config, _fp8 if precision is WeightFormat.FP8 else _plain)
+    gate_ED = _plain(config.num_experts, config.hidden_size).float()
+    return AttentionLayerWeights(**values, gate_ED=gate_ED, shared_gate_up=None, shared_down=None)
+
+
+def _layer_values(
+    config: ModelConfig, linear: Callable[[int, int], LinearWeight]
+) -> dict[str, Any]:
+    """All of a layer's but gate and MLP."""
+    hidden, heads = config.hidden_size, config.num_heads
+    return {
+        "input_norm_D": _ones(hidden),
+        "q_a": linear(config.q_lora_rank, hidden),
+        "q_a_norm": _ones(config.q_lora_rank),
+        "q_b": linear(heads * config.qk_head_dim(), config.q_lora_rank),
+        "kv_a": linear(config.latent_width(), hidden),
+        "kv_a_norm": _ones(config.kv_lora_rank),
+        "w_uk_HNC": _plain(heads, config.qk_nope_head_dim, config.kv_lora_rank),
+        "w_uv_HVC": _plain(heads, config.v_head_dim, config.kv_lora_rank),
+        "o_proj": linear(hidden, heads * config.v_head_dim),
+        "post_norm_D": _ones(hidden),
+    }
 
 
 def _expert_layer(config: ModelConfig, precision: WeightFormat) -> ExpertLayer:

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ostro.actors.model.batch import Batch
 from ostro.actors.model.cuda_graphs import GraphInputs, input_forms, most_pages
+from ostro.actors.model.eagle_head import EagleHead
+from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.packed_copy import packed_bytes
+from ostro.cluster.bench_random_weights import random_head_weights
 from ostro.cluster.bench_whole_model import PAGE_SIZE, WholeModel, mistral_small_4
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.gpu import dependent_launch as pdl
@@ -113,6 +118,28 @@ def decode_launches(
         names.clear()
         with _Operations(names):
             model.decoder.forward([batch], model.exchange)
+        return list(names)
+
+
+def head_launches(num_rows: int) -> list[str]:
+    """Names of all that a pass of the official draft head launches, its graph's copies included."""
+    model = mistral_small_4(1)
+    config = replace(
+        model, num_layers=2, num_experts=0, num_experts_per_token=0, expert_hidden_size=12288
+    )
+    with _imagined_gpu(is_joined=True) as names:
+        weights = random_head_weights(config)
+        cache = LatentCache(
+            config, num_pages=1, page_size=PAGE_SIZE, device="cuda", dtype=torch.bfloat16
+        )
+        embed_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
+        embed_VD = embed_VD.to("meta")
+        head = EagleHead(config, weights, cache, lambda tokens_T, _: embedding(tokens_T, embed_VD))
+        hidden_TD = torch.empty(num_rows, config.hidden_size, dtype=torch.bfloat16, device="meta")
+        batch = _decode_batch(num_rows)
+        names.clear()
+        with _Operations(names):
+            head.forward(hidden_TD, batch)
         return list(names)
 
 

@@ -6,7 +6,7 @@ At one request a step is bound by its launches, so one more shows here.
 from __future__ import annotations
 
 import pytest
-from recorded_launches import DEPENDENT, decode_launches, launches_of_layer
+from recorded_launches import DEPENDENT, decode_launches, head_launches, launches_of_layer
 
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.gpu.dependent_launch import dependent_launch
@@ -69,6 +69,26 @@ def test_what_stands_around_the_layers_is_little() -> None:
     step = decode_launches(1, WeightFormat.FP8, num_layers=2)
     layer = launches_of_layer(1, WeightFormat.FP8)
     assert len(step) - 2 * len(layer) == 16
+
+
+def test_a_pass_of_a_draft_head_launches_so_much() -> None:
+    """All on the device, or it could be no graph; the second of its layers comes last."""
+    launches = head_launches(1)
+    assert launches[:3] == ["torch.embedding", "torch.cat", "_fp8_linear_kernel"]
+    assert launches[-13:] == [
+        "_fp8_linear_kernel",
+        "_mla_prologue_kernel",
+        "_fp8_linear_kernel",
+        *ATTEND_FEW,
+        "_fp8_linear_kernel",
+        "_combine_kernel",
+        "_fp8_linear_kernel",
+        "torch.silu",
+        "torch.mul_",
+        "_fp8_linear_kernel",
+        "_combine_kernel",
+    ]
+    assert len(launches) == 3 + 11 + 2 * 13
 
 
 @pytest.mark.parametrize("num_requests", [1, 8, 64])

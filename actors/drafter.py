@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ostro.actors.engine.draft_length import DraftLength
+from ostro.actors.engine.forced_drafts import draft_forced
 from ostro.actors.engine.ngrams import NgramIndex
 from ostro.actors.engine.request import RequestProgress, RequestState
 from ostro.actors.engine.step import ScheduledStep
@@ -74,11 +75,17 @@ class Drafting:
 
     def after(self, step: ScheduledStep, batches: Sequence[Batch]) -> None:
         """Have drafts made for the next step; `step` is completed."""
-        length = self._length
-        if length is None:
-            self._drafter.draft(step, batches, self._most)
-            draft_predicted(step, self._most, self._most)
-            return
+        if self._length is None:
+            num_drafts = self._most
+            self._drafter.draft(step, batches, num_drafts)
+        else:
+            num_drafts = self._draft_what_pays(self._length, step, batches)
+        draft_predicted(step, self._most, num_drafts)
+        draft_forced(step, self._most)
+
+    def _draft_what_pays(
+        self, length: DraftLength, step: ScheduledStep, batches: Sequence[Batch]
+    ) -> int:
         length.record(step)
         decoding = [
             entry.progress
@@ -96,7 +103,7 @@ class Drafting:
             self._drafter.draft(step, batches, num_drafts)
             if step.has_no_prompts():
                 length.record_drafting(num_drafts, time.perf_counter() - began_s)
-        draft_predicted(step, self._most, num_drafts)
+        return num_drafts
 
 
 def _offered(requests: Sequence[RequestProgress], most: int) -> list[int]:
@@ -108,8 +115,9 @@ def _offered(requests: Sequence[RequestProgress], most: int) -> list[int]:
 def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:
     """Draft what the callers of requests predicted, in place of what was guessed of those.
 
-    Call it last. A prediction that the answer follows is hardly ever wrong, so whatever pays for
-    guesses, as much of it is drafted as may be; while that is not sure, a guess goes first.
+    Call it after a drafter. A prediction that the answer follows is hardly ever wrong, so whatever
+    pays for guesses, as much of it is drafted as may be; while that is not sure, a guess goes
+    first.
 
     Args:
         step: As for a drafter.

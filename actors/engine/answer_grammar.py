@@ -89,6 +89,18 @@ class AnswerGrammar:
         self._end()
         return None
 
+    def forced_tokens(self) -> list[int]:
+        """Tokens that come next in any answer; none where there is a choice."""
+        if self.is_complete or self.error is not None:
+            return []
+        return self.matcher.compute_ff_tokens()
+
+    def possible(self, token_ids: list[int]) -> list[int]:
+        """The first of these tokens, as far as an answer may go on with them."""
+        if not token_ids or self.is_complete or self.error is not None:
+            return []
+        return token_ids[: self.matcher.validate_tokens(token_ids)]
+
     def _end(self) -> None:
         if self.matcher.is_accepting():
             self.is_complete = True

@@ -74,6 +74,10 @@ class ThinkingTracker:
         """The token that must come next, or None if the model may choose."""
         return None if self._cause is None else self._closing[self._num_forced]
 
+    def forced_tokens(self) -> list[int]:
+        """All tokens that must come next, up to the end of the thinking; none if it is free."""
+        return [] if self._cause is None else list(self._closing[self._num_forced :])
+
     def end_bias(self) -> float:
         """What to add to the end mark's logit: 0 outside the soft zone, rising linearly within."""
         limit, zone = self._limit, self._soft_zone_tokens

@@ -98,8 +98,12 @@ def told(events: list[TokenEvent]) -> dict[int, tuple[list[int], object]]:
 
 @pytest.mark.parametrize(
     ("lost", "speculation"),
-    [(2, None), (0, None), (2, _DRAFTS), (0, _DRAFTS)],
-    ids=["expert", "attention", "expert, with drafts", "attention, with drafts"],
+    [
+        pytest.param(2, None, id="expert"),
+        pytest.param(0, None, id="attention"),
+        pytest.param(2, _DRAFTS, id="expert, with drafts", marks=pytest.mark.slow),
+        pytest.param(0, _DRAFTS, id="attention, with drafts"),
+    ],
 )
 def test_answers_are_those_of_a_cell_that_lost_nothing(pool, model_dir, lost, speculation):
     async def run():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ostro.actors.engine.effort import ThinkingTracker
+from ostro.actors.engine.forced_drafts import draft_forced
 from ostro.actors.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -36,7 +37,14 @@ DraftOf = Callable[[RequestProgress], list[int]]
 class _Shard:
     """Scheduler and device; `draft_of` says what is guessed of a request after each step."""
 
-    def __init__(self, draft_of: DraftOf | None, *, num_pages: int = 64, **engine: int) -> None:
+    def __init__(
+        self,
+        draft_of: DraftOf | None,
+        *,
+        num_pages: int = 64,
+        draws_forced: bool = False,
+        **engine: int,
+    ) -> None:
         config = EngineConfig(
             page_size=2,
             max_tokens_per_step=engine.pop("max_tokens_per_step", 32),
@@ -48,6 +56,7 @@ class _Shard:
         self.scheduler = Scheduler(config, num_pages, 100, clock=lambda: 1.0)
         self.device = FakeDevice(config.page_size)
         self.draft_of = draft_of
+        self.draws_forced = draws_forced
         self.steps: list[ScheduledStep] = []
         self.events: list[TokenEvent] = []
 
@@ -63,8 +72,11 @@ class _Shard:
         self.events += self.scheduler.complete(step)
         self.scheduler.check_integrity()
         self.steps.append(step)
-        for entry in step.entries if self.draft_of is not None else ():
-            entry.progress.draft_token_ids = self.draft_of(entry.progress)
+        if self.draft_of is not None:
+            for entry in step.entries:
+                entry.progress.draft_token_ids = self.draft_of(entry.progress)
+            if self.draws_forced:
+                draft_forced(step, 7)
         return step
 
     def run(self) -> dict[str, TokenEvent]:
@@ -140,6 +152,7 @@ def _named(requests: list[GenerationRequest]) -> list[GenerationRequest]:
     num_pages=st.sampled_from([11, 64]),
     most_per_step=st.sampled_from([4, 9, 32]),
     prefix_cache=st.booleans(),
+    draws_forced=st.booleans(),
 )
 @settings(max_examples=60)
 def test_any_drafts_give_the_events_that_none_give(
@@ -149,6 +162,7 @@ def test_any_drafts_give_the_events_that_none_give(
     num_pages: int,
     most_per_step: int,
     prefix_cache: bool,
+    draws_forced: bool,
 ) -> None:
     sizes = {
         "num_pages": num_pages,
@@ -167,7 +181,7 @@ def test_any_drafts_give_the_events_that_none_give(
             token if drawn.random() < share_right else drawn.randrange(VOCABULARY) for token in rest
         ]
 
-    drafting = _Shard(draft_of, **sizes)
+    drafting = _Shard(draft_of, draws_forced=draws_forced, **sizes)
     for request in _named(requests):
         plain.add(request)
     wanted = plain.run()
@@ -319,6 +333,52 @@ def test_planning_without_speculation_heeds_no_drafts() -> None:
     shard.turn()
     progress.draft_token_ids = [5, 5]
     assert shard.turn().num_drafts == 0
+
+
+# ---- drafts that rules force
+
+
+def _nothing(progress: RequestProgress) -> list[int]:
+    return []
+
+
+def test_the_text_that_a_grammar_forces_comes_in_one_step() -> None:
+    shard = _Shard(_nothing, draws_forced=True)
+    progress = shard.add(
+        make_request(max_tokens=20, grammar=GrammarParams(text='start: /[ab]/ "cdefg" /[ab]/'))
+    )
+    told = shard.run()["r"]
+    assert told.token_ids[1:6] == [7, 8, 9, 10, 11]
+    assert progress.grammar is not None
+    assert progress.grammar.is_complete
+    assert [step.num_drafts for step in shard.steps] == [0, 5]
+
+
+def test_a_closing_phrase_comes_in_one_step() -> None:
+    thinking = ThinkingParams(
+        begin_token_id=_BEGIN,
+        end_token_id=_END,
+        budget_tokens=4,
+        closing_token_ids=(5, 6, 7, 8, _END),  # all of the budget
+        starts_open=True,
+    )
+    request = make_request(max_tokens=9, ignore_eos=True, thinking=thinking)
+    plain = _Shard(None)
+    plain.add(request)
+    wanted = plain.run()["r"]
+    shard = _Shard(_nothing, draws_forced=True)
+    shard.add(request)
+    told = shard.run()["r"]
+    assert told == wanted
+    assert (told.thinking_ended_by, told.token_ids[:5]) == ("budget", [5, 6, 7, 8, _END])
+    assert [step.num_drafts for step in shard.steps[:2]] == [0, 4]
+
+
+def test_guesses_that_a_grammar_refuses_are_not_verified() -> None:
+    shard = _Shard(lambda _: [5, 6, 11, 5], draws_forced=True)
+    shard.add(make_request(max_tokens=20, grammar=GrammarParams(text="start: /[ab]{3,9}/")))
+    shard.turn()
+    assert shard.turn().num_drafts == 2
 
 
 # ---- rules that hold for several tokens

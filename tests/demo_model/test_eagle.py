@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 import random
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,23 @@ def test_training_lowers_the_loss_and_goes_on_where_it_was(
     assert other.step == 25
     batch = next(source)
     assert other.train_step(batch) == trainer.train_step(batch)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_leaves_a_head_and_goes_on(tmp_path: Path) -> None:
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("eagle"))
+    small = ["--shards", "2", "--conversations", "8", "--rows", "200", "--log-every", "2"]
+    heads = []
+    for steps in ("2", "4"):
+        command = ["train_eagle.py", "--run", str(run), "--model", str(model), "--steps", steps]
+        subprocess.run([sys.executable, *command, *small], cwd=HERE, check=True)
+        made = json.loads((run / "eagle_training.json").read_text())
+        assert (made["steps"], made["conversations"]) == (int(steps), 16)
+        heads.append(load_file(model / "eagle" / "consolidated.safetensors"))
+    (log,) = run.glob("eagle_*/log.jsonl")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4]
+    assert not torch.equal(*(head["eagle_linear.weight"] for head in heads))
 
 
 def test_walk_takes_what_was_right_and_one_more() -> None:

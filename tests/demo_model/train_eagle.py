@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from encoding import Encoder
 
 NUM_DRAFTS = 3  # that training goes through
-_SHARD = 500  # conversations
 _SAVE_EVERY = 100  # steps
 _UNREACHED = 0.1  # weight of a draft that follows a wrong one: it would never be looked at
 
@@ -118,19 +117,19 @@ class HeadTrainer:
             optimizer.load_state_dict(saved)
 
 
-def corpus(
-    folder: Path, encoder: Encoder, target: Target, num_shards: int, seed: int
-) -> list[Heard]:
+def corpus(folder: Path, encoder: Encoder, target: Target, args: argparse.Namespace) -> list[Heard]:
     """The shards, those that are missing made first."""
     import torch
     from eagle_corpus import Heard, draw
     from rich.progress import track
 
     heard = []
-    for index in track(range(num_shards), "corpus"):
+    for index in track(range(args.shards), "corpus"):
         file = folder / f"corpus_{index}.pt"
         if not file.exists():
-            drawn = draw(random.Random(f"{seed}/eagle/{index}"), encoder, target, _SHARD)
+            drawn = draw(
+                random.Random(f"{args.seed}/eagle/{index}"), encoder, target, args.conversations
+            )
             torch.save([asdict(one) for one in drawn], file.with_suffix(".partial"))
             file.with_suffix(".partial").replace(file)
         heard += [Heard(**fields) for fields in torch.load(file, weights_only=True)]
@@ -152,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(args.model / "tekken.json")
     target = Target(load_model(args.model), encoder)
-    heard = corpus(folder, encoder, target, args.shards, args.seed)
+    heard = corpus(folder, encoder, target, args)
     trainer = HeadTrainer(target, args.steps, args.seed)
     if (folder / "state.pt").exists():
         trainer.load(folder / "state.pt")
@@ -216,7 +215,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="log, corpus and state")
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint to draft for")
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--shards", type=int, default=10, help=f"of {_SHARD} conversations")
+    parser.add_argument("--shards", type=int, default=10, help="parts of the corpus")
+    parser.add_argument("--conversations", type=int, default=500, help="in a shard")
     parser.add_argument("--rows", type=int, default=600, help="positions per step")
     parser.add_argument("--log-every", type=int, default=20, help="steps")
     parser.add_argument("--seed", type=int, default=0)

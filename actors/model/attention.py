@@ -21,13 +21,17 @@ from ostro.actors.model.batch import Batch, PrefillSpan
 from ostro.actors.model.latent_cache import LatentCache
 from ostro.actors.model.weights import LayerWeights
 from ostro.configs.model import ModelConfig
-from ostro.kernels.fp8_linear import Fp8Rows
 from ostro.kernels.latent_cache import FP8_ROWS
 from ostro.kernels.latent_heads import LatentHeads, pack_heads, turn_queries_
 from ostro.kernels.linear import linear
 from ostro.kernels.mla_decode import mla_decode
 from ostro.kernels.mla_prefill import absorbed_is_cheaper, mla_prefill
-from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue
+from ostro.kernels.mla_prologue import (
+    PrologueInputs,
+    PrologueNorms,
+    mla_prologue,
+    project_queries,
+)
 from ostro.kernels.rotary import (
     inverse_frequencies,
     llama4_query_scale,
@@ -88,35 +92,29 @@ class Attention:
 
     def store(self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms) -> None:
         """Write the tokens' latents alone, where nobody asks what the tokens see."""
-        self._compress(layer, x_TD, batch, terms)
+        mla_prologue(*self._project_down(layer, x_TD, batch, terms), self._layers[layer].q_b)
 
     def _project(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
     ) -> torch.Tensor:
         """Write the tokens' latents; their queries, not yet turned."""
-        compressed, config = self._compress(layer, x_TD, batch, terms), self._config
-        q_TX = linear(compressed, self._layers[layer].q_b)
+        inputs, config = self._project_down(layer, x_TD, batch, terms), self._config
+        q_TX = project_queries(*inputs, self._layers[layer].q_b)
         return q_TX.view(-1, config.num_heads, config.qk_head_dim())
 
-    def _compress(
+    def _project_down(
         self, layer: int, x_TD: torch.Tensor, batch: Batch, terms: PositionTerms
-    ) -> torch.Tensor | Fp8Rows:
-        """Write the tokens' latents; their queries, compressed and normed."""
+    ) -> PrologueInputs:
+        """Compressed queries, latents and rope keys, with all that `mla_prologue` does to them."""
         w, config = self._layers[layer], self._config
         query_TX = linear(x_TD, w.q_a)
         if w.kv_a is None:
             query_TX, row_TW = query_TX.tensor_split([config.q_lora_rank], dim=1)
         else:
             row_TW = linear(x_TD, w.kv_a)
-        return mla_prologue(
-            query_TX,
-            row_TW,
-            PrologueNorms(w.q_a_norm, w.kv_a_norm, config.rms_norm_eps),
-            terms.turn_TJ,
-            batch.slots_T,
-            self._cache.layers[layer],
-            w.q_b,
-        )
+        norms = PrologueNorms(w.q_a_norm, w.kv_a_norm, config.rms_norm_eps)
+        cache_NSW = self._cache.layers[layer]
+        return query_TX, row_TW, norms, terms.turn_TJ, batch.slots_T, cache_NSW
 
     def _attend(
         self, layer: int, q_THQ: torch.Tensor, batch: Batch, terms: PositionTerms

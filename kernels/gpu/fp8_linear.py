@@ -65,10 +65,7 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
     if rows_TI.stride(1) != 1:
         rows_TI = rows_TI.contiguous()
     if num_rows:
-        block_in = triton.next_power_of_2(num_in)
-        block_out = _FEW_VALUES // block_in
-        processors = num_processors(rows_TI.device)
-        num_programs = min(triton.cdiv(num_out, block_out), _FEW_PROGRAMS * processors)
+        num_programs, options = few_rows_launch(weight, rows_TI.device)
         _fp8_linear_kernel[(num_programs,)](
             rows_TI,
             weight.values_OI,
@@ -80,15 +77,26 @@ def fp8_linear_triton(x_TI: torch.Tensor | Fp8Rows, weight: Fp8Weight) -> torch.
             num_in,
             T=num_rows,
             IS_ROUNDED=isinstance(x_TI, Fp8Rows),
-            BLOCK_O=block_out,
-            BLOCK_I=block_in,
-            STAGES=_FEW_STAGES,
-            LINES=_FEW_VALUES // _LINE,
-            LINE=_LINE,
-            num_warps=8,
-            **pdl_options(rows_TI.device),
+            **options,
         )
     return out_TO
+
+
+def few_rows_launch(weight: Fp8Weight, device: torch.device) -> tuple[int, dict[str, int]]:
+    """Programs, and what a kernel takes that multiplies very few rows by such a weight."""
+    num_out, num_in = weight.values_OI.shape
+    block_in = triton.next_power_of_2(num_in)
+    block_out = _FEW_VALUES // block_in
+    num_programs = min(triton.cdiv(num_out, block_out), _FEW_PROGRAMS * num_processors(device))
+    return num_programs, {
+        "BLOCK_O": block_out,
+        "BLOCK_I": block_in,
+        "STAGES": _FEW_STAGES,
+        "LINES": _FEW_VALUES // _LINE,
+        "LINE": _LINE,
+        "num_warps": 8,
+        **pdl_options(device),
+    }
 
 
 @triton.jit
@@ -114,12 +122,8 @@ def _fp8_linear_kernel(
     i = tl.arange(0, BLOCK_I)
     unit = tl.load(input_scale)
     factor = tl.load(scale) * unit
-    if PDL:
-        # What the loop loads first, on its way while the kernel ahead ends.
-        for stage in tl.static_range(STAGES):
-            block = tl.program_id(0) + stage * tl.num_programs(0)
-            line = block.to(tl.int64) * (BLOCK_O * num_in) + tl.arange(0, LINES) * LINE
-            prefetch(values + tl.minimum(line, num_out.to(tl.int64) * num_in - 1), PDL)
+    first_block, step = tl.program_id(0), tl.num_programs(0)
+    prefetch_weight(values, first_block, step, num_out, num_in, BLOCK_O, STAGES, LINES, LINE, PDL)
     await_previous(PDL)
     first = tl.load(x + i, mask=i < num_in, other=0.0)
     last = tl.load(x + (T - 1) * stride + i, mask=i < num_in, other=0.0)
@@ -127,9 +131,63 @@ def _fp8_linear_kernel(
         first = in_units(first.to(tl.float32), unit).to(values.dtype.element_ty)
         last = in_units(last.to(tl.float32), unit).to(values.dtype.element_ty)
     first, last = first.to(tl.float32), last.to(tl.float32)
-    for block in tl.range(
-        tl.program_id(0), tl.cdiv(num_out, BLOCK_O), tl.num_programs(0), num_stages=STAGES
-    ):
+    multiply_rows(
+        first,
+        last,
+        values,
+        factor,
+        out,
+        first_block,
+        step,
+        num_out,
+        num_in,
+        T,
+        BLOCK_O,
+        BLOCK_I,
+        STAGES,
+    )
+
+
+@triton.jit
+def prefetch_weight(
+    values,
+    first_block,
+    step,
+    num_out,
+    num_in,
+    BLOCK_O: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES: tl.constexpr,
+    LINE: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Bring what `multiply_rows` loads first on its way, while the kernel ahead ends."""
+    if PDL:
+        for stage in tl.static_range(STAGES):
+            block = first_block + stage * step
+            line = block.to(tl.int64) * (BLOCK_O * num_in) + tl.arange(0, LINES) * LINE
+            prefetch(values + tl.minimum(line, num_out.to(tl.int64) * num_in - 1), PDL)
+
+
+@triton.jit
+def multiply_rows(
+    first,
+    last,
+    values,
+    factor,
+    out,
+    first_block,
+    step,
+    num_out,
+    num_in,
+    T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> None:
+    """The rows of a weight in every `step`-th block of outputs, times the first and last token."""
+    i = tl.arange(0, BLOCK_I)
+    for block in tl.range(first_block, tl.cdiv(num_out, BLOCK_O), step, num_stages=STAGES):
         o = block * BLOCK_O + tl.arange(0, BLOCK_O)
         is_in = (o < num_out)[:, None] & (i < num_in)[None, :]
         place = o.to(tl.int64)[:, None] * num_in + i[None, :]

@@ -69,7 +69,8 @@ def mla_prologue_triton(
 
 
 @triton.jit
-def _normed(row, weight, eps, width, BLOCK: tl.constexpr):
+def normed(row, weight, eps, width, BLOCK: tl.constexpr):  # noqa: ANN201 - not Python
+    """The RMS norm of a row, in float32 with the values of the weight's dtype before it."""
     i = tl.arange(0, BLOCK)
     is_in = i < width
     wide = tl.load(row + i, mask=is_in, other=0.0).to(tl.float32)
@@ -120,24 +121,62 @@ def _mla_prologue_kernel(
     t = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         i = tl.arange(0, BLOCK_L)
-        value = _normed(query + t * query_stride, query_norm, eps, L, BLOCK_L)
+        value = normed(query + t * query_stride, query_norm, eps, L, BLOCK_L)
         if input_scale is not None:
             value = in_units(value.to(query.dtype.element_ty).to(tl.float32), tl.load(input_scale))
         tl.store(out + t * L + i, value.to(out.dtype.element_ty), mask=i < L)
     else:
-        slot = tl.load(slots + t).to(tl.int64)
-        if slot >= 0:
-            i = tl.arange(0, BLOCK_C)
-            value = _normed(row + t * row_stride, latent_norm, eps, C, BLOCK_C)
-            value = _stored(value.to(latent_norm.dtype.element_ty), cached_latents)
-            tl.store(cached_latents + slot * latent_stride + i, value, mask=i < C)
-            j = tl.arange(0, BLOCK_J)
-            is_pair = j < P // 2
-            pair = row + t * row_stride + C + 2 * j
-            even = tl.load(pair, mask=is_pair, other=0.0).to(tl.float32)
-            odd = tl.load(pair + 1, mask=is_pair, other=0.0).to(tl.float32)
-            cos = tl.load(turn + t * P + 2 * j, mask=is_pair, other=0.0)
-            sin = tl.load(turn + t * P + 2 * j + 1, mask=is_pair, other=0.0)
-            pair = cached_keys + slot * key_stride + 2 * j
-            tl.store(pair, _stored(even * cos - odd * sin, cached_keys), mask=is_pair)
-            tl.store(pair + 1, _stored(odd * cos + even * sin, cached_keys), mask=is_pair)
+        store_latent(
+            t,
+            row,
+            latent_norm,
+            turn,
+            slots,
+            cached_latents,
+            cached_keys,
+            row_stride,
+            latent_stride,
+            key_stride,
+            eps,
+            C,
+            P,
+            BLOCK_C,
+            BLOCK_J,
+        )
+
+
+@triton.jit
+def store_latent(
+    t,
+    row,
+    latent_norm,
+    turn,
+    slots,
+    cached_latents,
+    cached_keys,
+    row_stride,
+    latent_stride,
+    key_stride,
+    eps,
+    C,
+    P,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+) -> None:
+    """One token's latent, normed, and its rope key, turned, to their slot of the cache."""
+    slot = tl.load(slots + t).to(tl.int64)
+    if slot >= 0:
+        i = tl.arange(0, BLOCK_C)
+        value = normed(row + t * row_stride, latent_norm, eps, C, BLOCK_C)
+        value = _stored(value.to(latent_norm.dtype.element_ty), cached_latents)
+        tl.store(cached_latents + slot * latent_stride + i, value, mask=i < C)
+        j = tl.arange(0, BLOCK_J)
+        is_pair = j < P // 2
+        pair = row + t * row_stride + C + 2 * j
+        even = tl.load(pair, mask=is_pair, other=0.0).to(tl.float32)
+        odd = tl.load(pair + 1, mask=is_pair, other=0.0).to(tl.float32)
+        cos = tl.load(turn + t * P + 2 * j, mask=is_pair, other=0.0)
+        sin = tl.load(turn + t * P + 2 * j + 1, mask=is_pair, other=0.0)
+        pair = cached_keys + slot * key_stride + 2 * j
+        tl.store(pair, _stored(even * cos - odd * sin, cached_keys), mask=is_pair)
+        tl.store(pair + 1, _stored(odd * cos + even * sin, cached_keys), mask=is_pair)

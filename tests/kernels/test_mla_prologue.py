@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ostro.kernels.mla_prologue import PrologueNorms, mla_prologue, mla_prologue_reference
+from ostro.kernels.fp8_linear import Fp8Weight
+from ostro.kernels.mla_prologue import (
+    PrologueNorms,
+    mla_prologue,
+    mla_prologue_reference,
+    project_queries,
+    project_queries_reference,
+)
 from ostro.kernels.rotary import rotations
 
 
@@ -38,3 +45,24 @@ def test_mla_prologue_matches_reference(dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out_TL, expected_TL, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(caches[0], caches[1], rtol=tolerance, atol=tolerance)
+
+
+def test_project_queries_worked_example() -> None:
+    inputs = (
+        torch.tensor([[3.0, 4.0]]),
+        torch.tensor([[2.0, 2.0, 1.0, 0.0]]),
+        PrologueNorms(torch.ones(2), torch.ones(2), 0.0),
+        torch.tensor([[1j]]),
+        torch.tensor([1]),
+        torch.zeros(1, 2, 4),
+    )
+    found_TO = project_queries(*inputs, torch.ones(1, 2))
+    torch.testing.assert_close(found_TO, torch.tensor([[1.9799]]), rtol=1e-4, atol=1e-4)
+    ones = Fp8Weight(
+        values_OI=torch.ones(1, 2).to(torch.float8_e4m3fn),
+        scale=torch.tensor(1.0),
+        input_scale=torch.tensor(1.0),
+    )
+    found_TO = project_queries(*inputs, ones)
+    assert found_TO.item() == 0.875 + 1.125  # as e4m3 has them
+    assert torch.equal(found_TO, project_queries_reference(*inputs, ones))

@@ -26,8 +26,7 @@ EXPERTS = [
 def test_a_layer_of_few_requests_launches_so_much(num_requests: int) -> None:
     assert launches_of_layer(num_requests, WeightFormat.FP8) == [
         "_fp8_linear_kernel",
-        "_mla_prologue_kernel",
-        "_fp8_linear_kernel",
+        "_project_queries_kernel",
         *ATTEND_FEW,
         "_fp8_linear_kernel",
         "_combine_kernel",

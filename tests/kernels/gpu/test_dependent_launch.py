@@ -12,6 +12,7 @@ from ostro.kernels.gpu.dependent_launch import dependent_launch, pdl_options
 # Nobody writes weights, so these read them while the kernel ahead still runs.
 LOADS_WEIGHTS_EARLY = {
     "_fp8_linear_kernel",
+    "_project_queries_kernel",
     "_latent_queries_kernel",
     "_expand_values_kernel",
     "_join_values_kernel",
@@ -20,12 +21,17 @@ LOADS_WEIGHTS_EARLY = {
 # By module of launches: what a layer of one request starts, and what others start besides.
 OF_ONE_REQUEST = {
     "linear_launches": ("fp8_linear_1", "fp8_linear_1_rounded"),
-    "decode_launches": ("mla_prologue", "latent_queries", "attend_latents", "join_values"),
+    "decode_launches": ("project_queries", "latent_queries", "attend_latents", "join_values"),
     "expert_launches": ("combine_norm_of_pairs", "gate_few", "experts_fp8_1_shared"),
 }
 OF_MORE = {
     "linear_launches": ("fp8_linear_2",),
-    "decode_launches": ("mla_prologue_fp8", "attend_latents_fp8", "expand_values"),
+    "decode_launches": (
+        "project_queries_2_fp8",
+        "mla_prologue",
+        "attend_latents_fp8",
+        "expand_values",
+    ),
     "expert_launches": (
         "combine_norm",
         "combine_norm_of_sum",

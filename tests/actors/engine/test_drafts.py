@@ -358,8 +358,8 @@ def test_a_closing_phrase_comes_in_one_step() -> None:
     thinking = ThinkingParams(
         begin_token_id=_BEGIN,
         end_token_id=_END,
-        budget_tokens=4,
-        closing_token_ids=(5, 6, 7, 8, _END),  # all of the budget
+        budget_tokens=5,
+        closing_token_ids=(5, 6, 7, 8, _END),  # all of the budget but one
         starts_open=True,
     )
     request = make_request(max_tokens=9, ignore_eos=True, thinking=thinking)
@@ -370,8 +370,8 @@ def test_a_closing_phrase_comes_in_one_step() -> None:
     shard.add(request)
     told = shard.run()["r"]
     assert told == wanted
-    assert (told.thinking_ended_by, told.token_ids[:5]) == ("budget", [5, 6, 7, 8, _END])
-    assert [step.num_drafts for step in shard.steps[:2]] == [0, 4]
+    assert (told.thinking_ended_by, told.token_ids[1:6]) == ("budget", [5, 6, 7, 8, _END])
+    assert [step.num_drafts for step in shard.steps[:2]] == [0, 5]
 
 
 def test_guesses_that_a_grammar_refuses_are_not_verified() -> None:

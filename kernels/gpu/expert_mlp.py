@@ -16,7 +16,7 @@ import torch
 
 from ostro.kernels.fp8_experts import Fp8Experts
 from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
-from ostro.kernels.gpu.few_experts import MAX_FEW_PAIRS, down_few_triton, gate_up_few_triton
+from ostro.kernels.gpu.few_experts import down_few_triton, gate_up_few_triton, takes_pairs
 from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
 from ostro.kernels.gpu.nvfp4_gemm import down_nvfp4_triton, gate_up_nvfp4_triton
 from ostro.kernels.gpu.permute import permute_triton
@@ -57,7 +57,7 @@ def expert_pairs_triton(
     Raises:
         ValueError: D or F does not fill 16-byte steps.
     """
-    if expert_RK.numel() <= MAX_FEW_PAIRS:
+    if takes_pairs(expert_RK.numel(), rows_RD.device):
         hidden_AF = gate_up_few_triton(rows_RD, expert_RK, gate_up_EHD, counts)
         return down_few_triton(hidden_AF, expert_RK, weight_RK, down_EDF, rows_RD.dtype)
     num_experts = len(gate_up_EHD)
@@ -108,7 +108,7 @@ def expert_pairs_fp8_triton(
         "input_scale_E": experts.down_input_scale_E,
     }
     gate_up_EHD, down_EDF, dtype = experts.gate_up_EHD, experts.down_EDF, rows_RD.dtype
-    if expert_RK.numel() <= MAX_FEW_PAIRS:
+    if takes_pairs(expert_RK.numel(), rows_RD.device):
         hidden_AF = gate_up_few_triton(rows_RD, expert_RK, gate_up_EHD, counts, **of_gate_up)
         return down_few_triton(hidden_AF, expert_RK, weight_RK, down_EDF, dtype, **of_down)
     num_experts = len(gate_up_EHD)

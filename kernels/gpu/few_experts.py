@@ -21,9 +21,19 @@ from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.gpu.dependent_launch import await_inputs
 from ostro.kernels.gpu.fp8_linear import in_units
 from ostro.kernels.gpu.grouped_gemm import boxes, launch_options
-from ostro.kernels.gpu.tiles import Tile, num_programs, tile
+from ostro.kernels.gpu.tiles import BLACKWELL, Tile, architecture, num_programs, tile
 
 MAX_FEW_PAIRS = 16  # rows of the smallest tile
+
+
+def takes_pairs(num_pairs: int, device: torch.device) -> bool:
+    """Whether so many pairs are few, and this Triton has kernels of them for this GPU.
+
+    The pipeliner of Triton 3.6 gives up on `_gate_up_few_kernel` for Blackwell.
+    """
+    if num_pairs > MAX_FEW_PAIRS:
+        return False
+    return not triton.__version__.startswith("3.6.") or architecture(device) < BLACKWELL
 
 
 def gate_up_few_triton(

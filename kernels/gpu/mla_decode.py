@@ -23,12 +23,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.decode_chunks import MAX_CHUNK_KEYS, MIN_CHUNK_KEYS, DecodeChunks
 from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
-from ostro.kernels.gpu.tiles import architecture
+from ostro.kernels.gpu.tiles import BLACKWELL, architecture
 from ostro.kernels.latent_cache import FP8_ROWS, row_parts, row_values
 
 _MAX_TILE_KEYS = 64
 FEW_CHUNKS, _BLOCK_CHUNKS, _BLOCK_LATENT = 8, 64, 64  # of a program that joins
-_BLACKWELL = 100
 _LOG2_E = 1.4426950408889634
 
 
@@ -71,7 +70,7 @@ def decode_cut(cache_dtype: torch.dtype, device: torch.device) -> DecodeCut:
     """
     if cache_dtype == FP8_ROWS:
         return DecodeCut(num_warps=4, num_stages=2, early_loads=False)
-    is_hopper = architecture(device) < _BLACKWELL
+    is_hopper = architecture(device) < BLACKWELL
     return DecodeCut(num_warps=4 if is_hopper else 8, num_stages=2, early_loads=is_hopper)
 
 

@@ -24,7 +24,7 @@ FP4 = torch.float4_e2m1fn_x2  # NVFP4 among the dtypes of weights
 _TUNED = Path(__file__).parent.parent / "tuned"
 SWITCHES = ("dependent_launch",)
 _MIN_ROWS, _MAX_ROWS = 16, 128
-_BLACKWELL = 100
+BLACKWELL = 100  # architectures from here on
 _NUM_PROCESSORS_ELSEWHERE = 132  # of an H200, where kernels are only compiled
 _NUM_PROCESSORS_INTERPRETED = 3  # few, so that programs take more than one tile
 
@@ -157,7 +157,7 @@ _FP4_ON_BLACKWELL = {
 
 def _usual(operation: str, dtype: torch.dtype, rows: int, device: torch.device) -> Tile:
     """What was fastest on an H100 (bf16) and an H200; on Blackwell no sweep has run yet."""
-    is_hopper = architecture(device) < _BLACKWELL
+    is_hopper = architecture(device) < BLACKWELL
     find = _usual_on_hopper if is_hopper else _usual_on_blackwell
     block_out, num_warps, num_stages, programs = find(operation, dtype, rows)
     block_in = 128 // dtype.itemsize  # the widest box of shared memory without conflicts

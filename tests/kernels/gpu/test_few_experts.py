@@ -8,6 +8,7 @@ import pytest
 import torch
 from expert_cases import make_fp8_experts, make_routed, make_weights
 
+from ostro.kernels.gpu import few_experts
 from ostro.kernels.gpu.expert_schedule import expert_schedule_triton
 from ostro.kernels.gpu.few_experts import (
     MAX_FEW_PAIRS,
@@ -15,6 +16,7 @@ from ostro.kernels.gpu.few_experts import (
     down_few_triton,
     gate_up_few_reference,
     gate_up_few_triton,
+    takes_pairs,
 )
 from ostro.kernels.gpu.grouped_gemm import down_triton, gate_up_triton
 from ostro.kernels.gpu.permute import permute_triton
@@ -141,3 +143,16 @@ def test_few_experts_triton_give_the_bits_of_sorted_rows(triton_device: str) -> 
     sorted_AD = down_triton(sorted_AF, down, weight_RK, schedule, torch.bfloat16, **of_down)
     is_here_A = expert_RK.flatten() >= 0
     assert torch.equal(few_AD[is_here_A], sorted_AD[is_here_A])
+
+
+@pytest.mark.parametrize(("version", "blackwell"), [("3.6.0", False), ("3.10.1", True)])
+def test_few_pairs_go_the_usual_way_where_the_compiler_gives_up(
+    monkeypatch: pytest.MonkeyPatch, version: str, blackwell: bool
+) -> None:
+    device = torch.device("meta")
+    monkeypatch.setattr(few_experts.triton, "__version__", version)
+    monkeypatch.setattr(few_experts, "architecture", lambda _: 90)
+    assert takes_pairs(MAX_FEW_PAIRS, device)
+    assert not takes_pairs(MAX_FEW_PAIRS + 1, device)
+    monkeypatch.setattr(few_experts, "architecture", lambda _: 100)
+    assert takes_pairs(1, device) == blackwell

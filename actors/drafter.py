@@ -112,17 +112,16 @@ def _offered(requests: Sequence[RequestProgress], most: int) -> list[int]:
     return [sum(n for length, n in counts.items() if length > depth) for depth in range(most)]
 
 
-def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:
+def draft_predicted(step: ScheduledStep, most: int, most_guessed: int) -> None:
     """Draft what the callers of requests predicted, in place of what was guessed of those.
 
-    Call it after a drafter. A prediction that the answer follows is hardly ever wrong, so whatever
-    pays for guesses, as much of it is drafted as may be; while that is not sure, a guess goes
-    first.
+    Call it after a drafter. Of a prediction that the answer follows at least as much is drafted as
+    is likelier right than not, which pays in any batch; while that is not sure, a guess goes first.
 
     Args:
         step: As for a drafter.
         most: Drafts of a request.
-        most_unsure: The same of one that may not be where it seems to be in its prediction.
+        most_guessed: What pays for guesses at present.
     """
     for entry in step.entries:
         progress = entry.progress
@@ -130,6 +129,7 @@ def draft_predicted(step: ScheduledStep, most: int, most_unsure: int) -> None:
         if prediction is None or not entry.samples or progress.state is not RequestState.RUNNING:
             continue
         if prediction.is_sure:
-            progress.draft_token_ids = prediction.draft(most)
+            num_drafts = min(max(most_guessed, prediction.num_likely), most)
+            progress.draft_token_ids = prediction.draft(num_drafts)
         elif not progress.draft_token_ids:
-            progress.draft_token_ids = prediction.draft(most_unsure)
+            progress.draft_token_ids = prediction.draft(most_guessed)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from math import log
 from typing import TYPE_CHECKING
 
 from ostro.actors.engine.ngrams import NgramIndex
@@ -25,6 +26,9 @@ _MAX_RUN = 8  # tokens before a place that are compared, and the trust in where 
 _SURE = 3  # tokens in a row
 _NEAR = 32  # tokens ahead of where the answer left the text that are "close by"
 _NEAR_FOR = 16  # tokens of the answer since then; after more it is somewhere else
+_FIRST_SHARE = 0.95  # of tokens that come as they should: the caller's word
+_LEAST_SHARE = 0.01  # and the same of tokens that do not
+_NEW_WEIGHT = 1 / 12  # of a token in that share
 _INDEXED_PER_TOKEN = 512  # 0.2 ms; an answer cannot get so far ahead
 
 
@@ -71,6 +75,7 @@ class FollowedText:
         self._num_seen = 0  # tokens of the output
         self._next = 0  # place of the token that should come next; beyond the text: nobody knows
         self._run = _MAX_RUN  # how many tokens in a row say so
+        self._share = _FIRST_SHARE  # of tokens that came as they should where that was sure
         self._home = 0  # where the answer stood when that was sure
         self._num_lost = 0  # tokens since then
         self._is_met = bytearray(len(text))
@@ -84,9 +89,15 @@ class FollowedText:
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is known what should come next, and by more than chance."""
+        """Whether it is known what should come next, and likelier right than not."""
+        return self.num_likely > 0 and self._is_found()
+
+    @property
+    def num_likely(self) -> int:
+        """How many of the next tokens are likelier right than not, going by those that came."""
         self._follow()
-        return self._run >= _SURE and self._next < len(self._text)
+        share = min(max(self._share, _LEAST_SHARE), 1 - _LEAST_SHARE)
+        return int(log(0.5) / log(share))
 
     def draft(self, num_tokens: int) -> list[int]:
         """What should come next, at most one token more than have come as they should in a row.
@@ -110,8 +121,10 @@ class FollowedText:
             if token_id == self._restart_token_id:
                 self._restart()
             elif self._next < len(text) and text[self._next] == token_id:
+                self._judge(is_right=True)
                 self._meet(self._next, self._run + 1)
             else:
+                self._judge(is_right=False)
                 self._leave(token_id)
 
     def _begin_amid(self) -> None:
@@ -119,10 +132,18 @@ class FollowedText:
         if self._prompt:
             place, run = self._find(self._prompt[-1])
             if run >= _SURE:
-                self._next, self._run = place + 1, run
+                self._next, self._run, self._home = place + 1, run, place + 1
+
+    def _is_found(self) -> bool:
+        return self._run >= _SURE and self._next < len(self._text)
+
+    def _judge(self, *, is_right: bool) -> None:
+        if self._is_found():
+            self._share += _NEW_WEIGHT * (is_right - self._share)
 
     def _restart(self) -> None:
         self._next, self._run, self._home, self._num_lost = 0, _MAX_RUN, 0, 0
+        self._share = _FIRST_SHARE
         self._is_met, self._num_met = bytearray(len(self._text)), 0
 
     def _meet(self, place: int, run: int) -> None:

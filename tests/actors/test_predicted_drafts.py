@@ -183,7 +183,10 @@ def test_the_prediction_is_drafted_first_and_what_is_not_sure_last() -> None:
     assert _drafted([], 20) == [99] * 3
 
 
-def test_where_nothing_pays_only_what_is_sure_is_drafted() -> None:
-    text = [*range(20, 40)]
+def test_where_no_guess_pays_only_what_is_likely_is_drafted() -> None:
+    text = [*range(20, 60)]
     assert _drafted(text, 20, 21, num_guesses=0) == text[2:7]
     assert _drafted(text, 20, 7, num_guesses=0) == []
+    edited = [7 if token % 8 == 0 else token for token in text[:24]]
+    assert _drafted(text, *edited, num_guesses=0) == text[24:27]
+    assert _drafted(text, *edited, num_guesses=4) == text[24:28]

@@ -82,6 +82,22 @@ def test_trust_grows_with_what_came_as_it_should() -> None:
     assert told == [(1, False), (2, False), (3, False), (4, True), (5, True), (6, True)]
 
 
+def test_so_many_tokens_are_likely_as_came_in_a_row() -> None:
+    def likely(output: list[int]) -> int:
+        return FollowedText(_TEXT, [1], output, _END_THINKING).num_likely
+
+    edited = [token if token % 7 else 7 for token in _TEXT]
+    assert likely([]) > 7
+    assert likely(_TEXT[:50]) > likely([]) > likely(edited[:9]) > likely(edited) > 1
+    assert likely([*edited, _END_THINKING]) == likely([])
+    another = [token if token % 4 else 7 for token in _TEXT]
+    assert likely(another) == 0
+    assert not FollowedText([*_TEXT, 9], [1], another[:-1], None).is_sure
+    assert FollowedText([5], [1], [5] * 9000, None).num_likely > 7
+    long = [5] * 9000
+    assert FollowedText(long, [1], long, None).num_likely > 7
+
+
 def test_each_token_of_the_text_is_met_once() -> None:
     output = [*_TEXT[:10], *_TEXT[:10], 7, *_TEXT[45:]]
     followed = FollowedText(_TEXT, [1], output, None)

@@ -2,7 +2,7 @@
 
 After each step the head takes note of all its tokens, at the same places as the model did: rejected
 drafts stand where the next step's tokens will. The row of a request's last token gives its first
-draft; each further one takes a step of the head alone, over that draft and the head's own state.
+draft; each further one takes a pass of the head alone, over that draft and the head's own state.
 
 Shape letters: T tokens of a micro-batch, B requests that get drafts, D hidden.
 """
@@ -62,15 +62,9 @@ class EagleParts:
 
 @dataclass(frozen=True, slots=True)
 class _Guess:
-    """A request that will decode next.
-
-    Attributes:
-        row: Of its last token with a hidden state, in the step.
-        num_drafts: Drafts that it has room for.
-    """
+    """A request that will decode next, and how many drafts it has room for."""
 
     progress: RequestProgress
-    row: int
     num_drafts: int
 
 
@@ -89,9 +83,7 @@ class EagleDrafter:
         for progress, _ in rows:
             progress.draft_token_ids = []
         # Only now: the pages may be those of requests that have ended, which were written above.
-        guesses = [
-            _Guess(progress, row, self._room(progress, num_drafts)) for progress, row in rows
-        ]
+        guesses = [_Guess(progress, self._room(progress, num_drafts)) for progress, _ in rows]
         order = sorted(range(len(guesses)), key=lambda index: -guesses[index].num_drafts)
         order = [index for index in order if guesses[index].num_drafts]
         if order:
@@ -133,7 +125,7 @@ class EagleDrafter:
         """Draft for requests, those with the most drafts first, from the head's states."""
         model = self._model
         chosen = [model.logits(state_BD).argmax(dim=1)]
-        for batch in self._single_steps(guesses):
+        for batch in self._single_passes(guesses):
             count = batch.num_tokens
             tokens_B = chosen[-1][:count]
             state_BD = self._head.forward(state_BD[:count], batch, tokens_T=tokens_B)
@@ -143,7 +135,7 @@ class EagleDrafter:
             for guess in guesses[: len(tokens_B)]:
                 guess.progress.draft_token_ids.append(next(token_ids))
 
-    def _single_steps(self, guesses: Sequence[_Guess]) -> Iterator[Batch]:
+    def _single_passes(self, guesses: Sequence[_Guess]) -> Iterator[Batch]:
         """One token of each request for every draft but the first, on the host."""
         for depth in range(1, guesses[0].num_drafts):
             taking = [guess.progress for guess in guesses if guess.num_drafts > depth]

@@ -95,7 +95,10 @@ def configured_head(engine: EngineConfig, model: ModelConfig) -> DraftHead | Non
     if speculation is None or speculation.draft_model is None:
         return None
     head = find_draft_head(Path(speculation.draft_model), model)
-    choose_cache_dtype(engine, torch.float32, head.config)
+    try:
+        choose_cache_dtype(engine, torch.float32, head.config)
+    except ConfigError as error:
+        raise ConfigError(f"{head.directory}: {error}") from None
     return head
 
 

@@ -15,11 +15,18 @@ from eagle_oracle import write_fp8_head
 from safetensors.torch import load_file, save_file
 
 from ostro.actors.errors import CheckpointError
-from ostro.actors.model.draft_head import DraftHead, find_draft_head, load_head_weights
+from ostro.actors.model.draft_head import (
+    DraftHead,
+    configured_head,
+    find_draft_head,
+    load_head_weights,
+)
 from ostro.actors.model.random_checkpoint import TINY, write_random_head
+from ostro.configs.deployment import EngineConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_head_config, load_model_config
 from ostro.configs.quantization import WeightFormat
+from ostro.configs.speculation import DraftMethod, SpeculationConfig
 from ostro.kernels.fp8_linear import Fp8Weight
 
 
@@ -134,6 +141,25 @@ def test_a_config_that_does_not_fit_is_refused(
     change_params(directory, **values)
     with pytest.raises(ConfigError, match=message):
         find_draft_head(directory, model)
+
+
+def test_a_head_whose_latents_fill_no_fp8_rows_is_named(
+    directory: Path, model: ModelConfig
+) -> None:
+    write_random_head(directory, TINY, replace(model, kv_lora_rank=33))
+    drafting = SpeculationConfig(method=DraftMethod.EAGLE, draft_model=str(directory))
+    plain = EngineConfig(speculation=drafting)
+    head = configured_head(plain, model)
+    assert head is not None
+    assert head.config.kv_lora_rank == 33
+    with pytest.raises(ConfigError, match=r"head: latent_cache_dtype='fp8': .*=33 .*'auto'"):
+        configured_head(replace(plain, latent_cache_dtype="fp8"), model)
+
+
+def test_only_a_deployment_that_names_a_head_has_one(model: ModelConfig) -> None:
+    assert configured_head(EngineConfig(), model) is None
+    ngram = SpeculationConfig(method=DraftMethod.NGRAM)
+    assert configured_head(EngineConfig(speculation=ngram), model) is None
 
 
 def test_a_directory_without_a_head_is_refused(model: ModelConfig, tmp_path: Path) -> None:

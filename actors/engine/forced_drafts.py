@@ -31,4 +31,5 @@ def _drafts(progress: RequestProgress) -> list[int]:
         return thinking.forced_tokens() or drafts
     if grammar is None:
         return drafts
-    return grammar.forced_tokens() or grammar.possible(drafts)
+    forced = grammar.forced_tokens()
+    return grammar.possible(drafts) if drafts[: len(forced)] == forced else forced

@@ -354,6 +354,20 @@ def test_the_text_that_a_grammar_forces_comes_in_one_step() -> None:
     assert [step.num_drafts for step in shard.steps] == [0, 5]
 
 
+def test_guesses_that_begin_with_what_is_forced_go_on_after_it() -> None:
+    text = [7, 8, 9, 10, 11]
+    grammar = GrammarParams(text='start: /[ab]/ "cdefg" /[ab]{9}/')
+
+    def drafted(guesses: list[int]) -> int:
+        shard = _Shard(lambda _: guesses, draws_forced=True)
+        shard.add(make_request(max_tokens=20, grammar=grammar))
+        shard.turn()
+        return shard.turn().num_drafts
+
+    assert drafted([*text, 5, 6]) == 7
+    assert drafted(text[:3]) == drafted([7, 5, 5, 5, 5, 5, 5]) == drafted([]) == 5
+
+
 def test_a_closing_phrase_comes_in_one_step() -> None:
     thinking = ThinkingParams(
         begin_token_id=_BEGIN,

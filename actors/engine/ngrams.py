@@ -37,7 +37,14 @@ class NgramIndex:
     def extend(self, most: int) -> int:
         """Take in new tokens, but no more than `most`; returns how many."""
         first, num_prompt = self._num_indexed, len(self._prompt)
-        last = min(num_prompt + len(self._output), first + most)
+        end = num_prompt + len(self._output)
+        if end - first == 1 <= most and first >= num_prompt:  # as with every token of a stream
+            self._key = key = (self._key << _TOKEN_BITS | self._output[-1]) & self._mask
+            self._before.append(self._last_of.get(key, -1))
+            self._last_of[key] = first
+            self._num_indexed = end
+            return 1
+        last = min(end, first + most)
         tokens = self._prompt[first:last]
         tokens += self._output[max(first - num_prompt, 0) : max(last - num_prompt, 0)]
         key, mask, last_of, before = self._key, self._mask, self._last_of, self._before
@@ -59,6 +66,8 @@ class NgramIndex:
         """
         end = len(self._prompt) + len(self._output)
         if self._num_indexed < end or end <= self._min or num_tokens < 1:
+            return []
+        if self._before[end - 1] < self._min - 1:  # the first tokens have no whole run before them
             return []
         place = self._find(end)
         if place < 0:

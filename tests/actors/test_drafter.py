@@ -84,6 +84,41 @@ def test_requests_that_ended_or_lost_their_pages_get_no_drafts() -> None:
     assert step.entries[0].progress.draft_token_ids == []
 
 
+def test_a_lookup_that_does_not_pay_rests_where_many_decode() -> None:
+    config = EngineConfig(
+        page_size=4, max_tokens_per_step=512, max_running_requests=40, speculation=_NGRAM
+    )
+    times = [0.0]
+    scheduler = Scheduler(config, 4096, 400, clock=lambda: times[0])
+    adaptive = SpeculationConfig(method=DraftMethod.NGRAM, num_draft_tokens=3)
+    drafting = Drafting(drafter := _SlowLookup(adaptive), adaptive)
+    for index in range(40):
+        _add(scheduler, f"r{index}", [5, 6] * 3, max_tokens=200)
+    num_steps = 0
+    while scheduler.has_work():
+        step = scheduler.schedule()
+        assert step is not None
+        times[0] += 1.0 * step.num_tokens
+        for entry in step.entries:
+            while scheduler.accept(entry, SampledToken(5 + num_steps % 6)):
+                pass
+        scheduler.complete(step)
+        drafting.after(step, [])
+        num_steps += 1
+    assert drafter.num_calls < num_steps / 4
+
+
+class _SlowLookup(NgramDrafter):
+    """Guesses the same wrong token for ever, and counts how often it was asked."""
+
+    num_calls = 0
+
+    def draft(self, step: ScheduledStep, batches: Sequence[Batch], num_drafts: int) -> None:
+        self.num_calls += 1
+        for entry in step.entries:
+            entry.progress.draft_token_ids = [4] * num_drafts
+
+
 class _CountingDrafter:
     """Guesses right for ever; remembers what it was asked for."""
 

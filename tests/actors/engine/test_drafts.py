@@ -257,6 +257,21 @@ def test_drafts_are_cut_to_the_tokens_that_may_still_come() -> None:
     assert shard.turn().num_drafts == 2  # and the one that is sampled after them
 
 
+def test_a_page_that_ends_with_a_wrong_draft_is_not_cached() -> None:
+    """Slots 4 and 5 hold the first output and a wrong draft of the second one, which ends it."""
+    plain = _Shard(None)
+    plain.add(make_request("r", [7, 8, 9, 6], max_tokens=3, ignore_eos=True))
+    wanted = plain.run()["r"].token_ids
+    shard = _Shard(lambda _: [(wanted[1] + 1) % VOCABULARY, 5], prefix_cache=1)
+    shard.add(make_request("r", [7, 8, 9, 6], max_tokens=3, ignore_eos=True))
+    shard.turn()
+    assert shard.turn().num_drafts == 1
+    shard.scheduler.cancel("r")
+    follows = shard.add(make_request("follows", [7, 8, 9, 6, *wanted[:2], 5]))
+    shard.turn()  # the device checks what is read
+    assert follows.num_cached_tokens == 4
+
+
 # ---- room for drafts
 
 

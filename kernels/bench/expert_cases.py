@@ -10,6 +10,7 @@ from functools import partial
 
 from ostro.kernels.bench.expert_layers import Layer, no_counts
 from ostro.kernels.bench.measure import Case
+from ostro.kernels.gpu.few_experts import MAX_FEW_PAIRS
 
 BATCHES = (1, 8, 32, 128, 512, 2048, 8192)
 _SKEW = 1.0  # of the Zipf routing: the i-th expert is chosen like 1 / i
@@ -62,4 +63,7 @@ def _cases(layer: Layer, num_tokens: int, note: str, skew: float) -> Iterator[Ca
         bytes_moved=up_bytes + down_bytes,
         flops=up_flops + down_flops,
         error=partial(layer.whole_error, batches[0], counts),
+        others={"sorted": [partial(layer.sorted_whole, batch, counts) for batch in batches]}
+        if num_pairs <= MAX_FEW_PAIRS
+        else {},
     )

@@ -6,7 +6,7 @@ Shape letters: B tokens, K experts per token, A = B * K pairs, E experts, D hidd
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -33,6 +33,7 @@ from ostro.kernels.gpu.nvfp4_gemm import (
     gate_up_nvfp4_triton,
 )
 from ostro.kernels.gpu.permute import permute_triton
+from ostro.kernels.gpu.sum_pairs import sum_pairs_triton
 from ostro.kernels.gpu.tiles import FP4, Tile, block_rows
 from ostro.kernels.nvfp4_experts import Nvfp4Experts, random_nvfp4_stack
 
@@ -97,7 +98,7 @@ class Layer(ABC):
 
     @abstractmethod
     def whole(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
-        """All five launches of a batch."""
+        """All launches of a batch."""
 
     @abstractmethod
     def gate_up_reference(self, batch: Batch) -> torch.Tensor:
@@ -106,6 +107,14 @@ class Layer(ABC):
     @abstractmethod
     def down_reference(self, batch: Batch, hidden_AF: torch.Tensor) -> torch.Tensor:
         """What `down` means, in float32."""
+
+    def sorted_whole(self, batch: Batch, counts: torch.Tensor) -> torch.Tensor:
+        """All five launches of a batch, also where few pairs take less."""
+        expert_RK, rows = batch.expert_RK, batch.schedule.block_rows
+        schedule = expert_schedule_triton(expert_RK, self.sizes.num_experts, rows, counts)
+        x_AD = permute_triton(batch.rows_RD, expert_RK, schedule, self.input_scales())
+        anew = replace(batch, schedule=schedule, x_AD=x_AD)
+        return sum_pairs_triton(self.down(anew, self.gate_up(anew)), expert_RK)
 
     def gate_up_others(self, batches: list[Batch]) -> dict[str, list[Launch]]:
         """Other kernels that do the first product, without what ours fuses."""

@@ -14,6 +14,7 @@ from ostro.kernels.bench import (
     attention_cases,
     expert_cases,
     expert_layers,
+    few_row_cases,
     linear_cases,
     prefill_cases,
     sampling_cases,
@@ -86,6 +87,7 @@ PARTS: dict[str, Callable[[], Iterator[Case]]] = {
     "prefill": partial(prefill_cases.cases, _SIZES),
     "prefill_fp8": partial(prefill_cases.cases, _FP8_CACHE),
     "linear": partial(linear_cases.cases, _SIZES),
+    "few_rows": partial(few_row_cases.cases, _SIZES),
     "small": partial(small_cases.cases, _SIZES),
     "sampling": partial(sampling_cases.cases, _SIZES),
 }

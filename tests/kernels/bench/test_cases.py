@@ -12,6 +12,7 @@ from tiny_sizes import tiny_sizes
 from ostro.kernels.bench import (
     attention_cases,
     expert_cases,
+    few_row_cases,
     linear_cases,
     prefill_cases,
     sampling_cases,
@@ -29,7 +30,7 @@ def _with_fp8_cache(sizes: Sizes) -> Sizes:
 
 
 PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
-    "experts_fp8": lambda sizes: expert_cases.cases(make_layer(FP8, sizes), [5]),
+    "experts_fp8": lambda sizes: expert_cases.cases(make_layer(FP8, sizes), [1, 5]),
     "experts_nvfp4": lambda sizes: expert_cases.cases(make_layer(FP4, sizes), [5]),
     "experts_bf16": lambda sizes: expert_cases.cases(make_layer(torch.bfloat16, sizes), [32]),
     "attention": lambda sizes: attention_cases.cases(sizes, [(3, 40)], [3], with_ragged=False),
@@ -39,6 +40,8 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
     "prefill": lambda sizes: prefill_cases.cases(sizes, [(60, 0), (20, 33)]),
     "prefill_fp8": lambda sizes: prefill_cases.cases(_with_fp8_cache(sizes), [(20, 33)]),
     "linear": lambda sizes: linear_cases.cases(sizes, [5]),
+    "few_rows": lambda sizes: few_row_cases.cases(sizes, 600),
+    "few_rows_fp8": lambda sizes: few_row_cases.cases(_with_fp8_cache(sizes), 600),
     "small": lambda sizes: small_cases.cases(sizes, [5]),
     "sampling": lambda sizes: sampling_cases.cases(sizes, [3]),
 }
@@ -46,7 +49,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Case]]] = {
 
 @pytest.fixture
 def few_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (attention_cases, linear_cases, small_cases, sampling_cases):
+    for module in (attention_cases, few_row_cases, linear_cases, small_cases, sampling_cases):
         monkeypatch.setattr(module, "num_variants", lambda *_: 2)
 
 
@@ -59,6 +62,8 @@ def test_every_case_is_right_and_runs(part: str, triton_device: str) -> None:
         assert case.error() <= case.tolerance, case.operation
         for launch in case.launches[-2:]:
             launch()
+        for name in {"sorted", "apart"} & set(case.others):
+            case.others[name][-1]()
         assert case.bytes_moved > 0, case.operation
         assert (case.operation, case.size) not in names
         names.add((case.operation, case.size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
@@ -106,6 +107,35 @@ def test_drafts_of_mixed_steps_are_the_oracles(pair: Pair, num_micro_batches: in
     for step in range(4):
         rig.advance([(a, 1), (b, 1), (c, 1)], NUM_DRAFTS, tokens=[[60 + step]] * 3)
     pair.check([a, b, c])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_of_random_steps_are_the_oracles(pair: Pair, seed: int) -> None:
+    """Requests come one after the other; each step takes any of them, by any number of tokens."""
+    draw = random.Random(seed)
+    rig = EagleRig(pair.model, pair.head, page_size=4, num_micro_batches=draw.choice([1, 2]))
+    requests: list[RequestProgress] = []
+    for _ in range(14):
+        if len(requests) < 4:
+            requests.append(make_progress(str(len(requests)), some_tokens(draw.randint(1, 20), 5)))
+        taken = draw.sample(requests, draw.randint(1, len(requests)))
+        parts, tokens, drafts = [], [], []
+        for progress in taken:
+            left = progress.num_known_tokens - progress.num_computed_tokens
+            count = draw.randint(1, left)
+            verified = some_tokens(draw.randint(0, 3), draw.randint(0, 99)) if left == 1 else []
+            accepted = verified[: draw.randint(0, len(verified))]
+            parts.append((progress, count))
+            drafts.append(verified)
+            tokens.append([*accepted, draw.randint(13, 999)] if count == left else [])
+        num_drafts = draw.randint(0, 4)
+        rig.advance(parts, num_drafts, tokens=tokens, drafts=drafts)
+        for progress in taken:
+            decodes = progress.num_known_tokens - progress.num_computed_tokens == 1
+            if decodes and num_drafts:
+                pair.check([progress], num_drafts)
+            else:
+                assert progress.draft_token_ids == []
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 7])

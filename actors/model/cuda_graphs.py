@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one launch where there would be some twenty for every layer.
+"""Decode steps as CUDA graphs: one launch where there would be twelve or more for every layer.
 
 `RowGraphs` captures any computation over rows that attend as decode; `GraphedDecoder` does so with
 the model, `graphed_head` with a draft head.

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
 from ostro.kernels.gpu.grouped_gemm import boxes, grid
 from ostro.kernels.gpu.tiles import FP4, Tile, tile
@@ -71,7 +72,7 @@ def gate_up_nvfp4_triton(
         inner,
         stack.num_inputs,
         BLOCK_F=cut.block_out,
-        **nvfp4_options(cut),
+        **nvfp4_options(cut, x_AD.device),
     )
     return out_AF
 
@@ -123,7 +124,7 @@ def down_nvfp4_triton(
         hidden,
         stack.num_inputs,
         BLOCK_D=cut.block_out,
-        **nvfp4_options(cut),
+        **nvfp4_options(cut, hidden_AF.device),
     )
     return out_AD
 
@@ -164,7 +165,7 @@ def word_boxes(words: torch.Tensor, cut: Tile) -> Any:
     return boxes(words.view(-1, WORDS), cut.block_out, WORDS)
 
 
-def nvfp4_options(cut: Tile) -> dict[str, int]:
+def nvfp4_options(cut: Tile, device: torch.device) -> dict[str, int]:
     """What all launches of NVFP4 products have in common."""
     return {
         "BLOCK_ROWS": cut.block_rows,
@@ -173,6 +174,7 @@ def nvfp4_options(cut: Tile) -> dict[str, int]:
         "S": SCALE_WORDS,
         "STAGES": cut.num_stages,
         "num_warps": cut.num_warps,
+        **pdl_options(device),
         "num_stages": cut.num_stages,
     }
 
@@ -196,7 +198,9 @@ def _gate_up_nvfp4_kernel(
     BLOCK: tl.constexpr,
     S: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     num_slices = tl.cdiv(F, BLOCK_F)
     num_blocks = tl.cdiv(D, BLOCK)
     total = tl.load(num_tiles) * num_slices
@@ -248,7 +252,9 @@ def _down_nvfp4_kernel(
     BLOCK: tl.constexpr,
     S: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     num_slices = tl.cdiv(D, BLOCK_D)
     num_blocks = tl.cdiv(F, BLOCK)
     total = tl.load(num_tiles) * num_slices

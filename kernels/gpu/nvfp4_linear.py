@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ostro.kernels.gpu.dependent_launch import await_inputs
 from ostro.kernels.gpu.grouped_gemm import boxes
 from ostro.kernels.gpu.nvfp4_gemm import nvfp4_options, product_nvfp4, word_boxes
 from ostro.kernels.gpu.tiles import FP4, Tile, num_processors, num_programs, tile
@@ -43,7 +44,7 @@ def nvfp4_linear_triton(
         num_out,
         weight.num_inputs,
         BLOCK_O=cut.block_out,
-        **nvfp4_options(cut),
+        **nvfp4_options(cut, device),
     )
     return out_TO
 
@@ -83,7 +84,9 @@ def _nvfp4_linear_kernel(
     BLOCK: tl.constexpr,
     S: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    await_inputs(PDL)
     num_slices = tl.cdiv(num_out, BLOCK_O)
     total = tl.cdiv(num_rows, BLOCK_ROWS) * num_slices
     for work in range(tl.program_id(0), total, tl.num_programs(0)):

@@ -85,6 +85,7 @@ def _imagined_gpu(*, is_joined: bool) -> Iterator[list[str]]:
         patch.setattr(type(_combine_kernel), "run", launch)
         patch.setattr(torch.Tensor, "is_cuda", True)
         patch.setattr(torch, "equal", lambda *_: is_joined)
+        patch.setattr(torch.Tensor, "__float__", lambda _: 1.0)  # the size of drawn weights
         for module in (tiles, mla_decode, pdl):
             patch.setattr(module, "architecture", lambda _: _HOPPER)
         yield names

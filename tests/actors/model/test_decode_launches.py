@@ -89,13 +89,25 @@ def test_a_pass_of_a_draft_head_launches_so_much() -> None:
     assert len(launches) == 3 + 11 + 2 * 12
 
 
+def test_a_layer_of_nvfp4_experts_launches_so_much() -> None:
+    layer = launches_of_layer(1, WeightFormat.NVFP4)
+    assert layer[-5:-1] == [
+        "_expert_schedule_kernel",
+        "_permute_kernel",
+        "_gate_up_nvfp4_kernel",
+        "_down_nvfp4_kernel",
+    ]
+    assert len(layer) == 15
+
+
 @pytest.mark.parametrize("num_requests", [1, 8, 64])
+@pytest.mark.parametrize("precision", [WeightFormat.FP8, WeightFormat.NVFP4])
 def test_every_kernel_of_a_layer_may_start_before_the_one_ahead_has_ended(
-    num_requests: int,
+    num_requests: int, precision: WeightFormat
 ) -> None:
-    usual = launches_of_layer(num_requests, WeightFormat.FP8)
+    usual = launches_of_layer(num_requests, precision)
     with dependent_launch(True):
-        layer = launches_of_layer(num_requests, WeightFormat.FP8)
+        layer = launches_of_layer(num_requests, precision)
     of_triton = [name for name in layer if not name.startswith("torch.")]
     assert all(name.endswith(DEPENDENT) for name in of_triton), of_triton
     assert [name.removesuffix(DEPENDENT) for name in layer] == usual

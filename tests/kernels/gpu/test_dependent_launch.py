@@ -25,7 +25,7 @@ OF_ONE_REQUEST = {
     "expert_launches": ("combine_norm_of_pairs", "gate_few", "experts_fp8_1_shared"),
 }
 OF_MORE = {
-    "linear_launches": ("fp8_linear_2",),
+    "linear_launches": ("fp8_linear_2", "nvfp4_linear_16"),
     "decode_launches": (
         "project_queries_2_fp8",
         "mla_prologue",
@@ -40,6 +40,7 @@ OF_MORE = {
         "gate",
         "experts_fp8_16",
         "experts_bf16_1",
+        "experts_nvfp4_16",
     ),
 }
 

@@ -249,7 +249,8 @@ class AttentionEngine:
         step, self._proposed = self._proposed, None
         if step is None or step.num_tokens != sum(plan.tokens_AM[self._parts.rank]):
             raise TransportError(f"the plan of step {plan.step} is not what this rank proposed")
-        plans_ahead = self._parts.drafting is None  # drafts follow on what this step brings
+        drafting = self._parts.drafting
+        plans_ahead = drafting is None or drafting.is_resting  # drafts follow on what a step brings
         if plans_ahead:
             self._propose(owed=True)
         self._execute(step, plan)

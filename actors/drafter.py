@@ -78,6 +78,11 @@ class Drafting:
         self._drafts_first = config.method is DraftMethod.NGRAM
         self._num_resting = 0  # steps for which nobody looks anything up
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether the step that runs now gets no drafts, so that the next one can be planned."""
+        return self._num_resting > 0
+
     def after(self, step: ScheduledStep, batches: Sequence[Batch]) -> None:
         """Have drafts made for the next step; `step` is completed."""
         if self._length is None:

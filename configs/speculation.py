@@ -23,6 +23,8 @@ class DraftMethod(StrEnum):
 class SpeculationConfig:
     """Drafted tokens, each verified by the model: answers are the same as without.
 
+    In bfloat16 a near tie may be rounded otherwise, as it may by any other company in a batch.
+
     What the caller of a request predicts of its answer is drafted under either method, up to
     `num_draft_tokens`.
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from ostro.actors.engine import token_rules
 from ostro.actors.engine.admission import AdmissionPolicy, check_servable
 from ostro.actors.engine.draft_room import DraftRoom
 from ostro.actors.engine.fairness import OUTPUT_WEIGHT, youngest_victim
@@ -44,6 +43,7 @@ from ostro.actors.engine.step import (
 from ostro.actors.engine.step_budget import StepBudget
 from ostro.actors.engine.step_ledger import StepLedger
 from ostro.actors.engine.stopwatch import Stopwatch
+from ostro.actors.engine.token_rules import begin, observe, reason_to_end
 from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
 
@@ -106,9 +106,9 @@ class Scheduler:
 
     def _enter(self, progress: RequestProgress) -> None:
         progress.max_num_tokens = min(progress.max_num_tokens, self._longest)
-        token_rules.begin(progress)
+        begin(progress)
         self._roster.enter(progress)
-        if (reason := token_rules.reason_to_end(progress)) is not None:
+        if (reason := reason_to_end(progress)) is not None:
             self._end(progress, reason)
 
     def cancel(self, request_id: str) -> bool:
@@ -169,8 +169,8 @@ class Scheduler:
             return False
         output.append(token_id)
         self._totals.output_tokens += 1
-        token_rules.observe(progress, token_id)
-        reason = token_rules.reason_to_end(progress)
+        observe(progress, token_id)
+        reason = reason_to_end(progress)
         if entry.outputs is None:
             logprobs = [sampled.logprob] if sampled.logprob is not None else None
             event = token_event(progress, len(output) - 1, [token_id], logprobs, reason)
@@ -198,9 +198,10 @@ class Scheduler:
             RuntimeError: An earlier step is not completed yet.
         """
         self._steps.check_next(step)
-        num_wasted = 0
+        num_wasted, publish = 0, self._pages.publish
         for entry in step.entries:
-            progress, end = entry.progress, entry.start + entry.num_tokens
+            progress = entry.progress
+            end = entry.start + entry.num_tokens
             progress.num_in_flight -= 1
             if entry.num_drafts:
                 num_rejected = self._drafts.close(entry)
@@ -209,7 +210,7 @@ class Scheduler:
                 end -= num_rejected
             # A request that was preempted meanwhile has another list: its latents are gone.
             if entry.pages is progress.pages:
-                self._pages.publish(progress, end)
+                publish(progress, end)
             if entry.samples:
                 progress.num_pending_outputs -= 1
             if progress.state is _FINISHED:

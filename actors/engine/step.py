@@ -203,7 +203,9 @@ def token_event(
     The first one and the last one tell the request's time.
     """
     thinking, prediction = progress.thinking, progress.prediction
-    last = token_ids[-1] if token_ids and reason is FinishReason.STOP else None
+    stop_token_id = None
+    if reason is FinishReason.STOP and token_ids and token_ids[-1] in progress.stop_token_ids:
+        stop_token_id = token_ids[-1]
     stopwatch, seconds = progress.stopwatch, None
     if stopwatch is not None and (reason is not None or not stopwatch.has_told):
         seconds = stopwatch.read(is_last=reason is not None)
@@ -216,7 +218,7 @@ def token_event(
         thinking.num_thinking_tokens if thinking is not None else 0,
         thinking.ended_by if thinking is not None else None,
         reason,
-        last if last in progress.stop_token_ids else None,
+        stop_token_id,
         seconds=seconds,
         choice=progress.request.choice,
         num_predicted_tokens=prediction.num_met if prediction is not None else 0,

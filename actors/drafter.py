@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ostro.actors.engine.draft_length import DraftLength
+from ostro.actors.engine.draft_length import DraftLength, has_sure_drafts
 from ostro.actors.engine.forced_drafts import draft_forced
 from ostro.actors.engine.ngrams import NgramIndex
 from ostro.actors.engine.request import RequestProgress, RequestState
@@ -111,7 +111,8 @@ class Drafting:
             num_drafts = length.choose(len(decoding), offered)
             for progress in decoding:
                 del progress.draft_token_ids[num_drafts:]
-            if offered[0] and not num_drafts and len(decoding) >= _MANY:
+            is_many = len(decoding) >= _MANY and not any(map(has_sure_drafts, decoding))
+            if offered[0] and not num_drafts and is_many:
                 self._num_resting = _REST_STEPS
         else:
             num_drafts = length.choose(len(decoding), [len(decoding)] * self._most)

@@ -54,7 +54,7 @@ class DraftLength:
         """Take note of a completed step."""
         trials, right = [0] * self._most, [0] * self._most
         for entry in islice(step.entries, step.num_decodes if step.num_drafts else 0):
-            if entry.num_drafts and _is_guessed(entry.progress):
+            if entry.num_drafts and not has_sure_drafts(entry.progress):
                 num_right = entry.num_accepted()
                 # Of one that ended nobody knows whether the draft after that was right.
                 goes_on = entry.progress.state is not RequestState.FINISHED
@@ -108,9 +108,9 @@ class DraftLength:
         self._trials[depth] = self._trials[depth] * keep + trials
 
 
-def _is_guessed(progress: RequestProgress) -> bool:
-    """Whether drafts are those of a drafter: what is predicted or forced says nothing of it."""
-    return progress.prediction is None and progress.grammar is None
+def has_sure_drafts(progress: RequestProgress) -> bool:
+    """Whether drafts may be predicted or forced, which says nothing of a drafter's guesses."""
+    return progress.prediction is not None or progress.grammar is not None
 
 
 class SecondsBySize:

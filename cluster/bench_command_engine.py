@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ostro.cluster.bench_figures import STAGE_UNIT, to_table, write_json
-from ostro.cluster.bench_options import Checkpoint, Json, Rounds, parse_counts
+from ostro.cluster.bench_options import LAYOUTS, Checkpoint, Json, Rounds, parse_counts
 from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.bench_workload import Workload, context_workloads, prefill_workloads
 from ostro.cluster.cli_console import make_console, plain_errors
@@ -20,10 +20,7 @@ def engine(  # noqa: PLR0913  each is an option
     model: Checkpoint,
     layout: Annotated[
         list[str],
-        typer.Option(
-            help="single, colocated:2 (shards) or split:1:2 (attention and expert shards), for "
-            "example; repeat to compare."
-        ),
+        typer.Option(help=f"{LAYOUTS}; repeat to compare."),
     ] = ["single"],  # noqa: B006  typer copies it
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas; '' for none.")] = "1,8",
     prefill: Annotated[str, typer.Option(help="Lengths of one long prompt, by commas.")] = "",

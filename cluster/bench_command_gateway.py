@@ -47,7 +47,8 @@ def gateway(  # noqa: PLR0913  each is an option
     prepare_environment()
     from ostro.cluster.bench_face_calls import Face
     from ostro.cluster.bench_gateway import GatewayPlan, measure_gateway
-    from ostro.cluster.cli_deployment import check_ports_free, resolve_model
+    from ostro.cluster.cli_deployment import check_ports_free
+    from ostro.cluster.model_paths import resolve_model
     from ostro.configs.load import load_deployment
 
     plan = GatewayPlan(

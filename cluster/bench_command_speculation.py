@@ -8,24 +8,26 @@ from typing import Annotated
 import typer
 
 from ostro.cluster.bench_figures import to_table, write_json
-from ostro.cluster.bench_options import Checkpoint, Json, Rounds, parse_counts
+from ostro.cluster.bench_options import LAYOUTS, Checkpoint, Json, Rounds, parse_counts
 from ostro.cluster.bench_progress import shown_progress
 from ostro.cluster.cli_console import make_console, plain_errors
+from ostro.cluster.model_paths import EMBEDDED, head_beside
 from ostro.cluster.ray_environment import prepare_environment
 
 
 @plain_errors()
 def speculation(  # noqa: PLR0913  each is an option
-    model: Checkpoint,
+    model: Checkpoint = Path(EMBEDDED),
     subject: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--speculation",
-            help="none, ngram, eagle:DIR, or a deployment's engine.speculation such as "
-            "'{method: ngram, num_draft_tokens: 5, adaptive: false}'; repeat to compare.",
+            help="none, ngram, auto (the head that the model brings), eagle:DIR, or a deployment's "
+            "engine.speculation such as '{method: ngram, num_draft_tokens: 5, adaptive: false}'; "
+            "repeat to compare. Left out, all of none, ngram and auto that there are.",
         ),
-    ] = ["none", "ngram"],  # noqa: B006  typer copies it
-    layout: Annotated[str, typer.Option(help="single, colocated:N or split:A:E.")] = "single",
+    ] = None,
+    layout: Annotated[str, typer.Option(help=f"{LAYOUTS}.")] = "single",
     batch: Annotated[str, typer.Option(help="Batch sizes, by commas.")] = "1,8",
     questions: Annotated[
         Path | None,
@@ -52,6 +54,7 @@ def speculation(  # noqa: PLR0913  each is an option
     batches = parse_counts(batch, "--batch")
     if not batches:
         raise typer.BadParameter("ask for some", param_hint="--batch")
+    subjects = subject or ["none", "ngram", *(["auto"] if head_beside(model) else [])]
     prepare_environment()
     from ostro.cluster.bench_engine import parse_layout
     from ostro.cluster.bench_speculation import (
@@ -75,7 +78,7 @@ def speculation(  # noqa: PLR0913  each is an option
             rounds=rounds,
             dtype=dtype,
         )
-        figures = measure_speculation(bench, subject, progress.note)
-    make_console().print(to_table("Speculation", figures, anchor=subject[0]))
+        figures = measure_speculation(bench, subjects, progress.note)
+    make_console().print(to_table("Speculation", figures, anchor=subjects[0]))
     if json is not None:
         write_json(json, figures, model=model.name, layout=layout)

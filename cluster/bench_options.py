@@ -8,6 +8,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from ostro.cluster.model_paths import resolve_model
+
 _Number = TypeVar("_Number", int, float)
 
 
@@ -29,7 +31,23 @@ Json = Annotated[
     ),
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")]
-Checkpoint = Annotated[Path, typer.Option("--model", help="Checkpoint directory.")]
+
+
+def _checkpoint(path: Path) -> Path:
+    return resolve_model(str(path))
+
+
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        "--model",
+        metavar="PATH",
+        callback=_checkpoint,
+        help="Checkpoint directory, or 'embedded'.",
+    ),
+]
+# In numbers: help texts are shown by rich, to which the "A" of "split:A:E" is an emoji.
+LAYOUTS = "single, colocated:2 (shards) or split:1:2 (attention and expert shards), for example"
 
 
 def parse_counts(text: str, option: str) -> list[int]:

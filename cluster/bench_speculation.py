@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,11 @@ from ostro.cluster.bench_figures import Figure
 from ostro.cluster.bench_workload import Workload, prompts
 from ostro.cluster.cell_client import CellClient
 from ostro.cluster.generation import ChatMessage
+from ostro.cluster.model_paths import settle_drafts
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.running_cluster import RunningCluster
 from ostro.configs.deployment import DeploymentConfig, LayoutConfig
+from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment
 from ostro.configs.model import load_model_config
 from ostro.configs.reasoning import ReasoningConfig
@@ -36,19 +39,28 @@ from ostro.configs.speculation import DraftMethod, SpeculationConfig
 NONE = "none"
 
 
-def parse_speculation(text: str) -> SpeculationConfig | None:
-    """From "none", "ngram", "eagle:DIR", or what stands under `engine.speculation` of a deployment.
+def parse_speculation(text: str, model: Path) -> SpeculationConfig | None:
+    """From "none", "ngram", "auto", "eagle:DIR", or a deployment's `engine.speculation`.
+
+    Args:
+        text: It.
+        model: Checkpoint directory; `auto` takes the head that it brings.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: It is none of these, or there is no such head.
     """
     if text == NONE:
         return None
     method, _, directory = text.partition(":")
     if method == DraftMethod.EAGLE and directory:
-        return SpeculationConfig(method=DraftMethod.EAGLE, draft_model=directory)
-    value = f"{{method: {text}}}" if text.isalnum() else text
-    return load_deployment("laptop_single", [f"engine.speculation={value}"]).engine.speculation
+        value = f"{{method: eagle, draft_model: {json.dumps(directory)}}}"
+    else:
+        value = f"{{method: {text}}}" if text.isalnum() else text
+    engine = load_deployment("laptop_single", [f"engine.speculation={value}"]).engine
+    settled = settle_drafts(engine, model).speculation
+    if settled is None and engine.speculation is not None:
+        raise ConfigError(f"{text}: {model} brings no draft head; name one with eagle:DIR")
+    return settled
 
 
 def question_prompts(model: Path, questions: Sequence[str], effort: str) -> list[list[int]]:
@@ -198,7 +210,7 @@ def measure_speculation(
     workloads = bench.workloads()
     deployment = engine_deployment(bench.layout, bench.model, bench.dtype, workloads)
     vocab_size = load_model_config(bench.model).vocab_size
-    speculations = [parse_speculation(subject) for subject in subjects]
+    speculations = [parse_speculation(subject, bench.model) for subject in subjects]
     taken: dict[tuple[str, int], list[DraftSample]] = {}
     for turn in range(bench.rounds):
         requests = [

@@ -21,7 +21,6 @@ from ostro.cluster.cli_console import make_console
 from ostro.cluster.cli_deployment import (
     describe_drafts,
     describe_layout,
-    resolve_model,
     taken_ports,
 )
 from ostro.cluster.deployment_plan import (
@@ -33,6 +32,7 @@ from ostro.cluster.deployment_plan import (
 from ostro.cluster.human_numbers import format_bytes, format_count
 from ostro.cluster.key_file import check_access
 from ostro.cluster.machine import local_device, this_machine
+from ostro.cluster.model_paths import resolve_model
 from ostro.cluster.prompt import PromptBuilder
 from ostro.cluster.tls_certificate import read_certificate
 from ostro.cluster.weight_plan import draft_head_bytes
@@ -70,7 +70,7 @@ def run(deployment: DeploymentConfig) -> None:
         head=head,
     )
     _print_checkpoint(model_dir, checkpoint, console)
-    _print_drafts(deployment, head, plan, console)
+    _print_drafts(deployment, model_dir, head, plan, console)
     _print_plan(deployment, plan, machine, console)
     _print_image_fetch(deployment.serving, console)
     problems = [
@@ -167,11 +167,13 @@ def _print_checkpoint(model_dir: Path, checkpoint: Inspection, console: Console)
 
 
 def _print_drafts(
-    deployment: DeploymentConfig, head: DraftHead | None, plan: DeploymentPlan, console: Console
+    deployment: DeploymentConfig,
+    model_dir: Path,
+    head: DraftHead | None,
+    plan: DeploymentPlan,
+    console: Console,
 ) -> None:
-    speculation = deployment.engine.speculation
-    if speculation is not None:
-        _say(console, "drafts", describe_drafts(speculation))
+    _say(console, "drafts", describe_drafts(deployment.engine.speculation, model_dir))
     if head is None:
         return
     per_token = cached_token_bytes(head.config, plan.cache_dtype)

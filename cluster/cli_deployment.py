@@ -10,14 +10,11 @@ from typing import Annotated
 
 import typer
 
-from ostro.configs.deployment import DeploymentConfig, EngineConfig, ServingConfig
+from ostro.cluster.model_paths import head_beside, resolve_model, settle_drafts
+from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.load import load_deployment, preset_names, read_model_defaults
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
-
-EMBEDDED = "embedded"
-_TEACHING_MODEL = Path(__file__).parent / "teaching_model"
-_DRAFT_HEAD = "eagle"  # within it
 
 Source = Annotated[
     str,
@@ -57,14 +54,15 @@ def read_deployment(
     """
     deployment = load_deployment(source, overrides or ())
     model = deployment.model if model is None else model
-    defaults = read_model_defaults(resolve_model(model))
+    model_dir = resolve_model(model)
+    defaults = read_model_defaults(model_dir)
     deployment = load_deployment(source, overrides or (), defaults)
     serving = deployment.serving
     tls = None if serving.tls is None else serving.tls.absolute()
     return replace(
         deployment,
         model=model,
-        engine=_with_draft_model(deployment.engine),
+        engine=settle_drafts(deployment.engine, model_dir),
         serving=replace(
             serving,
             http_port=serving.http_port if http_port is None else http_port,
@@ -72,21 +70,6 @@ def read_deployment(
             tls=tls,
         ),
     )
-
-
-def resolve_model(model: str) -> Path:
-    """The checkpoint directory that a deployment names; "embedded" is the one that ships here."""
-    return _TEACHING_MODEL if model == EMBEDDED else Path(model).expanduser().absolute()
-
-
-def _with_draft_model(engine: EngineConfig) -> EngineConfig:
-    """The same with the draft head's whole path; "embedded" is the one of the embedded model."""
-    speculation = engine.speculation
-    if speculation is None or speculation.draft_model is None:
-        return engine
-    named = speculation.draft_model
-    path = _TEACHING_MODEL / _DRAFT_HEAD if named == EMBEDDED else resolve_model(named)
-    return replace(engine, speculation=replace(speculation, draft_model=str(path)))
 
 
 def check_ports_free(serving: ServingConfig) -> None:
@@ -129,12 +112,17 @@ def describe_layout(deployment: DeploymentConfig) -> str:
     )
 
 
-def describe_drafts(speculation: SpeculationConfig) -> str:
-    """What is drafted in words.
+def describe_drafts(speculation: SpeculationConfig | None, model_dir: Path) -> str:
+    """What is drafted in words; where nothing is, why not and how it would be.
 
     Example:
         "up to 3 tokens a step by a trained head, as many as pay"
     """
+    if speculation is None:
+        head = head_beside(model_dir)
+        if head is not None:
+            return f"none; engine.speculation.method=auto takes the head in {head}"
+        return "none: the model brings no head; engine.speculation.method=ngram does without"
     by = "by a trained head"
     if speculation.method is DraftMethod.NGRAM:
         by = "from the text so far"

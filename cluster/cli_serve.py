@@ -31,9 +31,9 @@ from ostro.cluster.cli_deployment import (
     describe_drafts,
     describe_layout,
     read_deployment,
-    resolve_model,
 )
 from ostro.cluster.cli_signals import signals_interrupt, take_signals
+from ostro.cluster.model_paths import resolve_model
 from ostro.configs.deployment import DeploymentConfig, ServingConfig
 from ostro.configs.model import ModelConfig
 
@@ -224,7 +224,6 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
     from ostro.cluster.model_card import make_card
 
     deployment, serving = cell.deployment, cell.deployment.serving
-    speculation = deployment.engine.speculation
     name = make_card(model_dir, config, deployment, weight_dtype=config.dtype).name
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in cell.stage_seconds.items())
     total_s = sum(cell.stage_seconds.values())
@@ -233,7 +232,7 @@ def _announce(cell: Cell, model_dir: Path, config: ModelConfig, console: Console
         ("model", name),
         *([("note", deployment.notice)] if deployment.notice else []),
         ("layout", describe_layout(deployment)),
-        *([("drafts", describe_drafts(speculation))] if speculation else []),
+        ("drafts", describe_drafts(deployment.engine.speculation, model_dir)),
         ("HTTP", faces.http_url()),
         ("gRPC", faces.grpc_address()),
         *(("TLS", line) for line in faces.tls_lines()),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from ostro.actors.model.device import (
 from ostro.cluster.app import IngressSpec
 from ostro.cluster.key_file import check_access
 from ostro.cluster.key_watch import key_publishing, no_keys
+from ostro.cluster.model_paths import settle_drafts
 from ostro.cluster.node_placement import HEAD_RESOURCE, Node, request_group, resolve_device
 from ostro.cluster.peers import address_in, with_place
 from ostro.cluster.placed_shard import (
@@ -118,6 +119,7 @@ def launch(
     """
     seconds: dict[str, float] = {}
     config = load_model_config(model_dir)
+    deployment = replace(deployment, engine=settle_drafts(deployment.engine, model_dir))
     if with_ingress:
         check_access(deployment)
         check_exporter(deployment.observability)

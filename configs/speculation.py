@@ -15,6 +15,7 @@ _NGRAM_SIZES = (2, 4)
 class DraftMethod(StrEnum):
     """Who guesses what comes next: the text so far, or a trained head."""
 
+    AUTO = "auto"
     NGRAM = "ngram"
     EAGLE = "eagle"
 
@@ -29,8 +30,10 @@ class SpeculationConfig:
     `num_draft_tokens`.
 
     Attributes:
-        method: `ngram` looks for the last tokens earlier in the same prompt and output, and drafts
-            what followed there; `eagle` asks a small head that was trained beside the model.
+        method: `auto` asks the head that the model's checkpoint brings in its folder `eagle`, and
+            drafts nothing where it brings none; `ngram` looks for the last tokens earlier in the
+            same prompt and output, and drafts what followed there; `eagle` asks the head that
+            `draft_model` names, a small one that was trained beside the model.
         num_draft_tokens: Drafts of a request and step, at most.
         draft_model: Directory of the head's checkpoint, or "embedded", the embedded model's;
             `eagle` only.
@@ -60,22 +63,24 @@ class SpeculationConfig:
             raise ConfigError(
                 f"min_ngram={self.min_ngram} exceeds max_ngram={self.max_ngram}: lower it"
             )
-        if self.method is DraftMethod.NGRAM and self.draft_model is not None:
-            raise ConfigError(
-                f"draft_model={self.draft_model!r}: method=ngram has no model; leave it out, or "
-                f"set method=eagle"
-            )
         if self.method is DraftMethod.EAGLE:
-            self._check_eagle()
+            self._check_head_named()
+        elif self.draft_model is not None:
+            chosen = "has no model" if self.method is DraftMethod.NGRAM else "takes the model's own"
+            raise ConfigError(
+                f"draft_model={self.draft_model!r}: method={self.method} {chosen}; leave it out, "
+                f"or set method=eagle"
+            )
+        sizes = (self.min_ngram, self.max_ngram)
+        if self.method is not DraftMethod.NGRAM and sizes != _NGRAM_SIZES:
+            raise ConfigError(
+                f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: method={self.method} "
+                f"looks for no n-grams; leave them out, or set method=ngram"
+            )
 
-    def _check_eagle(self) -> None:
+    def _check_head_named(self) -> None:
         if not self.draft_model:
             raise ConfigError(
                 "draft_model: method=eagle needs the directory of the head's checkpoint; name it, "
-                "or set method=ngram"
-            )
-        if (self.min_ngram, self.max_ngram) != _NGRAM_SIZES:
-            raise ConfigError(
-                f"min_ngram={self.min_ngram}, max_ngram={self.max_ngram}: method=eagle looks for "
-                f"no n-grams; leave them out, or set method=ngram"
+                "or set method=auto for the one that the model brings, method=ngram for none"
             )

@@ -26,6 +26,7 @@ from ostro.configs.deployment import EngineConfig
 from ostro.configs.errors import ConfigError
 from ostro.configs.model import ModelConfig, load_head_config
 from ostro.configs.quantization import WeightFormat
+from ostro.configs.speculation import DraftMethod
 from ostro.kernels.linear import LinearWeight
 
 # What a head shares with its model: (field of the config, its key in params.json).
@@ -88,12 +89,15 @@ def configured_head(engine: EngineConfig, model: ModelConfig) -> DraftHead | Non
     """The head that a deployment drafts with, checked; None if it drafts without one.
 
     Raises:
-        ConfigError: As `find_draft_head`, or its latents do not fill the rows of the cache.
+        ConfigError: As `find_draft_head`, or its latents do not fill the rows of the cache, or
+            `auto` has not been settled for this model by whoever launches it.
         CheckpointError: Likewise.
     """
     speculation = engine.speculation
-    if speculation is None or speculation.draft_model is None:
+    if speculation is None or speculation.method is DraftMethod.NGRAM:
         return None
+    if speculation.draft_model is None:
+        raise ConfigError(f"speculation.method={speculation.method}: name a head in draft_model")
     head = find_draft_head(Path(speculation.draft_model), model)
     try:
         choose_cache_dtype(engine, torch.float32, head.config)

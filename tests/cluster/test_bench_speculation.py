@@ -21,17 +21,20 @@ from ostro.cluster.bench_speculation import (
     run_batch,
     steady_tokens_per_s,
 )
-from ostro.cluster.cli_deployment import resolve_model
+from ostro.cluster.model_paths import resolve_model
 from ostro.configs.errors import ConfigError
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 _EMBEDDED = resolve_model("embedded")
+_HEAD = _EMBEDDED / "eagle"
 
 
 @pytest.mark.parametrize(
     ("text", "speculation"),
     [
         ("none", None),
+        ("auto", SpeculationConfig(method=DraftMethod.EAGLE, draft_model=str(_HEAD))),
+        ("eagle:embedded", SpeculationConfig(method=DraftMethod.EAGLE, draft_model=str(_HEAD))),
         ("ngram", SpeculationConfig(method=DraftMethod.NGRAM)),
         ("eagle:/a/b:c", SpeculationConfig(method=DraftMethod.EAGLE, draft_model="/a/b:c")),
         (
@@ -41,13 +44,18 @@ _EMBEDDED = resolve_model("embedded")
     ],
 )
 def test_a_subject_is_read_from_its_text(text: str, speculation: SpeculationConfig | None) -> None:
-    assert parse_speculation(text) == speculation
+    assert parse_speculation(text, _EMBEDDED) == speculation
 
 
 @pytest.mark.parametrize("text", ["medusa", "eagle", "{method: ngram, drafts: 2}", "[1"])
 def test_another_subject_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="speculation"):
-        parse_speculation(text)
+        parse_speculation(text, _EMBEDDED)
+
+
+def test_a_head_that_the_model_does_not_bring_is_missed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"brings no draft head; name one with eagle:DIR"):
+        parse_speculation("auto", tmp_path)
 
 
 def test_tokens_count_while_all_requests_decode() -> None:
@@ -125,7 +133,7 @@ def test_questions_become_chats() -> None:
     ],
 )
 def test_wrong_options_are_refused_before_anything_starts(arguments: list[str], said: str) -> None:
-    result = CliRunner().invoke(app, ["speculation", "--model", str(_EMBEDDED), *arguments])
+    result = CliRunner().invoke(app, ["speculation", *arguments])
     assert result.exit_code in (1, 2)
     assert said in " ".join(result.output.split())
 
@@ -137,9 +145,9 @@ def test_the_table_compares_cells_with_drafts_to_one_without(tmp_path: Path) -> 
     questions.write_text("What is 47 * 26?\n\nWhat is 478 + 95?\n")
     options = ["--questions", str(questions), "--new-tokens", "24", "--rounds", "1"]
     options += ["--batch", "2", "--dtype", "float32"]
-    result = CliRunner().invoke(app, ["speculation", "--model", str(_EMBEDDED), *options])
+    result = CliRunner().invoke(app, ["speculation", "--model", "embedded", *options])
     assert result.exit_code == 0, result.output
     assert "ratio to none" in result.output
     rows = [line for line in result.output.splitlines() if "answers as the first" in line]
-    assert len(rows) == 2
+    assert len(rows) == 3
     assert all("100 %" in row for row in rows)

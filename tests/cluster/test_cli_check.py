@@ -78,6 +78,20 @@ def test_check_counts_a_draft_head(model_dir, ports, tmp_path):
     assert "960 B per token" in result.stdout  # 576 without
 
 
+def test_check_takes_the_head_that_a_model_brings_and_misses_none(ports, tmp_path):
+    model_dir = make_tiny_checkpoint(tmp_path, with_tokenizer=True)
+    told = " ".join(check(model_dir, *ports).stdout.split())
+    assert "drafts none: the model brings no head; engine.speculation.method=ngram" in told
+    write_random_head(tmp_path / "eagle", TINY, load_model_config(model_dir))
+    result = check(model_dir, *ports)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "drafts up to 3 tokens a step by a trained head" in told
+    assert f"draft head {tmp_path}/eagle: 2 layers" in told.replace(" /eagle", "/eagle")
+    result = check(model_dir, *ports, "--set", "engine.speculation=null")
+    assert "drafts none; engine.speculation.method=auto takes" in " ".join(result.stdout.split())
+
+
 def test_check_tells_why_a_draft_head_does_not_fit(model_dir, ports, tmp_path):
     other = replace(load_model_config(model_dir), hidden_size=128)
     write_random_head(tmp_path / "head", TINY, other)

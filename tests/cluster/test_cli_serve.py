@@ -175,6 +175,13 @@ def test_serve_tells_what_it_drafts(model_dir):
     assert told in output
 
 
+def test_serve_tells_why_it_drafts_nothing(deployment, model_dir):
+    engine = replace(deployment.engine, speculation=None)
+    nothing = replace(deployment, engine=engine)
+    output = serve(FakeCell(nothing, [READY, press(signal.SIGINT)]), model_dir)
+    assert "drafts  none: the model brings no head; engine.speculation.method=ngram" in output
+
+
 def test_serve_stops_everything_when_the_router_dies(deployment, model_dir):
     from ray.exceptions import ActorDiedError
 

@@ -20,9 +20,10 @@ from pictures import digit_picture
 
 from ostro.actors.model.draft_head import find_draft_head
 from ostro.actors.model.weights import check_checkpoint
-from ostro.cluster.cli_deployment import read_deployment, resolve_model
+from ostro.cluster.cli_deployment import read_deployment
 from ostro.cluster.generation import ChatMessage, ImageFile
 from ostro.cluster.model_card import make_card
+from ostro.cluster.model_paths import resolve_model
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.model import load_model_config
 from ostro.kernels.latent_cache import FP8_ROWS

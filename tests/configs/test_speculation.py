@@ -11,12 +11,20 @@ from ostro.configs.load import from_dict, load_deployment, to_dict
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
 
-def test_speculation_is_off_unless_asked_for() -> None:
-    assert load_deployment("laptop").engine.speculation is None
+def test_a_gpu_drafts_nothing_unless_asked_to() -> None:
+    assert load_deployment("1xh200").engine.speculation is None
 
 
-def test_speculation_reads_from_overrides_with_its_defaults() -> None:
-    config = load_deployment("laptop", ["engine.speculation.method=ngram"])
+@pytest.mark.parametrize("preset", ["laptop", "laptop_single"])
+def test_a_laptop_drafts_with_what_head_there_is(preset: str) -> None:
+    speculation = load_deployment(preset).engine.speculation
+    assert speculation == SpeculationConfig(method=DraftMethod.AUTO)
+    assert load_deployment(preset, ["engine.speculation=null"]).engine.speculation is None
+
+
+@pytest.mark.parametrize("preset", ["laptop", "1xh200"])
+def test_speculation_reads_from_overrides_with_its_defaults(preset: str) -> None:
+    config = load_deployment(preset, ["engine.speculation.method=ngram"])
     assert config.engine.speculation == SpeculationConfig(
         method=DraftMethod.NGRAM,
         num_draft_tokens=3,
@@ -46,6 +54,8 @@ def test_eagle_names_its_head() -> None:
         ({"method": "ngram", "min_ngram": 0}, r"min_ngram=0: .* at least 1"),
         ({"method": "ngram", "min_ngram": 5}, r"min_ngram=5 exceeds max_ngram=4: lower it"),
         ({"method": "ngram", "draft_model": "/head"}, r"draft_model='/head': method=ngram has no"),
+        ({"method": "auto", "draft_model": "/head"}, r"draft_model='/head': method=auto takes"),
+        ({"method": "auto", "max_ngram": 5}, r"max_ngram=5: method=auto looks for no n-grams"),
         ({"method": "eagle"}, r"draft_model: method=eagle needs the directory"),
         ({"method": "eagle", "draft_model": ""}, r"draft_model: method=eagle needs the directory"),
         ({"method": "eagle", "draft_model": "/head", "max_ngram": 5}, r"looks for no n-grams"),

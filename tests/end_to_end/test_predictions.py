@@ -15,11 +15,11 @@ import openai
 import pytest
 from local_cell import LocalCell, ProcessPool, local_cell
 
-from ostro.cluster.cli_deployment import resolve_model
 from ostro.cluster.frontend import Frontend
 from ostro.cluster.http_ingress import build_http_app
 from ostro.cluster.metrics import Metrics
 from ostro.cluster.model_card import make_card
+from ostro.cluster.model_paths import resolve_model
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
 from ostro.configs.model import load_model_config

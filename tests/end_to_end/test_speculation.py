@@ -21,8 +21,8 @@ from ostro.actors.engine.request import (
 from ostro.actors.fabric.messages import State
 from ostro.actors.model.random_checkpoint import TINY, write_random_head
 from ostro.cluster.cell_client import CellClient
-from ostro.cluster.cli_deployment import resolve_model
 from ostro.cluster.generation import ChatMessage
+from ostro.cluster.model_paths import resolve_model
 from ostro.cluster.prompt import PromptBuilder
 from ostro.configs.deployment import (
     DeploymentConfig,

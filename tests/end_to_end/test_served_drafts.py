@@ -51,10 +51,10 @@ _ASKED = [
 
 
 @pytest.fixture(scope="module")
-def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One that drafts nothing, beside the default, which drafts with the embedded head."""
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    drafts = "engine.speculation={method: ngram, num_draft_tokens: 4, adaptive: false}"
-    with Served(log, "--set", drafts) as served:
+    with Served(log, "--set", "engine.speculation=null") as served:
         yield served
 
 
@@ -88,10 +88,10 @@ def _texts(url: str, asked: dict[str, object]) -> dict[object, list[object]]:
 
 @pytest.mark.parametrize("asked", _ASKED, ids=["thinks", "choices", "penalties", "JSON"])
 def test_streams_over_http_say_the_same(
-    served: Served, drafting: Served, asked: dict[str, object]
+    served: Served, plain: Served, asked: dict[str, object]
 ) -> None:
-    told = _texts(drafting.url, asked)
-    assert told == _texts(served.url, asked)
+    told = _texts(served.url, asked)
+    assert told == _texts(plain.url, asked)
     assert told["usage"][0]
 
 
@@ -115,22 +115,22 @@ def _grpc_tokens(address: str) -> dict[int, list[int]]:
     return told
 
 
-def test_streams_over_grpc_say_the_same(served: Served, drafting: Served) -> None:
-    told = _grpc_tokens(drafting.grpc_address)
-    assert told == _grpc_tokens(served.grpc_address)
+def test_streams_over_grpc_say_the_same(served: Served, plain: Served) -> None:
+    told = _grpc_tokens(served.grpc_address)
+    assert told == _grpc_tokens(plain.grpc_address)
     assert {pb.CHANNEL_THINKING, pb.CHANNEL_ANSWER} <= told.keys()
 
 
-def test_metrics_and_status_tell_of_drafts(drafting: Served) -> None:
-    _texts(drafting.url, _ASKED[0])
-    metrics = httpx.get(f"{drafting.url}/metrics").text
+def test_metrics_and_status_tell_of_drafts(served: Served) -> None:
+    _texts(served.url, _ASKED[0])
+    metrics = httpx.get(f"{served.url}/metrics").text
     counts = {
         line.split("{")[0]: float(line.split()[-1])
         for line in metrics.splitlines()
         if line.startswith("ostro_spec_decode_num")
     }
     drafted = counts["ostro_spec_decode_num_draft_tokens_total"]
-    assert drafted > counts["ostro_spec_decode_num_accepted_tokens_total"] > 0
-    result = CliRunner().invoke(app, ["status", "--url", drafting.grpc_address])
+    assert drafted >= counts["ostro_spec_decode_num_accepted_tokens_total"] > 0
+    result = CliRunner().invoke(app, ["status", "--url", served.grpc_address])
     assert result.exit_code == 0, result.output
     assert "tokens a step" in " ".join(result.output.split())

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from ostro.actors.errors import ShardLostError
 from ostro.actors.fabric.messages import ActorStatus, State
 from ostro.cluster.cli import app
+from ostro.cluster.cli_deployment import read_deployment
 from ostro.cluster.cli_loading import LiveLoading, PlainLoading
 from ostro.cluster.cli_serve import run
 from ostro.cluster.tls_certificate import FaceCertificate
@@ -32,8 +33,8 @@ def model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def deployment() -> DeploymentConfig:
-    return load_deployment("laptop", ["serving.drain_timeout_s=7"])
+def deployment(model_dir) -> DeploymentConfig:
+    return read_deployment("laptop", ["serving.drain_timeout_s=7"], model=str(model_dir))
 
 
 def actor(rank: int, state: str, progress: float) -> ActorStatus:
@@ -176,9 +177,7 @@ def test_serve_tells_what_it_drafts(model_dir):
 
 
 def test_serve_tells_why_it_drafts_nothing(deployment, model_dir):
-    engine = replace(deployment.engine, speculation=None)
-    nothing = replace(deployment, engine=engine)
-    output = serve(FakeCell(nothing, [READY, press(signal.SIGINT)]), model_dir)
+    output = serve(FakeCell(deployment, [READY, press(signal.SIGINT)]), model_dir)
     assert "drafts  none: the model brings no head; engine.speculation.method=ngram" in output
 
 

@@ -160,6 +160,9 @@ def test_only_a_deployment_that_names_a_head_has_one(model: ModelConfig) -> None
     assert configured_head(EngineConfig(), model) is None
     ngram = SpeculationConfig(method=DraftMethod.NGRAM)
     assert configured_head(EngineConfig(speculation=ngram), model) is None
+    auto = SpeculationConfig(method=DraftMethod.AUTO)
+    with pytest.raises(ConfigError, match=r"method=auto: name a head in draft_model"):
+        configured_head(EngineConfig(speculation=auto), model)
 
 
 def test_a_directory_without_a_head_is_refused(model: ModelConfig, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from ostro.actors.engine.draft_length import DraftLength, has_sure_drafts
+from ostro.actors.engine.draft_length import DraftLength
 from ostro.actors.engine.forced_drafts import draft_forced
 from ostro.actors.engine.ngrams import NgramIndex
 from ostro.actors.engine.request import RequestProgress, RequestState
@@ -111,7 +111,7 @@ class Drafting:
             num_drafts = length.choose(len(decoding), offered)
             for progress in decoding:
                 del progress.draft_token_ids[num_drafts:]
-            is_many = len(decoding) >= _MANY and not any(map(has_sure_drafts, decoding))
+            is_many = len(decoding) >= _MANY and not any(map(_may_be_told, decoding))
             if offered[0] and not num_drafts and is_many:
                 self._num_resting = _REST_STEPS
         else:
@@ -127,6 +127,11 @@ def _offered(requests: Sequence[RequestProgress], most: int) -> list[int]:
     """How many requests have a first draft, a second one, and so on."""
     counts = Counter(len(progress.draft_token_ids) for progress in requests)
     return [sum(n for length, n in counts.items() if length > depth) for depth in range(most)]
+
+
+def _may_be_told(progress: RequestProgress) -> bool:
+    """Whether a request's next tokens may be predicted, or be all that its grammar leaves."""
+    return progress.prediction is not None or progress.grammar is not None
 
 
 def draft_predicted(step: ScheduledStep, most: int, most_guessed: int) -> None:
@@ -148,5 +153,7 @@ def draft_predicted(step: ScheduledStep, most: int, most_guessed: int) -> None:
         if prediction.is_sure:
             num_drafts = min(max(most_guessed, prediction.num_likely), most)
             progress.draft_token_ids = prediction.draft(num_drafts)
+            progress.drafts_are_told = True
         elif not progress.draft_token_ids:
             progress.draft_token_ids = prediction.draft(most_guessed)
+            progress.drafts_are_told = True

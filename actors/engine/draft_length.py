@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 from math import exp2, log
 
-from ostro.actors.engine.request import RequestProgress, RequestState
+from ostro.actors.engine.request import RequestState
 from ostro.actors.engine.step import ScheduledStep
 
 _EXACT_SIZES = 20
@@ -54,7 +54,7 @@ class DraftLength:
         """Take note of a completed step."""
         trials, right = [0] * self._most, [0] * self._most
         for entry in islice(step.entries, step.num_decodes if step.num_drafts else 0):
-            if entry.num_drafts and not has_sure_drafts(entry.progress):
+            if entry.num_drafts and not entry.drafts_are_told:
                 num_right = entry.num_accepted()
                 # Of one that ended nobody knows whether the draft after that was right.
                 goes_on = entry.progress.state is not RequestState.FINISHED
@@ -106,11 +106,6 @@ class DraftLength:
         keep = _FORGETS_TRIALS if not trials else _MOST_TRIALS / (_MOST_TRIALS + trials)
         self._right[depth] = self._right[depth] * keep + right
         self._trials[depth] = self._trials[depth] * keep + trials
-
-
-def has_sure_drafts(progress: RequestProgress) -> bool:
-    """Whether drafts may be predicted or forced, which says nothing of a drafter's guesses."""
-    return progress.prediction is not None or progress.grammar is not None
 
 
 class SecondsBySize:

@@ -38,6 +38,8 @@ class DraftRoom:
             progress = entry.progress
             if drafts := progress.draft_token_ids:
                 progress.draft_token_ids = []
+                entry.drafts_are_told = progress.drafts_are_told
+                progress.drafts_are_told = False
                 if progress.num_pending_outputs == 1:  # else they follow on nothing known
                     self._add(step, entry, drafts)
         self._num_spare = None

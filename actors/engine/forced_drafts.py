@@ -22,14 +22,20 @@ def draft_forced(step: ScheduledStep, most: int) -> None:
         progress = entry.progress
         is_decoding = entry.samples and progress.state is RequestState.RUNNING
         if is_decoding and (progress.grammar is not None or progress.thinking is not None):
-            progress.draft_token_ids = _drafts(progress)[:most]
+            _draft(progress, most)
 
 
-def _drafts(progress: RequestProgress) -> list[int]:
-    thinking, grammar, drafts = progress.thinking, progress.grammar, progress.draft_token_ids
+def _draft(progress: RequestProgress, most: int) -> None:
+    thinking, grammar, guesses = progress.thinking, progress.grammar, progress.draft_token_ids
     if thinking is not None and thinking.is_open:
-        return thinking.forced_tokens() or drafts
-    if grammar is None:
-        return drafts
-    forced = grammar.forced_tokens()
-    return grammar.possible(drafts) if drafts[: len(forced)] == forced else forced
+        forced = thinking.forced_tokens()
+    elif grammar is not None:
+        forced = grammar.forced_tokens()
+        if guesses[: len(forced)] == forced:
+            progress.draft_token_ids = grammar.possible(guesses)[:most]
+            return
+    else:
+        return
+    if forced:
+        progress.draft_token_ids = forced[:most]
+        progress.drafts_are_told = True

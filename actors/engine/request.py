@@ -271,6 +271,8 @@ class RequestProgress:
     Attributes:
         output_token_ids: Known output; given at construction where one goes on after a failure.
         draft_token_ids: Guesses of what follows the known tokens, for the next step to verify.
+        drafts_are_told: Whether they are what a caller predicted, or what rules force: they say
+            nothing of who guesses.
         ngrams: Index of its text, for who drafts from that.
         is_resumed: Whether it goes on, with output or without any yet: it was let in once.
         num_computed_tokens: Latents that are in the cache or that a planned step will put there.
@@ -293,6 +295,7 @@ class RequestProgress:
         "arrival",
         "arrived_s",
         "draft_token_ids",
+        "drafts_are_told",
         "grammar",
         "is_resumed",
         "max_num_tokens",
@@ -328,6 +331,7 @@ class RequestProgress:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.output_token_ids = list(output_token_ids or ())
         self.draft_token_ids: list[int] = []
+        self.drafts_are_told = False
         self.ngrams: NgramIndex | None = None
         self._prediction: FollowedText | None = None
         self.is_resumed = output_token_ids is not None

@@ -58,6 +58,7 @@ class Roster:
         progress.move_to(RequestState.PREEMPTED)
         progress.num_computed_tokens = 0
         progress.draft_token_ids = []
+        progress.drafts_are_told = False
         self.waiting.add(progress)
 
     def finish(self, progress: RequestProgress) -> None:

@@ -38,6 +38,7 @@ class ScheduledRequest(msgspec.Struct, gc=False):
             draft. Of a draft that it equals the next token is sampled too, and so on.
         num_drafts: How many of the tokens, the last ones, are guesses.
         outputs: What the step has brought to an entry with drafts.
+        drafts_are_told: See `RequestProgress`.
     """
 
     progress: RequestProgress
@@ -48,6 +49,7 @@ class ScheduledRequest(msgspec.Struct, gc=False):
     samples: bool
     num_drafts: int = 0
     outputs: list[SampledToken] | None = None
+    drafts_are_told: bool = False
 
     def is_next_draft_right(self) -> bool:
         """Whether the last of the outputs, which there are, was guessed."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from engine_fakes import FakeDevice, make_progress, make_request
 
 from ostro.actors.drafter import Drafting, NgramDrafter
-from ostro.actors.engine.request import RequestProgress
+from ostro.actors.engine.request import GrammarParams, RequestProgress
 from ostro.actors.engine.scheduler import Scheduler
 from ostro.actors.engine.step import SampledToken, ScheduledStep
 from ostro.actors.model.batch import Batch
@@ -158,6 +159,27 @@ def test_an_adapted_number_grows_while_drafts_are_right() -> None:
     load = scheduler.load()
     assert load.num_accepted == load.num_drafted
     assert load.num_accepted[0] >= 8
+
+
+@pytest.mark.parametrize(("token_id", "most"), [(7, 3), (6, 0)])
+def test_guesses_within_a_grammar_are_learnt_from(token_id: int, most: int) -> None:
+    """Else a shard that serves grammars alone would never know what its guesses are worth."""
+    scheduler, times = _scheduler(), [0.0]
+    scheduler._clock = lambda: times[0]
+    drafting = Drafting(_CountingDrafter(), _eagle(adaptive=True))
+    grammar = GrammarParams(text="start: /[a-g]{150}/")
+    scheduler.add(make_progress(make_request(max_tokens=150, grammar=grammar)))
+    lengths: list[int] = []
+    for _ in range(30):
+        step = scheduler.schedule()
+        assert step is not None
+        lengths.append(step.num_drafts)
+        times[0] += 1.0 + 0.5 * step.num_tokens
+        while scheduler.accept(step.entries[0], SampledToken(token_id)):
+            pass
+        scheduler.complete(step)
+        drafting.after(step, [])
+    assert lengths[-8:] == [most] * 8
 
 
 def test_drafts_of_a_lookup_that_do_not_pay_are_dropped() -> None:

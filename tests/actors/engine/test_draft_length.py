@@ -148,6 +148,16 @@ def test_what_an_ended_request_would_have_accepted_is_not_counted() -> None:
     assert length.share_right(0) == pytest.approx(before)
 
 
+def test_what_was_told_says_nothing_of_guesses() -> None:
+    length = DraftLength(1)
+    before = length.share_right(0)
+    entry = _entry(1, 1)
+    entry.drafts_are_told = True
+    step = ScheduledStep(0, 0.0, [entry], num_tokens=2, num_drafts=1, num_decodes=1, seconds=1.0)
+    length.record(step)
+    assert length.share_right(0) == before
+
+
 def test_steps_with_prompts_say_nothing_of_decodes() -> None:
     length = DraftLength(1)
     step = ScheduledStep(0, 0.0, [_entry(0, 0)], num_tokens=500, num_decodes=1, seconds=9.0)

@@ -23,13 +23,13 @@ from ostro.actors.engine.step import ScheduledStep
 _EXACT_SIZES = 20
 _SIZE_RATIO = 1.05  # of neighbouring sizes beyond those
 _NEW_WEIGHT = 0.25  # of a measurement in its average
-_OUTLIER = 3.0  # times the average; a measurement counts as no more than that
+_OUTLIER = 1.5  # times the average; a measurement counts as no more than that
 _SURE_AFTER = 2  # measurements
 _FORGETS_AFTER = 512  # further ones, until half of the trust in a measurement is gone
 
 _PRIOR_RIGHT, _PRIOR_TRIALS = 0.7, 3.0
-_MOST_TRIALS = 256.0  # that count: after as many, what was before weighs little
-_FORGETS_TRIALS = 0.996  # of its trials a depth that is not tried keeps so much a step
+_MOST_TRIALS = 192.0  # that count: after as many, what was before weighs little
+_FORGETS_TRIALS = 0.992  # of its trials a depth that is not tried keeps so much a step
 _KNOWN_AFTER = 1.0  # trials
 _CAUTION = 1.2  # times what drafts cost: a gain that is less than this is noise
 
@@ -142,7 +142,9 @@ class SecondsBySize:
             self._sizes[key], self._seconds[key], self._counts[key] = size, seconds, 1
             return
         weight = max(_NEW_WEIGHT, 1 / (self._counts[key] + 1))
-        self._seconds[key] += weight * (min(seconds, _OUTLIER * before) - before)
+        if self._counts[key] == 1:  # the first may have been the outlier
+            before = min(before, _OUTLIER * seconds)
+        self._seconds[key] = before + weight * (min(seconds, _OUTLIER * before) - before)
         self._sizes[key] += weight * (size - self._sizes[key])
         self._counts[key] += 1
 
@@ -152,31 +154,34 @@ class SecondsBySize:
         Example:
             after one measurement of 2 s for size 10, for size 20 it is 2 s, for size 5 it is 1 s.
         """
-        if self._latest is None:
-            return 0.0
-        latest_s = self._seconds[self._latest]
-        ratio = size / self._sizes[self._latest]
-        at_best = latest_s * min(ratio, 1.0)
-        measured_s, trust = self._between(size)
-        if not trust:
-            return at_best
-        if self._at_most_in_proportion:
-            measured_s = min(measured_s, latest_s * max(ratio, 1.0))
-        measured_s = max(measured_s, at_best)
-        return at_best + trust * (measured_s - at_best)
-
-    def _between(self, size: int) -> tuple[float, float]:
-        """Seconds for a size from measurements beside it, and how far to trust them."""
         keys, sizes, seconds = self._keys, self._sizes, self._seconds
         place = bisect_left(keys, float(size), key=sizes.__getitem__)
         if place < len(keys) and sizes[keys[place]] == size:
-            return seconds[keys[place]], self._trust(keys[place])
-        if place in (0, len(keys)):
-            return 0.0, 0.0
-        below, above = keys[place - 1], keys[place]
-        trust = min(self._trust(below), self._trust(above))
+            return self._bounded(size, seconds[keys[place]], self._trust(keys[place]))
+        if not place:
+            return self._bounded(size, 0.0, 0.0)
+        below = keys[place - 1]
+        trust = self._trust(below)
+        # Else each size that a growing batch comes by for the first time is tried.
+        at_least_s = self._bounded(size, seconds[below], trust)
+        if place == len(keys):
+            return at_least_s
+        above = keys[place]
         share = (size - sizes[below]) / (sizes[above] - sizes[below])
-        return seconds[below] + share * (seconds[above] - seconds[below]), trust
+        between_s = seconds[below] + share * (seconds[above] - seconds[below])
+        doubt = (1 - trust) * (1 - self._trust(above))  # each of both bears the other out
+        return max(at_least_s, self._bounded(size, between_s, 1 - doubt))
+
+    def _bounded(self, size: int, measured_s: float, trust: float) -> float:
+        """Seconds for a size between those at best, going by the latest step, and as measured."""
+        latest = self._latest
+        if latest is None:
+            return 0.0
+        latest_s, ratio = self._seconds[latest], size / self._sizes[latest]
+        best_s = latest_s * min(ratio, 1.0)
+        if self._at_most_in_proportion:
+            measured_s = min(measured_s, latest_s * max(ratio, 1.0))
+        return best_s + trust * max(measured_s - best_s, 0.0)
 
     def _trust(self, key: int) -> float:
         age = self._num_records - self._measured_at[key]

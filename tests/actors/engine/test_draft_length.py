@@ -117,6 +117,23 @@ def test_it_follows_the_number_of_requests() -> None:
         assert _tokens_per_s(device, num_decodes, 300, length) > 0.92 * best
 
 
+@pytest.mark.parametrize("most_more", [1, 8])
+def test_a_batch_that_grows_and_shrinks_is_not_tried_at_each_of_its_sizes(most_more: int) -> None:
+    """Where rows cost what they bring, what is known of other sizes has to do."""
+    device, length = _Device(_DEVICES["computes"], 0.6), DraftLength(_MOST)
+    draw, num_decodes, tokens, seconds, without_s = random.Random(1), 8, 0, 0.0, 0.0
+    for _ in range(800):
+        num_decodes = min(max(num_decodes + draw.choice((-most_more, 0, most_more)), 1), 96)
+        offered = device.offered(num_decodes)
+        step = device.run(num_decodes, offered, length.choose(num_decodes, offered))
+        length.record(step)
+        num_tokens = sum(1 + entry.num_accepted() for entry in step.entries)
+        tokens += num_tokens
+        seconds += step.seconds
+        without_s += 0.001 * (1 + device.noise / 2) * num_tokens
+    assert without_s > 0.96 * seconds
+
+
 def test_it_comes_back_when_drafts_become_right() -> None:
     device = _Device(_DEVICES["has a dear first row"], 0.0)
     length = DraftLength(_MOST)
@@ -130,8 +147,10 @@ def test_it_comes_back_when_drafts_become_right() -> None:
 def test_drafts_that_few_requests_have_are_weighed_by_what_they_cost() -> None:
     """A row that costs as much as it brings is not worth it for all, a cheap one is for two."""
     dear, cheap = DraftLength(_MOST), DraftLength(_MOST)
-    _tokens_per_s(_Device(_DEVICES["computes"], 0.5), 32, 300, dear)
-    _tokens_per_s(_Device(_DEVICES["waits for memory"], 0.5), 32, 300, cheap)
+    for length, name in ((dear, "computes"), (cheap, "waits for memory")):
+        device = _Device(_DEVICES[name], 0.5)
+        _tokens_per_s(device, 32, 300, length)
+        length.record(device.run(32, [0] * _MOST, 0))  # nobody had any
     assert dear.choose(32, [2, 2, 0, 0]) == 0
     assert cheap.choose(32, [2, 2, 0, 0]) >= 1
 
@@ -185,6 +204,21 @@ def test_sizes_between_two_measured_ones_lie_between_them() -> None:
         seconds.record(10, 2.0)
         seconds.record(30, 3.0)
     assert seconds.expect(20) == pytest.approx(2.5, rel=0.01)
+
+
+def test_more_never_takes_less_than_what_was_measured() -> None:
+    seconds = SecondsBySize()
+    for size in (40, 20):
+        for _ in range(3):
+            seconds.record(size, 0.1 * size)
+    assert seconds.expect(44) == pytest.approx(4.0, rel=0.01)
+
+
+def test_a_slow_first_step_is_forgotten_with_the_next() -> None:
+    seconds = SecondsBySize()
+    seconds.record(4, 100.0)
+    seconds.record(4, 1.0)
+    assert seconds.expect(4) <= 1.5
 
 
 def test_one_slow_step_is_soon_forgotten() -> None:

@@ -205,7 +205,8 @@ class Scheduler:
             progress.num_in_flight -= 1
             if entry.num_drafts:
                 num_rejected = self._drafts.close(entry)
-                self._totals.verify(entry.num_drafts, entry.num_accepted())
+                if entry.outputs:  # else it ended before any was verified
+                    self._totals.verify(entry.num_drafts, entry.num_accepted())
                 num_wasted += num_rejected
                 end -= num_rejected
             # A request that was preempted meanwhile has another list: its latents are gone.

@@ -250,6 +250,22 @@ def test_a_request_with_drafts_in_flight_is_not_planned_again() -> None:
     assert shard.scheduler.schedule() is None
 
 
+def test_drafts_of_a_request_that_is_cancelled_in_flight_are_not_counted() -> None:
+    shard = _Shard(lambda _: [7] * 3)
+    shard.add(make_request(max_tokens=20, ignore_eos=True))
+    shard.turn()
+    step = shard.scheduler.schedule()
+    assert step is not None
+    assert step.num_drafts == 3
+    shard.scheduler.cancel("r")
+    shard.device.run(step, shard.scheduler)
+    (event,) = shard.scheduler.complete(step)
+    assert (event.token_ids, event.finish_reason) == ([], FinishReason.CANCELLED)
+    assert shard.scheduler.load().num_drafted == ()
+    assert shard.scheduler.load().num_free_pages == 64
+    shard.scheduler.check_integrity()
+
+
 def test_drafts_are_cut_to_the_tokens_that_may_still_come() -> None:
     shard = _Shard(lambda _: [5] * 7)
     shard.add(make_request(max_tokens=4, ignore_eos=True))

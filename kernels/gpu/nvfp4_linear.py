@@ -63,9 +63,11 @@ def linear_rows(num_rows: int, num_outputs: int, device: torch.device) -> int:
 
 def _aligned(x_TI: torch.Tensor) -> torch.Tensor:
     """The rows where boxes can be cut out of them."""
-    if x_TI.stride(1) == 1 and not x_TI.stride(0) * x_TI.element_size() % _STEP_BYTES:
-        return x_TI if not x_TI.data_ptr() % _STEP_BYTES else x_TI.clone()
-    return x_TI.contiguous()
+    steps = (x_TI.data_ptr(), x_TI.stride(0) * x_TI.element_size())
+    if x_TI.stride(1) == 1 and not any(step % _STEP_BYTES for step in steps):
+        return x_TI
+    # Not `contiguous`, which leaves one row as it is, whatever its stride.
+    return x_TI.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

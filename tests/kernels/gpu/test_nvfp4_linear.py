@@ -85,6 +85,13 @@ def test_rows_that_no_box_can_be_cut_from_are_copied(view: str, triton_device: s
     assert_right(placed_TI, weight, values_OI)
 
 
+def test_one_row_of_an_odd_stride_counts_as_contiguous_and_is_copied(triton_device: str) -> None:
+    weight, values_OI = make_nvfp4_weight(24, 32, triton_device)
+    wide_TI = torch.full((1, 41), torch.nan, dtype=BF16, device=triton_device)
+    wide_TI[:, :32] = make_rows(1, 32, triton_device)
+    assert_right(wide_TI[:, :32], weight, values_OI)
+
+
 def test_a_rows_own_trouble_stays_its_own(triton_device: str) -> None:
     weight, _ = make_nvfp4_weight(48, 144, triton_device)
     x_TI = make_rows(21, 144, triton_device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from ostro.kernels.fp8_linear import quantize_fp8_reference
 from ostro.kernels.gpu.dependent_launch import await_inputs
 from ostro.kernels.gpu.fp8_linear import in_units
-from ostro.kernels.gpu.grouped_gemm import boxes, launch_options
+from ostro.kernels.gpu.grouped_gemm import activated, boxes, launch_options
 from ostro.kernels.gpu.tiles import BLACKWELL, Tile, architecture, num_programs, tile
 
 MAX_FEW_PAIRS = 16  # rows of the smallest tile
@@ -258,11 +258,9 @@ def _gate_up_few_kernel(
         e = _expert_of(id_, is_first, work // num_slices)
         start_f = work % num_slices * BLOCK_F
         gate_row = e * 2 * F + start_f
-        unit = 1.0
         input_unit = 1.0
         if scale is not None:
             input_unit = tl.load(input_scale + e)
-            unit = tl.load(scale + e) * input_unit
         gate = tl.zeros((BLOCK_F, BLOCK_A), tl.float32)
         up = tl.zeros((BLOCK_F, BLOCK_A), tl.float32)
         for start_d in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -279,13 +277,7 @@ def _gate_up_few_kernel(
             gate = tl.dot(w, x_DA, gate, input_precision="ieee", max_num_imprecise_acc=NARROW_SUM)
             w = gate_up.load([gate_row + F, start_d])
             up = tl.dot(w, x_DA, up, input_precision="ieee", max_num_imprecise_acc=NARROW_SUM)
-        if scale is not None:
-            gate = gate * unit
-            up = up * unit
-        hidden = gate * tl.sigmoid(gate) * up
-        if next_input_scale is not None:
-            hidden = hidden / tl.load(next_input_scale + e)
-            hidden = tl.minimum(tl.maximum(hidden, -448.0), 448.0)  # the largest e4m3
+        hidden = activated(gate, up, scale, input_scale, next_input_scale, e)
         is_pair = (id_ == e)[None, :] & (a[None, :] // K == column[:, None])
         pair = tl.max(tl.where(is_pair, a[None, :], -1), 1)
         f = start_f + tl.arange(0, BLOCK_F)

@@ -214,7 +214,11 @@ def _quantize_fp8_kernel(
 @triton.jit
 def in_units(value, scale):  # noqa: ANN201 - not Python
     """Values over a scale, within what e4m3 holds."""
-    value = tl.div_rn(value, scale)  # `/` is off by two ulp, which turns ties
-    # 448 is the largest e4m3. A NaN stays one, so that a broken row shows.
+    return within_fp8(tl.div_rn(value, scale))  # `/` is off by two ulp, which turns ties
+
+
+@triton.jit
+def within_fp8(value):  # noqa: ANN201 - not Python
+    """Values within +-448, the largest e4m3. A NaN stays one, so that a broken row shows."""
     value = tl.maximum(value, -448.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(value, 448.0, propagate_nan=tl.PropagateNan.ALL)

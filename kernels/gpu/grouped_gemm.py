@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
+from ostro.kernels.gpu.fp8_linear import within_fp8
 from ostro.kernels.gpu.tiles import Tile, num_programs, tile
 
 _FP8 = torch.float8_e4m3fn
@@ -258,19 +259,25 @@ def _gate_up_kernel(
             gate = tl.dot(w, x_DR, gate, input_precision="ieee", max_num_imprecise_acc=NARROW_SUM)
             w = gate_up.load([gate_row + F, d])
             up = tl.dot(w, x_DR, up, input_precision="ieee", max_num_imprecise_acc=NARROW_SUM)
-        if scale is not None:
-            unit = tl.load(scale + e) * tl.load(input_scale + e)
-            gate = gate * unit
-            up = up * unit
-        hidden = gate * tl.sigmoid(gate) * up
-        if next_input_scale is not None:
-            hidden = hidden / tl.load(next_input_scale + e)
-            hidden = tl.minimum(tl.maximum(hidden, -448.0), 448.0)  # the largest e4m3
+        hidden = activated(gate, up, scale, input_scale, next_input_scale, e)
         p = first + tl.arange(0, BLOCK_ROWS)
         f = start_f + tl.arange(0, BLOCK_F)
         is_out = (p < tl.load(offsets + e + 1))[:, None] & (f < F)[None, :]
         place = p.to(tl.int64)[:, None] * F + f[None, :]
         tl.store(out + place, tl.trans(hidden).to(out.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def activated(gate, up, scale, input_scale, next_input_scale, e):  # noqa: ANN201 - not Python
+    """SwiGLU of an expert's sums, in units of what follows; without FP8 scales are None."""
+    if scale is not None:
+        unit = tl.load(scale + e) * tl.load(input_scale + e)
+        gate = gate * unit
+        up = up * unit
+    hidden = gate * tl.sigmoid(gate) * up
+    if next_input_scale is not None:
+        hidden = within_fp8(hidden / tl.load(next_input_scale + e))
+    return hidden
 
 
 @triton.jit

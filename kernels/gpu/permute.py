@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ostro.kernels.gpu.dependent_launch import await_inputs, pdl_options
 from ostro.kernels.gpu.expert_schedule import ExpertSchedule
+from ostro.kernels.gpu.fp8_linear import in_units
 
 _BLOCK_D = 1024
 
@@ -95,6 +96,5 @@ def _permute_kernel(
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         value = tl.load(rows + (pair // K).to(tl.int64) * D + d, mask=d < D, other=0.0)
         if input_scale is not None:
-            value = value.to(tl.float32) / tl.load(input_scale + tl.load(expert + pair))
-            value = tl.minimum(tl.maximum(value, -448.0), 448.0)  # the largest e4m3
+            value = in_units(value.to(tl.float32), tl.load(input_scale + tl.load(expert + pair)))
         tl.store(out + p * D + d, value.to(out.dtype.element_ty), mask=d < D)

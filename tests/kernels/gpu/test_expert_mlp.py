@@ -139,3 +139,17 @@ def test_expert_mlp_triton_gives_a_row_the_same_result_alone(triton_device: str)
         _counts(4, triton_device),
     )
     assert torch.equal(alone_RD, together_RD[5:6])
+
+
+@pytest.mark.parametrize("num_rows", [3, 40])  # few pairs and sorted ones
+def test_a_broken_row_shows_in_fp8_and_stays_its_own(num_rows: int, triton_device: str) -> None:
+    routed = make_routed(num_rows, 6, HIDDEN, 0.0, torch.bfloat16)
+    rows_RD, expert_RK, weight_RK = (tensor.to(triton_device) for tensor in routed)
+    experts = make_fp8_experts(6, HIDDEN, INNER, triton_device)
+    clean_RD, broken_RD = (
+        expert_mlp_fp8_triton(rows, expert_RK, weight_RK, experts, _counts(6, triton_device))
+        for rows in (rows_RD, rows_RD.index_fill(0, expert_RK.new_tensor([1]), torch.nan))
+    )
+    assert broken_RD[1].isnan().all()
+    others = torch.arange(num_rows, device=triton_device) != 1
+    assert torch.equal(broken_RD[others], clean_RD[others])

@@ -98,7 +98,7 @@ def project_queries(
     if query_TL.is_cuda and isinstance(weight_OL, Fp8Weight):
         from ostro.kernels.gpu.query_projection import project_queries_triton, projects_queries
 
-        if projects_queries(query_TL, weight_OL):
+        if projects_queries(query_TL):
             return project_queries_triton(*arguments, weight_OL)
     return linear(mla_prologue(*arguments, weight_OL), weight_OL)
 

@@ -30,11 +30,10 @@ from ostro.kernels.latent_cache import row_parts
 from ostro.kernels.mla_prologue import PrologueNorms
 
 
-def projects_queries(query_TL: torch.Tensor, weight: object) -> bool:
-    """Whether one launch takes these rows and this weight."""
+def projects_queries(query_TL: torch.Tensor) -> bool:
+    """Whether one launch takes these rows."""
     num_tokens, width = query_TL.shape
-    is_few = 0 < num_tokens <= MAX_FEW_ROWS and width <= MAX_FEW_INPUTS
-    return is_few and isinstance(weight, Fp8Weight)
+    return 0 < num_tokens <= MAX_FEW_ROWS and width <= MAX_FEW_INPUTS
 
 
 def project_queries_triton(

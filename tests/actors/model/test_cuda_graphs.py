@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ from ostro.actors.model.batch import Batch, build_batches
 from ostro.actors.model.cuda_graphs import (
     GraphedDecoder,
     GraphInputs,
+    RowGraphs,
+    _capture_stream,
     chunk_sizes,
     fitting_size,
     input_forms,
@@ -70,7 +73,7 @@ def _graphed(rig: ModelRig) -> tuple[GraphedDecoder, LocalExchange]:
     (experts, _), *_ = rig.exchange._shards
     num_experts = rig.config.num_experts
     placement = initial_placement(num_experts, [0])
-    exchange = LocalExchange(experts.forward, placement, "cuda")
+    exchange = LocalExchange(experts.forward_pairs, placement, "cuda")
     return GraphedDecoder(rig.decoder, exchange), exchange
 
 
@@ -293,6 +296,30 @@ def test_a_graph_leaves_the_hidden_states_of_its_live_rows(monkeypatch: pytest.M
     many = _step([5] * 5)  # more rows than any graph has
     graphed.forward([many], None)
     assert len(decoder.hidden[0]) == 5
+
+
+def test_all_graphs_are_captured_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[object] = []
+
+    def graph(_: object, *, pool: object, stream: object) -> AbstractContextManager[None]:
+        streams.append(stream)
+        return nullcontext()
+
+    new_stream = lambda *_: SimpleNamespace(wait_stream=lambda _: None)  # noqa: E731
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, new_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    _capture_stream.cache_clear()
+    for _ in "ab":  # the model's and a head's
+        RowGraphs(PAGE_SIZE, torch.device("cpu")).capture(
+            lambda _: None, max_rows=2, max_context=2048, num_pages=NUM_PAGES
+        )
+    _capture_stream.cache_clear()
+    assert len(streams) > 2
+    assert all(stream is streams[0] for stream in streams)
 
 
 @pytest.mark.gpu

@@ -28,7 +28,7 @@ from ostro.actors.fabric.messages import StepEvents
 from ostro.actors.fabric.transport import PairExchange
 from ostro.actors.model.checkpoint import CheckpointReader
 from ostro.actors.model.decoder import Decoder
-from ostro.actors.model.device import choose_cache_dtype, choose_precision, torch_dtype
+from ostro.actors.model.device import check_fp8, choose_cache_dtype, choose_precision, torch_dtype
 from ostro.actors.model.draft_head import (
     DraftHead,
     HeadWeights,
@@ -76,6 +76,7 @@ class AttentionShard(RankActor):
         self._grammars = GrammarCompiler(Path(spec.model_dir), config.vocab_size)
         self._grammars.warm_up()  # beside the weights
         status, precision = self._status, choose_precision(spec.device, config)
+        check_fp8(spec.device, spec.deployment.engine, precision)
         reader = CheckpointReader(Path(spec.model_dir))
         stacks = stacks_shared(spec, config) and can_stack_shared(reader, config, precision)
         plain = stored_plain(match_tensors(reader, config))

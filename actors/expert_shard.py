@@ -8,7 +8,7 @@ from ostro.actors.expert_engine import ExpertEngine, ExpertParts
 from ostro.actors.fabric.channel import SyncConnection
 from ostro.actors.fabric.transport import ExpertServer
 from ostro.actors.model.checkpoint import CheckpointReader
-from ostro.actors.model.device import choose_precision, torch_dtype
+from ostro.actors.model.device import check_fp8, choose_precision, torch_dtype
 from ostro.actors.model.experts import LocalExperts
 from ostro.actors.model.stored_weights import match_tensors, stored_plain
 from ostro.actors.model.weight_bytes import expert_bytes
@@ -31,6 +31,7 @@ class ExpertShard(RankActor):
     def _load(self, spec: RankSpec, config: ModelConfig) -> None:
         dtype, local = torch_dtype(spec.dtype), spec.placement.local_to_logical(spec.rank)
         precision = choose_precision(spec.device, config)
+        check_fp8(spec.device, spec.deployment.engine, precision)
         reader = CheckpointReader(Path(spec.model_dir))
         self._status.bytes_to_load = expert_bytes(
             config,

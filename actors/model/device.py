@@ -14,6 +14,7 @@ from ostro.configs.model import ModelConfig
 from ostro.configs.quantization import WeightFormat
 from ostro.kernels.latent_cache import FP8_ROW_LATENTS, FP8_ROWS
 
+_FP8_SINCE = (8, 9)  # compute capability from which a GPU converts and multiplies e4m3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SMALL_HIDDEN = 512
 _M_TRIM_THRESHOLD = -1  # names of malloc.h
@@ -64,6 +65,26 @@ def choose_precision(device: str, config: ModelConfig) -> WeightFormat:
     to the model's dtype while they are loaded.
     """
     return multipliable_format(config) if device == "cuda" else WeightFormat.PLAIN
+
+
+def check_fp8(device: str, engine: EngineConfig, precision: WeightFormat) -> None:
+    """Refuse FP8 where the GPU of this process has none, before any weight is read.
+
+    Raises:
+        ConfigError: It has none; the message names what can be served on it.
+    """
+    if device != "cuda" or torch.cuda.get_device_capability() >= _FP8_SINCE:
+        return
+    name = torch.cuda.get_device_name()
+    if precision is WeightFormat.FP8:
+        raise ConfigError(
+            f"model: its weights are FP8, which {name} does not multiply; make a bf16 one with "
+            "`ostro weights convert --precision bf16`, or serve one in NVFP4"
+        )
+    if engine.latent_cache_dtype != "auto":
+        raise ConfigError(
+            f"latent_cache_dtype={engine.latent_cache_dtype!r}: {name} has no FP8; set it to 'auto'"
+        )
 
 
 def weight_dtype(dtype: str, precision: WeightFormat) -> str:

@@ -1,4 +1,4 @@
-"""Threads of a rank's process."""
+"""Threads of a rank's process, and what its GPU cannot compute."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ostro.actors.model.device import num_threads
+from ostro.actors.model.device import check_fp8, num_threads
 from ostro.configs.deployment import DeploymentConfig, EngineConfig, Layout, LayoutConfig
+from ostro.configs.errors import ConfigError
+from ostro.configs.quantization import WeightFormat
 
 _PROGRAM = """
 import torch
@@ -41,3 +44,17 @@ def test_ranks_that_share_the_cores_have_one_thread_each() -> None:
     assert num_threads(DeploymentConfig(model="m", layout=layout)) == 1
     chosen = EngineConfig(num_threads=3)
     assert num_threads(DeploymentConfig(model="m", layout=layout, engine=chosen)) == 3
+
+
+def test_fp8_is_refused_by_name_where_the_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    plain, fp8_rows = EngineConfig(), EngineConfig(latent_cache_dtype="fp8")
+    with pytest.raises(ConfigError, match=r"model: .* NVIDIA A100 .* --precision bf16"):
+        check_fp8("cuda", plain, WeightFormat.FP8)
+    with pytest.raises(ConfigError, match="latent_cache_dtype='fp8': NVIDIA A100"):
+        check_fp8("cuda", fp8_rows, WeightFormat.NVFP4)
+    check_fp8("cuda", plain, WeightFormat.NVFP4)
+    check_fp8("cpu", fp8_rows, WeightFormat.PLAIN)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_fp8("cuda", fp8_rows, WeightFormat.FP8)

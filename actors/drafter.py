@@ -118,8 +118,9 @@ class Drafting:
             num_drafts = length.choose(len(decoding), [len(decoding)] * self._most)
             began_s = time.perf_counter()
             self._drafter.draft(step, batches, num_drafts)
-            if step.has_no_prompts():
-                length.record_drafting(num_drafts, time.perf_counter() - began_s)
+            if decoding and step.has_no_prompts():
+                seconds = time.perf_counter() - began_s
+                length.record_drafting(len(decoding), num_drafts, seconds)
         return num_drafts
 
 

@@ -46,9 +46,7 @@ class DraftLength:
         self._right = [0.0] * most
         self._trials = [0.0] * most
         self._steps = SecondsBySize()
-        self._drafting = SecondsBySize(
-            forgets_after=8 * _FORGETS_AFTER, at_most_in_proportion=False
-        )
+        self._drafting = [SecondsBySize() for _ in range(most + 1)]  # by drafts of a request
 
     def record(self, step: ScheduledStep) -> None:
         """Take note of a completed step."""
@@ -66,9 +64,13 @@ class DraftLength:
         if step.has_no_prompts():  # these are another matter
             self._steps.record(step.num_tokens, step.seconds)
 
-    def record_drafting(self, num_drafts: int, seconds: float) -> None:
-        """Take note of what it took to make so many drafts of each request."""
-        self._drafting.record(num_drafts + 1, seconds)
+    def record_drafting(self, num_decodes: int, num_drafts: int, seconds: float) -> None:
+        """Take note of what it took to make so many drafts of each of the requests."""
+        for number, drafting in enumerate(self._drafting):
+            if number == num_drafts:
+                drafting.record(num_decodes, seconds)
+            else:
+                drafting.age()
 
     def share_right(self, depth: int) -> float:
         """How many of the drafts at a depth from 0 on are right, where all before them are."""
@@ -82,14 +84,15 @@ class DraftLength:
             num_decodes: Requests that decode in the next step.
             offered: How many of them have a first draft, a second one, and so on.
         """
-        best, best_rate, without_s = 0, 0.0, 0.0
+        best, best_rate, without_s, drafting_s = 0, 0.0, 0.0, 0.0
         num_right, num_tokens, share = float(num_decodes), num_decodes, 1.0
         for num_drafts in range(min(self._num_known() + 1, len(offered), self._most) + 1):
             if num_drafts:
                 share *= self.share_right(num_drafts - 1)
                 num_right += offered[num_drafts - 1] * share
                 num_tokens += offered[num_drafts - 1]
-            seconds = self._steps.expect(num_tokens) + self._drafting.expect(num_drafts + 1)
+            drafting_s = max(drafting_s, self._drafting[num_drafts].expect(num_decodes))
+            seconds = self._steps.expect(num_tokens) + drafting_s
             if not num_drafts:
                 without_s = seconds
             rate = num_right / max(without_s + _CAUTION * (seconds - without_s), 1e-9)
@@ -112,30 +115,22 @@ class SecondsBySize:
     """What things of some size took, and what those of another would take at best.
 
     Averages of sizes that lie within a twentieth of each other are one.
-
-    Args:
-        forgets_after: Measurements, until half of the trust in an older one is gone.
-        at_most_in_proportion: Whether nothing takes longer, for its size, than what is smaller.
     """
 
-    def __init__(
-        self, *, forgets_after: int = _FORGETS_AFTER, at_most_in_proportion: bool = True
-    ) -> None:
-        self._forgets_after = forgets_after
-        self._at_most_in_proportion = at_most_in_proportion
+    def __init__(self) -> None:
         self._keys: list[int] = []  # ascending
         self._sizes: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
         self._measured_at: dict[int, int] = {}
-        self._num_records = 0
+        self._age = 0  # measurements, made or passed by
         self._latest: int | None = None
 
     def record(self, size: int, seconds: float) -> None:
         """Take note of a measurement; `size` is at least 1."""
         key = _key(size)
-        self._num_records += 1
-        self._latest, self._measured_at[key] = key, self._num_records
+        self.age()
+        self._latest, self._measured_at[key] = key, self._age
         before = self._seconds.get(key)
         if before is None:
             self._keys.insert(bisect_left(self._keys, key), key)
@@ -147,6 +142,10 @@ class SecondsBySize:
         self._seconds[key] = before + weight * (min(seconds, _OUTLIER * before) - before)
         self._sizes[key] += weight * (size - self._sizes[key])
         self._counts[key] += 1
+
+    def age(self) -> None:
+        """Trust what was measured as much less as with a measurement of another size."""
+        self._age += 1
 
     def expect(self, size: int) -> float:
         """Seconds for a size: as measured, as far as that is recent, and else at best; 0 if never.
@@ -179,13 +178,12 @@ class SecondsBySize:
             return 0.0
         latest_s, ratio = self._seconds[latest], size / self._sizes[latest]
         best_s = latest_s * min(ratio, 1.0)
-        if self._at_most_in_proportion:
-            measured_s = min(measured_s, latest_s * max(ratio, 1.0))
+        measured_s = min(measured_s, latest_s * max(ratio, 1.0))
         return best_s + trust * max(measured_s - best_s, 0.0)
 
     def _trust(self, key: int) -> float:
-        age = self._num_records - self._measured_at[key]
-        return min(self._counts[key] / _SURE_AFTER, 1.0) * exp2(-age / self._forgets_after)
+        since = self._age - self._measured_at[key]
+        return min(self._counts[key] / _SURE_AFTER, 1.0) * exp2(-since / _FORGETS_AFTER)
 
 
 def _key(size: int) -> int:

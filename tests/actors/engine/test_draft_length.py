@@ -28,9 +28,13 @@ class _Device:
     draft_s: float = 0.0
     noise: float = 0.05
     share_offered: float = 1.0
+    draft_row_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._draw = random.Random(5)
+
+    def drafting_s(self, num_decodes: int, num_drafts: int) -> float:
+        return num_drafts * (self.draft_s + self.draft_row_s * num_decodes)
 
     def offered(self, num_decodes: int) -> list[int]:
         counts = [num_decodes]
@@ -63,11 +67,12 @@ def _tokens_per_s(device: _Device, num_decodes: int, num_steps: int, length: Dra
     for _ in range(num_steps):
         offered = device.offered(num_decodes)
         num_drafts = length.choose(num_decodes, offered)
-        length.record_drafting(num_drafts, device.draft_s * num_drafts)
+        drafting_s = device.drafting_s(num_decodes, num_drafts)
+        length.record_drafting(num_decodes, num_drafts, drafting_s)
         step = device.run(num_decodes, offered, num_drafts)
         length.record(step)
         tokens += sum(1 + entry.num_accepted() for entry in step.entries)
-        seconds += step.seconds + device.draft_s * num_drafts
+        seconds += step.seconds + drafting_s
     return tokens / seconds
 
 
@@ -77,7 +82,7 @@ def _best(device: _Device, num_decodes: int) -> tuple[float, float]:
     def rate(num_drafts: int) -> float:
         tokens = num_decodes * sum(device.share_right**i for i in range(num_drafts + 1))
         step_s = device.step_s(num_decodes * (1 + num_drafts)) * (1 + device.noise / 2)
-        return tokens / (step_s + device.draft_s * num_drafts)
+        return tokens / (step_s + device.drafting_s(num_decodes, num_drafts))
 
     return max(map(rate, range(_MOST + 1))), rate(0)
 
@@ -132,6 +137,17 @@ def test_a_batch_that_grows_and_shrinks_is_not_tried_at_each_of_its_sizes(most_m
         seconds += step.seconds
         without_s += 0.001 * (1 + device.noise / 2) * num_tokens
     assert without_s > 0.96 * seconds
+
+
+@pytest.mark.parametrize("share_right", [0.4, 0.75])
+def test_a_head_that_takes_longer_for_more_requests_is_known_for_each_number(
+    share_right: float,
+) -> None:
+    device = _Device(lambda n: max(0.006, 0.0012 * n), share_right, 0.0006, draft_row_s=0.00035)
+    length = DraftLength(_MOST)
+    for num_decodes in (1, 64, 1, 16, 2, 64, 4, 1):
+        best, _ = _best(device, num_decodes)
+        assert _tokens_per_s(device, num_decodes, 200, length) > 0.94 * best
 
 
 def test_it_comes_back_when_drafts_become_right() -> None:

@@ -56,7 +56,8 @@ def status(
     if (warning := _certificate_warning(picture.certificate_end)) is not None:
         console.print(warning)
     console.print(_actor_table(picture.cluster, has_bars=console.width >= _WIDE))
-    console.print(load_line(picture.cluster.load))
+    for line in load_lines(picture.cluster.load):
+        console.print(line)
     _print_experts(picture.tokens, console)
 
 
@@ -214,21 +215,21 @@ def _memory_text(actor: cluster_pb2.Actor) -> str:
     return f"{format_bytes(used)} of {format_bytes(total)}"
 
 
-def load_line(load: cluster_pb2.Load) -> Text:
-    """How busy a cluster is, in words."""
+def load_lines(load: cluster_pb2.Load) -> list[Text]:
+    """How busy a cluster is, in words; and how its drafts do, if it has any."""
     parts = [
         f"{load.running} running, {load.waiting} waiting",
         f"KV pages {load.kv_usage:.0%} used",
         f"prefix hits {load.prefix_hit_rate:.0%}",
         f"{load.tokens_per_second:.1f} tokens/s",
     ]
-    if load.draft_acceptance:
-        parts.append(
-            f"drafts {load.draft_acceptance:.0%} right, {load.tokens_per_step:.2f} tokens a step"
-        )
     if load.expert_imbalance:
         parts.append(f"expert imbalance {load.expert_imbalance:.2f}")
-    return Text.assemble(("load     ", "bold"), "   ".join(parts))
+    lines = [Text.assemble(("load     ", "bold"), "   ".join(parts))]
+    if load.draft_acceptance:
+        drafts = f"{load.draft_acceptance:.0%} right, {load.tokens_per_step:.2f} tokens a step"
+        lines.append(Text.assemble(("drafts   ", "bold"), drafts))
+    return lines
 
 
 def _print_experts(tokens: dict[str, dict[int, float]], console: Console) -> None:

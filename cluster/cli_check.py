@@ -177,12 +177,14 @@ def _print_drafts(
     if head is None:
         return
     per_token = cached_token_bytes(head.config, plan.cache_dtype)
+    num_layers = head.config.num_layers
     num_bytes = draft_head_bytes(head, plan.device, plan.dtype)
     _say(
         console,
         "draft head",
-        f"{head.directory}: {head.config.num_layers} layers, {format_bytes(num_bytes)} on every "
-        f"attention shard and {format_bytes(per_token)} of its cache per token",
+        f"{head.directory}: {num_layers} {'layer' if num_layers == 1 else 'layers'}, "
+        f"{format_bytes(num_bytes)} on every attention shard and {format_bytes(per_token)} of its "
+        f"cache per token",
     )
 
 

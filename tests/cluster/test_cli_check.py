@@ -87,7 +87,7 @@ def test_check_takes_the_head_that_a_model_brings_and_misses_none(ports, tmp_pat
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "drafts up to 3 tokens a step by a trained head" in told
-    assert f"draft head {tmp_path}/eagle: 2 layers" in told.replace(" /eagle", "/eagle")
+    assert "/eagle: 2 layers, 506 KiB on every attention shard" in told
     result = check(model_dir, *ports, "--set", "engine.speculation=null")
     assert "drafts none; engine.speculation.method=auto takes" in " ".join(result.stdout.split())
 

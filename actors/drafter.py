@@ -20,6 +20,7 @@ GrowPages = Callable[[RequestProgress, int], bool]
 
 # New text of a step that an index takes in: 3 ms of a core, less than a step with so long a prompt.
 _MOST_INDEXED = 8192
+_MOST_OF_PROMPT = 2**16  # tokens looked up in, of one prompt: 7 MB
 
 # So many requests take 0.1 ms to look up; where drafts did not pay, so many steps do without.
 _MANY = 32
@@ -61,6 +62,7 @@ class NgramDrafter:
                     progress.output_token_ids,
                     max_ngram=self._max_ngram,
                     min_ngram=self._min_ngram,
+                    most_of_prompt=_MOST_OF_PROMPT,
                 )
             left -= index.extend(left)
             if entry.samples and num_drafts:

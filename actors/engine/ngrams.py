@@ -21,18 +21,28 @@ class NgramIndex:
         output: Those that follow.
         max_ngram: Longest run that is compared.
         min_ngram: Shortest run that counts.
+        most_of_prompt: Tokens of the prompt that are indexed, its last ones; None for all. A token
+            takes some 110 bytes.
     """
 
     def __init__(
-        self, prompt: list[int], output: list[int], *, max_ngram: int, min_ngram: int
+        self,
+        prompt: list[int],
+        output: list[int],
+        *,
+        max_ngram: int,
+        min_ngram: int,
+        most_of_prompt: int | None = None,
     ) -> None:
         self._prompt, self._output = prompt, output
         self._min, self._max = min_ngram, max_ngram
         self._mask = (1 << _TOKEN_BITS * min_ngram) - 1
         self._key = 0  # the last `min_ngram` of the indexed tokens
-        self._num_indexed = 0
+        self._first = 0 if most_of_prompt is None else max(len(prompt) - most_of_prompt, 0)
+        self._num_indexed = self._first  # the tokens before it count as indexed
+        self._least = self._first + min_ngram - 1  # no place has a whole run before this one
         self._last_of: dict[int, int] = {}  # position of the last token of the latest such run
-        self._before = array("i")  # by the same positions, of the run before; -1 for none
+        self._before = array("i")  # from `_first` on, of the run before; -1 for none
 
     def extend(self, most: int) -> int:
         """Take in new tokens, but no more than `most`; returns how many."""
@@ -65,9 +75,7 @@ class NgramIndex:
             [1, 2, 3, 1, 2] gives [3, 1, 2, 3] for 4 tokens.
         """
         end = len(self._prompt) + len(self._output)
-        if self._num_indexed < end or end <= self._min or num_tokens < 1:
-            return []
-        if self._before[end - 1] < self._min - 1:  # the first tokens have no whole run before them
+        if self._num_indexed < end or end - self._first <= self._min or num_tokens < 1:
             return []
         place = self._find(end)
         if place < 0:
@@ -84,24 +92,24 @@ class NgramIndex:
             key = key << _TOKEN_BITS | token_id
         place = self._last_of.get(key, -1)
         for _ in range(_MOST_PLACES):
-            if place < self._min - 1:
+            if place < self._least:
                 return
             yield place
-            place = self._before[place]
+            place = self._before[place - self._first]
 
     def _find(self, end: int) -> int:
         """Position of the last token of the run to go on from; -1 if there is none."""
         best, longest = -1, self._min - 1
-        place = self._before[end - 1]
+        place = self._before[end - 1 - self._first]
         for _ in range(_MOST_PLACES):
-            if place < self._min - 1:  # the first tokens have no whole run before them
+            if place < self._least:
                 break
             length = self._length(place, end - 1)
             if length > longest:
                 best, longest = place, length
                 if length == self._max:
                     break
-            place = self._before[place]
+            place = self._before[place - self._first]
         return best
 
     def _length(self, first: int, second: int) -> int:

@@ -17,8 +17,15 @@ def _draft(
     max_ngram: int = 4,
     min_ngram: int = 2,
     piece: int = 1000,
+    most_of_prompt: int | None = None,
 ) -> list[int]:
-    index = NgramIndex(prompt, output, max_ngram=max_ngram, min_ngram=min_ngram)
+    index = NgramIndex(
+        prompt,
+        output,
+        max_ngram=max_ngram,
+        min_ngram=min_ngram,
+        most_of_prompt=most_of_prompt,
+    )
     while index.extend(piece):
         pass
     return index.draft(num_tokens)
@@ -69,6 +76,17 @@ def test_nothing_is_drafted_before_all_text_is_taken_in() -> None:
     assert index.draft(2) == []
     assert (index.extend(5), index.draft(2)) == (1, [2, 1])
     assert index.extend(5) == 0
+
+
+@pytest.mark.parametrize(
+    ("most_of_prompt", "drafted"), [(None, [7, 8]), (8, [7, 8]), (7, []), (1, []), (0, [])]
+)
+def test_a_long_prompt_is_looked_up_in_its_last_tokens(
+    most_of_prompt: int | None, drafted: list[int]
+) -> None:
+    prompt = [5, 1, 2, 7, 8, 9, 3, 4, 6]
+    assert _draft(prompt, [1, 2], 2, most_of_prompt=most_of_prompt) == drafted
+    assert _draft(prompt, [6, 0, 1, 6, 0], 2, most_of_prompt=most_of_prompt) == [1, 6]
 
 
 def test_token_ids_of_any_size_are_told_apart() -> None:

@@ -73,6 +73,7 @@ def test_it_has_the_rows_that_operators_look_for():
         "Latency",
         "Throughput",
         "KV and prefix cache",
+        "Drafts",
         "Reasoning",
         "Experts",
         "Step stages",

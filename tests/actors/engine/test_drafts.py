@@ -10,6 +10,7 @@ import pytest
 from engine_fakes import EOS, VOCABULARY, FakeDevice, make_progress, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_rules import BEGIN, END, grammar_rules, thinking_rules
 
 from ostro.actors.engine.effort import ThinkingTracker
 from ostro.actors.engine.forced_drafts import draft_forced
@@ -28,7 +29,6 @@ from ostro.actors.engine.token_rules import begin, holds_for, observe, sampling_
 from ostro.configs.deployment import EngineConfig
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
-_BEGIN, _END = 3, 4
 _ON = SpeculationConfig(method=DraftMethod.NGRAM)
 
 DraftOf = Callable[[RequestProgress], list[int]]
@@ -106,27 +106,8 @@ def _knows(outputs: dict[str, list[int]]) -> DraftOf:
     return draft_of
 
 
-_THINKING = st.builds(
-    lambda budget, zone, closing, starts_open: ThinkingParams(
-        begin_token_id=_BEGIN,
-        end_token_id=_END,
-        budget_tokens=budget,
-        soft_zone_tokens=zone,
-        closing_token_ids=closing,
-        starts_open=starts_open,
-    ),
-    st.none() | st.integers(0, 9),
-    st.integers(0, 3),
-    st.sampled_from([(), (_END,), (5, 6, _END)]),
-    st.booleans(),
-)
-_GRAMMARS = st.builds(
-    GrammarParams,
-    text=st.sampled_from(
-        ["start: /[a-d]{2,4}/", 'start: "ab" /[cd]/* "g"?', "start: /.+/", 'start: "a" /e+/ "g"']
-    ),
-    held_token_ids=st.sampled_from([(), (2,)]),
-)
+_THINKING = thinking_rules(9)
+_GRAMMARS = grammar_rules()
 _REQUESTS = st.builds(
     make_request,
     prompt=st.lists(st.integers(5, 11), min_size=1, max_size=6),
@@ -401,10 +382,10 @@ def test_guesses_that_begin_with_what_is_forced_go_on_after_it() -> None:
 
 def test_a_closing_phrase_comes_in_one_step() -> None:
     thinking = ThinkingParams(
-        begin_token_id=_BEGIN,
-        end_token_id=_END,
+        begin_token_id=BEGIN,
+        end_token_id=END,
         budget_tokens=5,
-        closing_token_ids=(5, 6, 7, 8, _END),  # all of the budget but one
+        closing_token_ids=(5, 6, 7, 8, END),  # all of the budget but one
         starts_open=True,
     )
     request = make_request(max_tokens=9, ignore_eos=True, thinking=thinking)
@@ -415,7 +396,7 @@ def test_a_closing_phrase_comes_in_one_step() -> None:
     shard.add(request)
     told = shard.run()["r"]
     assert told == wanted
-    assert (told.thinking_ended_by, told.token_ids[1:6]) == ("budget", [5, 6, 7, 8, _END])
+    assert (told.thinking_ended_by, told.token_ids[1:6]) == ("budget", [5, 6, 7, 8, END])
     assert [step.num_drafts for step in shard.steps[:2]] == [0, 5]
 
 
@@ -467,8 +448,8 @@ def test_what_holds_for_several_tokens_holds_whatever_they_are(
 def test_a_budget_leaves_tokens_free_up_to_its_soft_zone(num_thinking: int, most: int) -> None:
     tracker = ThinkingTracker(
         ThinkingParams(
-            begin_token_id=_BEGIN,
-            end_token_id=_END,
+            begin_token_id=BEGIN,
+            end_token_id=END,
             budget_tokens=6,
             soft_zone_tokens=2,
             starts_open=True,

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from random_rules import grammar_rules, thinking_rules
 
 from ostro.actors.engine.choices import each_choice
 from ostro.actors.engine.effort import ThinkingTracker
@@ -45,7 +46,6 @@ from ostro.actors.errors import InvalidRequestError
 from ostro.configs.deployment import EngineConfig
 from ostro.configs.speculation import DraftMethod, SpeculationConfig
 
-_BEGIN, _END = 3, 4
 _MOST_DRAFTS = 5
 _SPECULATION = SpeculationConfig(method=DraftMethod.NGRAM, num_draft_tokens=_MOST_DRAFTS)
 
@@ -56,29 +56,8 @@ _PROMPTS = st.builds(
     st.lists(st.integers(5, 11), min_size=1, max_size=6),
 )
 _TENANTS = st.sampled_from(["", "", "a", "b"])
-_THINKING = st.builds(
-    lambda budget, zone, closing, starts_open: ThinkingParams(
-        begin_token_id=_BEGIN,
-        end_token_id=_END,
-        budget_tokens=budget,
-        soft_zone_tokens=zone,
-        closing_token_ids=closing,
-        starts_open=starts_open,
-    ),
-    st.none() | st.integers(0, 6),
-    st.integers(0, 3),
-    st.sampled_from([(), (_END,), (5, 6, _END)]),
-    st.booleans(),
-)
-# Tokens from 5 on are the letters from a on: 9, which may be a stop token, is e.
-_GRAMMARS = st.builds(
-    GrammarParams,
-    text=st.sampled_from(
-        ["start: /[a-d]{2,4}/", 'start: "ab" /[cd]/* "g"?', "start: /.+/", 'start: "a" /e+/ "g"']
-    ),
-    prefix_token_ids=st.sampled_from([(), (), (5,)]),
-    held_token_ids=st.sampled_from([(), (2,), (2, 7, 8)]),
-)
+_THINKING = thinking_rules(6)
+_GRAMMARS = grammar_rules(prefixes=((), (), (5,)), held=((), (2,), (2, 7, 8)))
 
 
 def _images(shown: tuple[int, int, int] | None, num_tokens: int) -> tuple[ImageInput, ...]:

@@ -226,7 +226,7 @@ def load_lines(load: cluster_pb2.Load) -> list[Text]:
     if load.expert_imbalance:
         parts.append(f"expert imbalance {load.expert_imbalance:.2f}")
     lines = [Text.assemble(("load     ", "bold"), "   ".join(parts))]
-    if load.draft_acceptance:
+    if load.HasField("draft_acceptance"):
         drafts = f"{load.draft_acceptance:.0%} right, {load.tokens_per_step:.2f} tokens a step"
         lines.append(Text.assemble(("drafts   ", "bold"), drafts))
     return lines

@@ -128,7 +128,7 @@ def _load(state: State, rate: TokenRate) -> pb.Load:
         prefix_hit_rate=hits / queries if queries else 0.0,
         tokens_per_second=rate.update(num_output_tokens, time.monotonic()),
         expert_imbalance=expert_imbalance(state),
-        draft_acceptance=num_accepted / num_drafted if num_drafted else 0.0,
+        draft_acceptance=num_accepted / num_drafted if num_drafted else None,
         # Each step of a request brings one token, and the drafts that were right.
         tokens_per_step=num_output_tokens / max(num_output_tokens - num_accepted, 1),
     )

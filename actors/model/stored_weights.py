@@ -356,6 +356,19 @@ def check_scale(name: str | None, scale: torch.Tensor | None, *, divides: bool =
         raise CheckpointError(f"{name}: a scale must be finite{other}; fetch its file anew")
 
 
+def check_input_scale(name: str | None, scale: torch.Tensor | None) -> None:
+    """As `check_scale`, of a scale that inputs are divided by: weights can do without it.
+
+    Raises:
+        CheckpointError: It is not finite, or zero.
+    """
+    try:
+        check_scale(name, scale, divides=True)
+    except CheckpointError as error:
+        way_out = "or serve a copy without: ostro weights convert --precision bf16"
+        raise CheckpointError(f"{error}, {way_out}") from None
+
+
 def fill(
     reader: CheckpointReader,
     stored: StoredWeight,

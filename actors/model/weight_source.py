@@ -18,6 +18,7 @@ import torch
 
 from ostro.actors.errors import CheckpointError
 from ostro.actors.model.checkpoint import CheckpointReader, ReadProgress
+from ostro.actors.model.fp8_stack import Fp8Stack, new_fp8_stack
 from ostro.actors.model.native_names import INTERLEAVED
 from ostro.actors.model.nvfp4_weights import (
     MATRICES,
@@ -29,6 +30,7 @@ from ostro.actors.model.nvfp4_weights import (
 )
 from ostro.actors.model.stored_weights import (
     StoredWeight,
+    check_input_scale,
     check_scale,
     fill,
     match_tensors,
@@ -61,23 +63,6 @@ class LoadReport:
     used: tuple[str, ...]
     other_role: tuple[str, ...]
     ignored: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fp8Stack:
-    """A matrix of each local expert, and its scales in float32."""
-
-    values_EOI: torch.Tensor
-    scale_E: torch.Tensor
-    input_scale_E: torch.Tensor
-
-
-def _new_stack(num_slots: int, shape: Sequence[int], device: torch.device) -> _Fp8Stack:
-    return _Fp8Stack(
-        values_EOI=torch.empty((num_slots, *shape), dtype=torch.float8_e4m3fn, device=device),
-        scale_E=torch.empty(num_slots, device=device),
-        input_scale_E=torch.empty(num_slots, device=device),
-    )
 
 
 class WeightSource:
@@ -332,7 +317,7 @@ class WeightSource:
     def _read_joined(self, weights: Sequence[StoredWeight]) -> Fp8Weight:
         raws = [self._raw(weight) for weight in weights]
         for weight, raw in zip(weights, raws, strict=True):
-            check_scale(weight.input_scale, raw.input_scale, divides=True)
+            check_input_scale(weight.input_scale, raw.input_scale)
         if len(raws) == 1:
             return fp8_weight(raws[0])
         joined = join_rows(raws[0], raws[1])
@@ -341,10 +326,10 @@ class WeightSource:
 
     def _fp8_of_stacked(
         self, parameter: str, layer: int, local_to_logical: Sequence[int], num_extra: int
-    ) -> _Fp8Stack:
+    ) -> Fp8Stack:
         weight, reader = self._claim(parameter, layer), self._reader
         num_local = len(local_to_logical)
-        stack = _new_stack(num_local + num_extra, weight.expected.shape[1:], self._device)
+        stack = new_fp8_stack(num_local + num_extra, weight.expected.shape[1:], self._device)
         reader.read_into(
             stack.values_EOI[:num_local],
             weight.values,
@@ -354,7 +339,7 @@ class WeightSource:
         _, *scales = weight.tensors()  # its own, then that of its inputs
         for name, out_E in zip(scales, (stack.scale_E, stack.input_scale_E), strict=True):
             scale_E = reader.read(name, rows=local_to_logical).view(-1)
-            check_scale(name, scale_E, divides=name == weight.input_scale)
+            (check_input_scale if name == weight.input_scale else check_scale)(name, scale_E)
             out_E[:num_local].copy_(scale_E)
             self._tell(out_E[:num_local])
         return stack
@@ -365,14 +350,14 @@ class WeightSource:
         layer: int,
         local_to_logical: Sequence[int],
         num_extra: int,
-    ) -> _Fp8Stack:
+    ) -> Fp8Stack:
         by_expert = [
             [self._claim(parameter, layer, expert) for parameter in parameters]
             for expert in range(self.config.num_experts)
         ]
         num_out = sum(weight.expected.shape[0] for weight in by_expert[0])
         shape = (num_out, by_expert[0][0].expected.shape[1])
-        stack = _new_stack(len(local_to_logical) + num_extra, shape, self._device)
+        stack = new_fp8_stack(len(local_to_logical) + num_extra, shape, self._device)
         for slot, expert in enumerate(local_to_logical):
             joined = self._read_joined(by_expert[expert])
             stack.values_EOI[slot].copy_(joined.values_OI)

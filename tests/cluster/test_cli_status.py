@@ -122,6 +122,8 @@ def test_status_shows_load(cluster):
 def test_status_tells_of_drafts_where_there_are_any():
     load = cluster_pb2.Load(draft_acceptance=0.614, tokens_per_step=2.84)
     assert load_lines(load)[1].plain == "drafts   61% right, 2.84 tokens a step"
+    load = cluster_pb2.Load(draft_acceptance=0.0, tokens_per_step=1.0)
+    assert load_lines(load)[1].plain == "drafts   0% right, 1.00 tokens a step"
     assert len(load_lines(cluster_pb2.Load(tokens_per_step=1.0))) == 1
 
 

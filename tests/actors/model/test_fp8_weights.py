@@ -354,7 +354,8 @@ def test_inputs_are_not_divided_by_zero(
     variant: Callable[..., Path], tmp_path: Path, layout: str, name: str, index: int
 ) -> None:
     directory = broken(copy(variant(layout), tmp_path), name, index, 0.0)
-    with pytest.raises(CheckpointError, match=f"{name}: a scale must be finite and not zero"):
+    told = f"{name}: a scale must be finite and not zero.*--precision bf16"
+    with pytest.raises(CheckpointError, match=told):
         load_experts(directory, [3])
     load_experts(directory, [3], PLAIN)  # which leaves scales of inputs aside
 
